@@ -1,0 +1,222 @@
+"""Every setting of the library, as frozen dataclasses; standard library only, so planning needs no torch.
+
+The string under a field is its documentation. A rule that a value breaks raises ValueError with the
+field, the value, the rule and the remedy.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+def require(holds: bool, name: str, value: object, rule: str) -> None:
+    """Raise ValueError naming the field, its value and the rule (which says what to set) unless it holds."""
+    if not holds:
+        raise ValueError(f"{name}={value!r}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """A frozen decoder, and its shape under the names of its `config.json`, so that plans need no weights."""
+
+    checkpoint: str
+    """A folder in Hugging Face layout, or a name on the hub."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads"):  # fmt: skip
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+            f"must divide num_attention_heads={self.num_attention_heads}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A frozen image tower of the CLIP family, and its shape under the names of its `config.json`."""
+
+    checkpoint: str
+    """A folder in Hugging Face layout, or a name on the hub."""
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    class_token: bool = False
+    """Pass the class token on, before the patches."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.image_size % self.patch_size == 0,
+            "patch_size",
+            self.patch_size,
+            f"must divide image_size={self.image_size}",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Feature vectors an image."""
+        return (self.image_size // self.patch_size) ** 2 + int(self.class_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Frozen tower + projection + frozen decoder (paper, section 3)."""
+
+    size: str
+    """Which of `languages` to use: model.size=13b changes the size of a run, or is searched."""
+    languages: dict[str, LanguageConfig]
+    """The family: one decoder a size, sharing a tokenizer."""
+    vision: VisionConfig
+    attention: Literal["causal", "causal_cross", "mmca"] = "mmca"
+    """Multi-modal causal attention, or one of its rivals (paper, section 4.1)."""
+    projection: Literal["linear"] = "linear"
+    """How vision features reach the width of the decoder."""
+    train_embedding: bool = True
+    """Train the decoder's input embedding beside the projection, as the paper does."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.size in self.languages, "size", self.size, f"must be one of {', '.join(self.languages)}"
+        )
+
+    @property
+    def language(self) -> LanguageConfig:
+        """The decoder of the chosen size."""
+        return self.languages[self.size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetConfig:
+    """One raw dataset; relative paths start at `storage.data`."""
+
+    reader: Literal["llava_json"]
+    """The format of the annotations."""
+    annotations: tuple[str, ...]
+    """Annotation files, read in this order."""
+    images: str
+    """The folder that holds the images; nothing outside it is opened."""
+    split: Literal["auto", "train", "eval"] = "auto"
+    """Which side its records are on; auto holds out `data.eval_fraction` of linked groups."""
+    records: int | None = None
+    """How many records the set is known to have: lets `plan` count steps before `prepare` has run."""
+
+    def __post_init__(self) -> None:
+        require(len(self.annotations) > 0, "annotations", self.annotations, "must name at least one file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a sample is: the sets, the limits and the split."""
+
+    sets: dict[str, SetConfig]
+    max_images: int = 8
+    """Images a conversation; more is `too_many_images` (paper, section 5.1)."""
+    max_tokens: int = 4096
+    """Tokens a sample with its image tokens; more is `too_long`."""
+    max_image_pixels: int = 50_000_000
+    """Larger headers are refused as `image_too_large` before anything is decoded."""
+    max_dropped: float = 0.05
+    """Share of a set that may be dropped before the preparation fails."""
+    eval_fraction: float = 0.1
+    """Share of an `auto` set that is held out (paper, section 5.1)."""
+
+    def __post_init__(self) -> None:
+        require(len(self.sets) > 0, "sets", self.sets, "must name at least one dataset")
+        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "must lie in (0, 1)")
+        require(0 <= self.max_dropped <= 1, "max_dropped", self.max_dropped, "must lie in [0, 1]")
+        for name in ("max_images", "max_tokens", "max_image_pixels"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule (paper, section 4.2)."""
+
+    lr: float = 1e-3
+    """Peak learning rate of the projection and the embedding."""
+    betas: tuple[float, float] = (0.0, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Applied to matrices; biases and norms are never decayed."""
+    clip: float = 1.0
+    """Largest norm of the gradient over all trainable parameters."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_fraction: float = 0.1
+    """Share of all steps in which the rate rises to its peak."""
+    decay_fraction: float = 0.2
+    """Share of all steps in which `wsd` (warm-up, stable, decay) falls from its plateau to zero."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "lr", self.lr, "must be positive, for instance 1e-3")
+        require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must lie in [0, 1)")
+        require(self.eps > 0, "eps", self.eps, "must be positive")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        require(self.clip > 0, "clip", self.clip, "must be positive")
+        require(
+            0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "must lie in [0, 1)"
+        )
+        require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What is trained, whatever it runs on."""
+
+    epochs: int
+    batch: int = 128
+    """Samples an optimiser update, over all workers (paper, section 4.2)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "epochs", self.epochs, "must be positive")
+        require(self.batch > 0, "batch", self.batch, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How DeepSpeed carries the training out; the results do not depend on it beyond rounding."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    micro_batch: int = 1
+    """Samples a worker passes through the model at once."""
+
+    def __post_init__(self) -> None:
+        require(self.micro_batch > 0, "micro_batch", self.micro_batch, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the training state is saved."""
+
+    every: int = 200
+    """Optimiser updates between two checkpoints; the last update is always saved."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "every", self.every, "must be positive")
+        require(self.keep > 0, "keep", self.keep, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured on held-out samples at the end of every epoch."""
+
+    batch: int = 32
+    """Held-out samples a worker evaluates at once."""
+    samples: int | None = None
+    """How many held-out samples are used, in the order of their ids; all when empty."""
+
+    def __post_init__(self) -> None:
+        require(self.batch > 0, "batch", self.batch, "must be positive")
+        require(self.samples is None or self.samples > 0, "samples", self.samples, "must be positive")

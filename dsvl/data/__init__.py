@@ -1,0 +1,1 @@
+"""From raw records to batches: read, check, split, encode, store, collate."""

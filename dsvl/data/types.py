@@ -1,0 +1,129 @@
+"""The types that data passes through, from a raw record to a batch; standard library only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+Reason = Literal[
+    "held_out",
+    "missing_image",
+    "undecodable_image",
+    "forbidden_path",
+    "image_too_large",
+    "too_many_images",
+    "unpaired_round",
+    "bad_roles",
+    "empty_answer",
+    "marker_mismatch",
+    "too_long",
+    "straddles_split",
+]
+"""Why a raw record did not come through."""
+
+IGNORED = -100
+"""The label of a token that is not trained."""
+
+
+class Kind(IntEnum):
+    """What a position of a sequence holds; the values are those of the attention contract."""
+
+    PAD = 0
+    TEXT = 1
+    IMAGE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A raw record that cannot become a conversation."""
+
+    source: str
+    record: str
+    """Where it stands: file name and position, then its own id if it has one."""
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image as the annotation names it, relative to the image folder of its set."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a turn: text, an image shown here, or a reference to an image shown before."""
+
+    type: Literal["text", "image", "ref"]
+    text: str = ""
+    image: int = -1
+    """Index into the conversation's images, for `image` and `ref`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one speaker says."""
+
+    role: Literal["system", "user", "assistant"]
+    content: tuple[Part, ...]
+
+    @property
+    def supervise(self) -> bool:
+        """Whether its tokens are trained: answers are, questions are not."""
+        return self.role == "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A chat over images, before any template, numbering or token."""
+
+    id: str
+    """`SOURCE/KEY`, unique in the prepared set."""
+    source: str
+    record: str
+    """Where the raw record stands, for messages."""
+    images: tuple[ImageRef, ...]
+    """In the order of their first use."""
+    turns: tuple[Turn, ...]
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An encoded conversation of S positions, images already given their room."""
+
+    id: str
+    ids: "numpy.ndarray"
+    """(S,) int32 token ids; image positions hold the padding id."""
+    labels: "numpy.ndarray"
+    """(S,) int32: the token itself where it is trained, else IGNORED. Not shifted."""
+    kinds: "numpy.ndarray"
+    """(S,) int8 of Kind."""
+    images: tuple[str, ...]
+    """sha256 keys; the k-th run of image positions belongs to the k-th image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B examples side by side, padded on the right to S positions."""
+
+    ids: "torch.Tensor"
+    """(B, S) int64."""
+    labels: "torch.Tensor"
+    """(B, S) int64."""
+    kinds: "torch.Tensor"
+    """(B, S) int8 of Kind."""
+    pixels: "torch.Tensor"
+    """(I, 3, P, P) of all images, row by row in order of appearance; I may be 0."""
+    image_positions: "torch.Tensor"
+    """(I * tokens,) int64: where the features go in the flattened B * S positions, in the same order."""
+
+    @property
+    def targets(self) -> int:
+        """How many supervised tokens the loss is over."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
