@@ -1,0 +1,32 @@
+# quickstart: the whole system on real images, in minutes.   test: what CI runs.   check: style and types.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# Without a GPU only the CPU build of torch will do: naming it keeps gigabytes of CUDA packages away.
+TORCH := torch==2.13.0$(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && echo +cpu)
+
+.PHONY: quickstart test check clean
+
+quickstart: $(VENV)/quickstart.installed
+	$(BIN)/dsvl quickstart
+
+test: $(VENV)/test.installed check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/torch.installed:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH) || { echo "No CPU build of torch found: point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels." >&2; exit 1; }
+	touch $@
+
+$(VENV)/%.installed: pyproject.toml constraints.txt | $(VENV)/torch.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,119 @@
+"""Multi-modal causal attention (MMCA) and its rivals, by definition and as a transformers attention.
+
+The paper (section 4.1, Figure 2) names three schemes that need no new parameters:
+
+- `causal` (CA): a token attends to itself and all earlier tokens, whatever their kind;
+- `causal_cross` (CA + CrA): the same for text; an image token sees only itself;
+- `mmca`: an image token sees only itself. A text token attends to the text up to itself and, in a second
+  softmax with weights of its own, to the images before it; the two results are added.
+
+Shapes: B batch, T query positions, S key positions, N query heads, K key heads (dividing N), H head size.
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from dsvl.data.types import Kind
+
+SCHEMES = ("causal", "causal_cross", "mmca")
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kinds: torch.Tensor,
+    *,
+    scheme: str,
+    query_start: int = 0,
+) -> torch.Tensor:
+    """Attend from positions query_start .. query_start + T - 1 to the S positions of a row.
+
+    Args:
+        query: (B, N, T, H).
+        key: (B, K, S, H), with K dividing N (grouped-query heads).
+        value: (B, K, S, H).
+        kinds: (B, S) of `Kind`.
+        scheme: one of `SCHEMES`.
+        query_start: position of the first query; greater than 0 where a cache holds earlier keys.
+
+    Returns:
+        (B, N, T, H). Padding rows are zero, and so is the image term of a text row before the first image.
+
+    Raises:
+        ValueError: on an unknown scheme, or shapes that do not fit together.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"attention scheme {scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+    rows, positions, groups = query.shape[2], key.shape[2], key.shape[1]
+    if kinds.shape != (key.shape[0], positions) or query.shape[1] % groups:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and kinds {tuple(kinds.shape)} do not fit: "
+            "kinds must be (B, S), and the key heads must divide the query heads"
+        )
+    key_BNSH = key.repeat_interleave(query.shape[1] // groups, dim=1)
+    value_BNSH = value.repeat_interleave(query.shape[1] // groups, dim=1)
+
+    position_S = torch.arange(positions, device=key.device)
+    position_T = position_S[query_start : query_start + rows]
+    earlier_TS = position_S <= position_T[:, None]
+    kind_B1S = kinds[:, None, :]
+    kind_BT1 = kinds[:, query_start : query_start + rows, None]
+
+    def softmax_over(visible_BTS: torch.Tensor) -> torch.Tensor:
+        """Softmax attention over the visible keys; zero, not NaN, where a row sees none."""
+        # A row without a key to see is given the first one, and its result is then thrown away.
+        empty_BT1 = ~visible_BTS.any(-1, keepdim=True)
+        mask_B1TS = (visible_BTS | (empty_BT1 & (position_S == 0)))[:, None]
+        output_BNTH = scaled_dot_product_attention(query, key_BNSH, value_BNSH, attn_mask=mask_B1TS)
+        return output_BNTH.masked_fill(empty_BT1[:, None], 0.0)
+
+    text_row, image_row = kind_BT1 == Kind.TEXT, kind_BT1 == Kind.IMAGE
+    if scheme == "causal":
+        return softmax_over(earlier_TS & (kind_B1S != Kind.PAD) & (kind_BT1 != Kind.PAD))
+    if scheme == "causal_cross":
+        output_BNTH = softmax_over(earlier_TS & (kind_B1S != Kind.PAD) & text_row)
+    else:
+        output_BNTH = softmax_over(earlier_TS & (kind_B1S == Kind.TEXT) & text_row)
+        output_BNTH = output_BNTH + softmax_over(earlier_TS & (kind_B1S == Kind.IMAGE) & text_row)
+    own_value_BNTH = value_BNSH[:, :, query_start : query_start + rows]
+    return torch.where(image_row[:, None], own_value_BNTH, output_BNTH)
+
+
+def _hook(scheme: str):
+    """The attention function that transformers calls in every layer, for one scheme."""
+
+    def forward(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        kinds: torch.Tensor | None = None,
+        **others: object,
+    ) -> tuple[torch.Tensor, None]:
+        # Keywords that would change the mathematics are refused rather than ignored.
+        unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+        if others.get("sliding_window") is not None or unknown or dropout:
+            raise ValueError(
+                f"attention scheme {scheme!r} supports neither dropout nor "
+                f"{', '.join(unknown) or 'a sliding window'}; use a decoder without it"
+            )
+        if kinds is None or attention_mask is not None:
+            raise ValueError("pass kinds=(B, S) of PAD, TEXT and IMAGE to the decoder and no attention_mask")
+        if abs(scaling - query.shape[-1] ** -0.5) > 1e-6:
+            raise ValueError(f"scaling={scaling}: the schemes are defined for 1/sqrt(head size)")
+        start = kinds.shape[1] - query.shape[2]
+        output_BNTH = attend(query, key, value, kinds, scheme=scheme, query_start=start)
+        return output_BNTH.transpose(1, 2), None
+
+    return forward
+
+
+# A decoder is given a scheme by its name: from_pretrained(..., attn_implementation="mmca").
+for _scheme in SCHEMES:
+    AttentionInterface.register(_scheme, _hook(_scheme))

@@ -1,0 +1,74 @@
+"""One conversation with a model: show images, ask, clear."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from dsvl.data.collate import collate
+from dsvl.data.encode import Encoder
+from dsvl.data.types import IGNORED, Example, Part, Turn
+from dsvl.generate import greedy
+from dsvl.model import VisualChat
+from dsvl.train import to_device
+
+
+class Chat:
+    """A multi-round conversation over any number of images; the whole of it is the prompt of every answer."""
+
+    def __init__(
+        self,
+        model: VisualChat,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        device: torch.device,
+        max_tokens: int,
+        max_new_tokens: int = 64,
+    ) -> None:
+        """Begin an empty conversation of at most `max_tokens` positions, answers included."""
+        self.model, self.device = model, device
+        self.encoder = Encoder(tokenizer, image_tokens=model.config.vision.tokens, max_tokens=max_tokens)
+        self.max_new_tokens = max_new_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything said and shown."""
+        self.turns: list[Turn] = []
+        self.images: list[np.ndarray] = []
+
+    def ask(self, question: str, *, images: Sequence[np.ndarray] = ()) -> str:
+        """Ask about new images, each (3, P, P) as the tower wants it, and all earlier ones; returns the answer.
+
+        Raises:
+            ValueError: if the conversation would become longer than `max_tokens`; it is left as it was.
+        """
+        first = len(self.images)
+        shown = [*self.images, *images]
+        content = (*(Part("image", image=i) for i in range(first, len(shown))), Part("text", text=question))
+        turns = [*self.turns, Turn("user", content)]
+        ids, kinds = self.encoder.prompt(turns)
+        if len(ids) + self.max_new_tokens > self.encoder.max_tokens:
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens and an answer may add {self.max_new_tokens}, "
+                f"but at most {self.encoder.max_tokens} fit; clear it to go on"
+            )
+        keys = tuple(str(i) for i in range(len(shown)))
+        example = Example("chat", ids, np.full_like(ids, IGNORED), kinds, keys)
+        batch = collate(
+            [example],
+            pixels=lambda key: shown[int(key)],
+            image_tokens=self.encoder.image_tokens,
+            pad_id=self.encoder.pad_id,
+        )
+        tokenizer = self.encoder.tokenizer
+        (new,) = greedy(
+            self.model,
+            to_device(batch, self.device),
+            end=tokenizer.eos_token_id,
+            max_new_tokens=self.max_new_tokens,
+        )
+        answer = tokenizer.decode(new)
+        self.turns = [*turns, Turn("assistant", (Part("text", text=answer),))]
+        self.images = shown
+        return answer

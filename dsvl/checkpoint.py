@@ -1,0 +1,257 @@
+"""Canonical checkpoints: what was trained, by name, independent of world size, ZeRO stage and precision.
+
+A checkpoint is a folder `step-NNNNNN`, written under a temporary name and renamed:
+
+- `parameters.safetensors`: the float32 master value of each trainable parameter under its own name;
+- `optimizer.safetensors`: its moments, as `exp_avg/NAME` and `exp_avg_sq/NAME`;
+- `rng.safetensors`: the generator state of each rank;
+- `state.json`: step, data position, schedule, loss scale;
+- `manifest.json`: sha256 of each file, identity of the experiment, digests of the frozen parts.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from deepspeed.zero import GatheredParameters
+from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
+
+from dsvl.engine import Engine
+
+SCHEMA_VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose every file has the size and sha256 that its manifest states."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def step(self) -> int:
+        """How many updates it holds."""
+        return self.manifest["step"]
+
+
+def save(
+    engine: Engine,
+    folder: Path,
+    *,
+    step: int,
+    position: tuple[int, int],
+    identity: str,
+    fields: dict,
+    frozen: dict[str, str],
+    keep: int,
+) -> Path:
+    """Write the state after update `step`; every rank must call it. Returns the checkpoint's folder.
+
+    Args:
+        engine: what is trained.
+        folder: where the run's checkpoints lie.
+        step: updates done.
+        position: (epoch, index) of the next sample's batch.
+        identity: of the experiment; `fields` are the settings behind it.
+        fields: named in the message when a resume is refused.
+        frozen: digest of each frozen part.
+        keep: older checkpoints than the newest `keep` are removed.
+    """
+    tensors = _gather(engine)
+    generators = _all_ranks(torch.get_rng_state(), engine.device)
+    target = folder / f"step-{step:06d}"
+    if engine.rank == 0:
+        unfinished = folder / f".{target.name}.{os.getpid()}"
+        unfinished.mkdir(parents=True)
+        save_file({name: value for name, (value, _) in tensors.items()}, unfinished / "parameters.safetensors")
+        save_file(
+            {f"{key}/{name}": moments[key] for name, (_, moments) in tensors.items() for key in MOMENTS},
+            unfinished / "optimizer.safetensors",
+        )
+        save_file({f"rank{r}": state for r, state in enumerate(generators)}, unfinished / "rng.safetensors")
+        state = {
+            "step": step,
+            "position": {"epoch": position[0], "index": position[1]},
+            "schedule": {"name": engine.optim_config.schedule, "step": step},
+            "loss_scale": _loss_scale(engine),
+        }
+        (unfinished / "state.json").write_text(json.dumps(state, indent=1))
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "step": step,
+            "identity": identity,
+            "fields": fields,
+            "frozen": frozen,
+            "files": {path.name: _file_entry(path) for path in sorted(unfinished.iterdir())},
+        }
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return target
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones are named in the log and passed over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        fault = find_fault(path)
+        if fault is None:
+            return Checkpoint(path, json.loads((path / "manifest.json").read_text()))
+        log.warning("checkpoint %s is damaged (%s); trying the one before", path, fault)
+    return None
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"manifest.json: {error}"
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        return f"schema_version {manifest['schema_version']}, not {SCHEMA_VERSION}"
+    for name, entry in manifest["files"].items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _file_entry(path / name) != entry:
+            return f"{name} is not what its sha256 says"
+    return None
+
+
+def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> None:
+    """Put the engine into the state of a checkpoint, whatever world size or ZeRO stage wrote it.
+
+    Raises:
+        ValueError: if the frozen parts or the trainable parameters are others than those it was written with.
+    """
+    if checkpoint.manifest["frozen"] != frozen:
+        raise ValueError(
+            f"{checkpoint.folder}: trained on frozen parts {checkpoint.manifest['frozen']}, "
+            f"but the checkpoints named now are {frozen}; point model to the former or use another name"
+        )
+    values = load_file(checkpoint.folder / "parameters.safetensors")
+    moments = load_file(checkpoint.folder / "optimizer.safetensors")
+    if values.keys() != engine.parameters.keys():
+        raise ValueError(
+            f"{checkpoint.folder}: holds {sorted(values)}, but this model trains {sorted(engine.parameters)}"
+        )
+    _create_optimizer_state(engine, step=checkpoint.step)
+    base = engine.deepspeed.basic_optimizer
+    for name, parameter in engine.parameters.items():
+        value = values[name].to(engine.device)
+        if _is_partitioned(engine):
+            safe_set_full_fp32_param(parameter, value)
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, moments[f"{key}/{name}"].to(engine.device), key)
+        else:
+            base.state[parameter].update({k: moments[f"{k}/{name}"].to(engine.device) for k in MOMENTS})
+        # The working copy too: without it the first forward uses stale weights and the run silently diverges.
+        with GatheredParameters([parameter], modifier_rank=0, enabled=engine.deepspeed.zero_optimization_stage() == 3):
+            parameter.data.copy_(value)
+    state = json.loads((checkpoint.folder / "state.json").read_text())
+    if state["loss_scale"] is not None:
+        vars(engine.deepspeed.optimizer.loss_scaler).update(state["loss_scale"])
+    generators = load_file(checkpoint.folder / "rng.safetensors")
+    if f"rank{engine.rank}" in generators:
+        torch.set_rng_state(generators[f"rank{engine.rank}"])
+
+
+def load_parameters(model: torch.nn.Module, folder: Path) -> None:
+    """Put the trained values of a checkpoint into a model outside an engine, strictly by name."""
+    values = load_file(folder / "parameters.safetensors")
+    trainable = model.trainable()
+    if values.keys() != trainable.keys():
+        raise ValueError(f"{folder}: holds {sorted(values)}, but the model trains {sorted(trainable)}")
+    for name, parameter in trainable.items():
+        parameter.data.copy_(values[name])
+
+
+def digest(checkpoint: str) -> str:
+    """sha256 over the weights of a frozen part, by the names and bytes of its safetensors files."""
+    folder = Path(cached_file(checkpoint, "config.json")).parent
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        total.update(path.name.encode())
+        total.update(_sha256(path).encode())
+    return total.hexdigest()
+
+
+def _is_partitioned(engine: Engine) -> bool:
+    """Whether DeepSpeed keeps master values apart from the parameters (ZeRO 1-3)."""
+    return engine.deepspeed.zero_optimization_stage() > 0
+
+
+def _gather(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """name -> (float32 value, moments) of every trainable parameter, whole, on the CPU; a collective."""
+    gathered = {}
+    for name, parameter in engine.parameters.items():
+        if _is_partitioned(engine):
+            value = safe_get_full_fp32_param(parameter)
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        else:
+            state = engine.deepspeed.basic_optimizer.state[parameter]
+            value, moments = parameter.data, {key: state[key] for key in MOMENTS}
+        gathered[name] = (
+            value.float().cpu().contiguous(),
+            {key: moment.float().cpu().contiguous() for key, moment in moments.items()},
+        )
+    return gathered
+
+
+def _create_optimizer_state(engine: Engine, *, step: int) -> None:
+    """Zero moments for each tensor that this rank's AdamW updates, as its first step would make them."""
+    wrapper, base = engine.deepspeed.optimizer, engine.deepspeed.basic_optimizer
+    stage = engine.deepspeed.zero_optimization_stage()
+    if stage == 3:
+        masters = wrapper.fp32_partitioned_groups_flat
+    elif stage > 0:
+        masters = wrapper.single_partition_of_fp32_groups
+    else:
+        masters = list(engine.parameters.values())
+    for master in masters:
+        base.state[master] = {"step": torch.tensor(float(step))}
+        base.state[master] |= {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
+    if stage in (1, 2):
+        # What DeepSpeed does after its own first step: tie each parameter to its slice of the moments.
+        wrapper._lazy_init_hp_params_optimizer_state()
+
+
+def _loss_scale(engine: Engine) -> dict | None:
+    """The dynamic loss scaler's counters in fp16, else None."""
+    if not engine.deepspeed.fp16_enabled():
+        return None
+    scaler = engine.deepspeed.optimizer.loss_scaler
+    return {name: vars(scaler)[name] for name in LOSS_SCALE}
+
+
+def _all_ranks(tensor: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+    """The tensors of the same shape that all ranks hold, on the CPU."""
+    gathered = [torch.empty_like(tensor, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor.to(device))
+    return [each.cpu() for each in gathered]
+
+
+def _file_entry(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

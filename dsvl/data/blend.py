@@ -1,0 +1,101 @@
+"""Which samples, on which side, in which order: pure functions of the seed."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Side = Literal["train", "eval", "straddles_split"]
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """What ties a sample to others: they may not stand on different sides of the split."""
+
+    source: str
+    """The set it comes from."""
+    record: str
+    """Its raw record, `SOURCE/ID`; samples of one record share it."""
+    images: tuple[str, ...]
+    """sha256 keys."""
+
+    @property
+    def group_keys(self) -> tuple[str, ...]:
+        """Everything that links it, without repeats."""
+        return (*dict.fromkeys(self.images), self.record)
+
+
+def assign_split(
+    samples: Sequence[Links],
+    *,
+    declared: Mapping[str, Literal["auto", "train", "eval"]],
+    eval_fraction: float,
+    seed: int,
+) -> list[Side]:
+    """The side of every sample, so that no image and no record is on both.
+
+    A set declared `train` or `eval` keeps its side. Samples of `auto` sets go with all that they
+    are linked to, held out by a hash of the group. A group that holds over half of a set (links
+    percolate) has its images hashed one by one instead. A sample whose images fall on both
+    sides, or a training sample with an image that is held out elsewhere, `straddles_split`.
+    """
+    sides: list[Side] = [
+        "train" if declared[s.source] == "auto" else declared[s.source] for s in samples
+    ]
+    automatic = [i for i, sample in enumerate(samples) if declared[sample.source] == "auto"]
+    sizes = Counter(samples[i].source for i in automatic)
+
+    def side(key: str) -> Literal["train", "eval"]:
+        digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+        return "eval" if int.from_bytes(digest[:8]) < eval_fraction * 2**64 else "train"
+
+    for group in _components([samples[i].group_keys for i in automatic]):
+        members = [samples[automatic[i]] for i in group]
+        held = Counter(member.source for member in members)
+        percolates = len(group) > 1 and any(2 * n > sizes[source] for source, n in held.items())
+        shared = side(min(key for member in members for key in member.group_keys))
+        for i, member in zip(group, members, strict=True):
+            found = {side(key) for key in member.images or (member.record,)}
+            own = found.pop() if len(found) == 1 else "straddles_split"
+            sides[automatic[i]] = own if percolates else shared
+
+    held_out = {
+        key
+        for sample, where in zip(samples, sides, strict=True)
+        if where == "eval"
+        for key in sample.images
+    }
+    return [
+        "straddles_split" if where == "train" and not held_out.isdisjoint(sample.images) else where
+        for sample, where in zip(samples, sides, strict=True)
+    ]
+
+
+def order(n: int, *, seed: int, epoch: int) -> np.ndarray:
+    """(n,) int64: the order of `n` samples in an epoch; seeds and epochs are not negative."""
+    # Raw bits sorted, not Generator.permutation, whose stream numpy may change between versions.
+    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
+    return np.argsort(bits, kind="stable")
+
+
+def _components(keys: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Indices of the samples that share keys, directly or through others."""
+    parent = list(range(len(keys)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[str, int] = {}
+    for i, own in enumerate(keys):
+        for key in own:
+            parent[root(i)] = root(first.setdefault(key, i))
+    groups = defaultdict(list)
+    for i in range(len(keys)):
+        groups[root(i)].append(i)
+    return list(groups.values())

@@ -1,0 +1,183 @@
+"""Open, check, decode and resize one image, safely: what an annotation names is not trusted."""
+
+import hashlib
+import io
+import json
+import re
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dsvl.data.types import Reason
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:", re.IGNORECASE)
+
+
+class BadImage(Exception):
+    """An image that cannot be used; `reason` is one of the reasons of the quarantine."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image that was decoded in full, once."""
+
+    key: str
+    """sha256 of the bytes, in hexadecimal."""
+    bytes: bytes = field(repr=False)
+    path: str
+    """As the annotation has it, relative to the image folder."""
+    width: int
+    height: int
+    mime: str
+    rgb: Image.Image = field(repr=False)
+    """Decoded, upright, three channels of 8 bits."""
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """How the CLIP family prepares an image: shortest edge to `size`, centre crop, normalise."""
+
+    size: int
+    """Pixels of each edge afterwards, P."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path) -> "ImageProcessor":
+        """Read `preprocessor_config.json`.
+
+        Raises ValueError where it asks for anything but a bicubic resize of the shortest edge
+        to the size of the crop; FileNotFoundError where there is none.
+        """
+        path = Path(folder) / "preprocessor_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        size, crop = settings.get("size"), settings.get("crop_size")
+        edge = size.get("shortest_edge") if isinstance(size, dict) else size
+        if isinstance(crop, int):
+            crop = {"height": crop, "width": crop}
+        if crop != {"height": edge, "width": edge} or settings.get("resample", 3) != 3:
+            raise ValueError(
+                f"{path}: size={size}, crop_size={crop}, resample={settings.get('resample')}: must "
+                "resize the shortest edge with resample=3 (bicubic) to a square crop of that size"
+            )
+        return cls(edge, tuple(settings["image_mean"]), tuple(settings["image_std"]))
+
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """(3, P, P) uint8 of an RGB image: its centre, the shortest edge resized to P."""
+        short = min(image.size)
+        # The pixel cap allows strips of 1 x 50,000,000, which a resize of the shortest edge would
+        # blow up to P times P * 50,000,000: only their middle is resized.
+        image = _centre(image, *(min(edge, 16 * short) for edge in image.size))
+        resized = [int(self.size * edge / short) for edge in image.size]
+        image = image.resize(tuple(resized), Image.Resampling.BICUBIC)
+        return np.asarray(_centre(image, self.size, self.size)).transpose(2, 0, 1)
+
+    def normalise(self, fitted: np.ndarray) -> np.ndarray:
+        """(3, P, P) float32 of (3, P, P) uint8: scaled to [0, 1], then by mean and std."""
+        return np.stack([t.take(c) for t, c in zip(self._normalised, fitted, strict=True)])
+
+    @cached_property
+    def _normalised(self) -> np.ndarray:
+        """(3, 256) float32: what each value of each channel becomes."""
+        scaled = (np.arange(256) / 255).astype(np.float32)
+        mean, std = (np.array(values, np.float32)[:, None] for values in (self.mean, self.std))
+        return (scaled - mean) / std
+
+
+def load(root: str | Path, ref: str, *, max_pixels: int) -> StoredImage:
+    """Read and decode the image that an annotation names, below `root` and nowhere else.
+
+    Raises BadImage: `forbidden_path` for anything but a relative path that stays inside `root`,
+    links resolved, whether or not the file exists; `missing_image`; `image_too_large` by its
+    header, before it is decoded; `undecodable_image`.
+    """
+    data = _resolve(Path(root), ref).read_bytes()
+    image = _open(data, max_pixels=max_pixels)
+    return StoredImage(
+        key=hashlib.sha256(data).hexdigest(),
+        bytes=data,
+        path=ref,
+        width=image.width,
+        height=image.height,
+        mime=Image.MIME[image.format],
+        rgb=_decode(image),
+    )
+
+
+def pixels(data: bytes, processor: ImageProcessor) -> np.ndarray:
+    """(3, P, P) float32 pixels of an encoded image, as the tower takes them.
+
+    Raises BadImage where the bytes are no image.
+    """
+    image = _open(data, max_pixels=Image.MAX_IMAGE_PIXELS)
+    return processor.normalise(processor.fit(_decode(image)))
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resolve(root: Path, ref: str) -> Path:
+    shown = ascii(ref[:200])
+    if "\0" in ref or _URL.match(ref) or Path(ref).is_absolute() or ".." in Path(ref).parts:
+        raise BadImage("forbidden_path", f"{shown} is not a plain path relative to {root}")
+    try:
+        path = (root / ref).resolve()
+        inside = path.is_relative_to(root.resolve())
+        exists = inside and path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not encodable, a link loop
+        raise BadImage("forbidden_path", f"{shown}: {ascii(str(error)[:200])}") from error
+    if not inside:
+        raise BadImage("forbidden_path", f"{shown} leads out of {root}")
+    if not exists:
+        raise BadImage("missing_image", f"{shown} is not a file in {root}")
+    return path
+
+
+def _open(data: bytes, *, max_pixels: int) -> Image.Image:
+    if not data:
+        raise BadImage("undecodable_image", "the file is empty")
+    with warnings.catch_warnings():
+        # Its own limit is applied on opening; ours, which is lower and a setting, comes below.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise BadImage("image_too_large", str(error)) from error
+        except Exception as error:
+            raise _undecodable(data, error) from error
+    if image.width * image.height > max_pixels:
+        detail = f"{image.width} x {image.height} pixels, more than {max_pixels} in all"
+        raise BadImage("image_too_large", detail)
+    return image
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """The image in full, upright, as RGB."""
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:
+        raise _undecodable(b"", error) from error
+
+
+def _undecodable(data: bytes, error: Exception) -> BadImage:
+    # Hostile bytes raise anything in a decoder: OSError, SyntaxError, struct.error, zlib.error ...
+    if data.lstrip()[:1] == b"<":
+        return BadImage("undecodable_image", "the file is HTML or XML, not an image")
+    if isinstance(error, Image.UnidentifiedImageError):
+        return BadImage("undecodable_image", f"the file is none of {', '.join(FORMATS)}")
+    return BadImage("undecodable_image", f"{type(error).__name__}: {error}")

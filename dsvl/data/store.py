@@ -1,0 +1,432 @@
+"""The prepared format: written atomically, read by index, memory-mapped.
+
+    samples/*.parquet   conversations before any template, in the order of their raw records
+    images/*.parquet    every image that decoded, once: its bytes and where it was first seen
+    encoded/*.npy       token ids, labels, kinds and images of all samples laid end to end, with
+                        offsets; the indices of each split; pixels resized to what the tower takes
+    quarantine.jsonl    raw records that did not come through
+    manifest.json       identity, conservation of every set, realised mix, sha256 of every file
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dsvl.data.images import ImageProcessor, StoredImage
+from dsvl.data.types import IGNORED, Conversation, Example, Rejected
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "eval")
+SHARD_BYTES = 256 << 20
+GROUP_BYTES = 8 << 20
+
+SAMPLES = pa.schema(
+    {
+        "id": pa.string(),
+        "source": pa.string(),
+        "images": pa.list_(pa.string()),
+        "messages": pa.list_(
+            pa.struct(
+                {
+                    "role": pa.string(),
+                    "supervise": pa.bool_(),
+                    "content": pa.list_(
+                        pa.struct({"type": pa.string(), "text": pa.string(), "image": pa.int32()})
+                    ),
+                }
+            )
+        ),
+        "split": pa.string(),
+        "group_keys": pa.list_(pa.string()),
+        "meta": pa.string(),
+    }
+)
+IMAGES = pa.schema(
+    {
+        "key": pa.string(),
+        "bytes": pa.binary(),
+        "path": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "mime": pa.string(),
+        "source_ids": pa.list_(pa.string()),
+    }
+)
+
+
+class Examples:
+    """The encoded samples of one split, by index."""
+
+    def __init__(self, folder: Path, split: str, keys: np.ndarray) -> None:
+        # Views of the memory map: slicing an np.memmap itself is ten times as slow.
+        columns = ("ids", "labels", "kinds", "images", "names", "offsets", "image_offsets",
+                   "name_offsets")  # fmt: skip
+        for name in columns:
+            setattr(self, f"_{name}", np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")))
+        self._rows = np.load(folder / f"{split}.npy")
+        self._keys = keys
+        self.lengths: np.ndarray = np.diff(self._offsets)[self._rows]
+        """(N,) int64 positions a sample, images included."""
+        self.targets: np.ndarray = np.load(folder / "targets.npy")[self._rows]
+        """(N,) int64 supervised targets a sample: what `Batch.targets` sums."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """Sample `index`, 0 <= index < N, as views of the memory map: read-only."""
+        row = self._rows[index]
+        start, end = self._offsets[row : row + 2].tolist()
+        first, last = self._image_offsets[row : row + 2].tolist()
+        name, name_end = self._name_offsets[row : row + 2].tolist()
+        return Example(
+            id=self._names[name:name_end].tobytes().decode(),
+            ids=self._ids[start:end],
+            labels=self._labels[start:end],
+            kinds=self._kinds[start:end],
+            images=tuple([self._keys[i].decode() for i in self._images[first:last].tolist()]),
+        )
+
+
+class Prepared:
+    """A prepared set, open for reading; see `open_store`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.processor = ImageProcessor(**manifest["processor"])
+        self.image_tokens: int = manifest["image_tokens"]
+        """Positions an image."""
+        self.pad_id: int = manifest["pad_id"]
+        encoded = folder / "encoded"
+        self._keys = np.load(encoded / "image_keys.npy")
+        self._pixels = np.asarray(np.load(encoded / "pixels.npy", mmap_mode="r"))
+        self.train = Examples(encoded, "train", self._keys)
+        self.eval = Examples(encoded, "eval", self._keys)
+
+    def pixels(self, key: str) -> np.ndarray:
+        """(3, P, P) float32 of the image with this sha256 key, as the tower takes it."""
+        return self.processor.normalise(self._pixels[self._index[key]])
+
+    def image(self, key: str) -> bytes:
+        """The bytes of the image with this sha256 key, as they were found."""
+        file, group, row = self._places[key]
+        return file.read_row_group(group, columns=["bytes"])["bytes"][row].as_py()
+
+    def samples(self, split: str) -> pa.Table:
+        """The conversations of a split, schema `SAMPLES`, in the order of its examples."""
+        return pq.read_table(self.folder / "samples", filters=[("split", "=", split)])
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {key.decode(): i for i, key in enumerate(self._keys.tolist())}
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[pq.ParquetFile, int, int]]:
+        places = {}
+        for path in sorted((self.folder / "images").iterdir()):
+            file = pq.ParquetFile(path)
+            for group in range(file.num_row_groups):
+                keys = file.read_row_group(group, columns=["key"])["key"].to_pylist()
+                places |= {key: (file, group, row) for row, key in enumerate(keys)}
+        return places
+
+
+def open_store(folder: str | Path) -> Prepared:
+    """Open a prepared set for reading: metadata alone is read, whatever its size.
+
+    Raises FileNotFoundError where there is none, ValueError where another version wrote it.
+    """
+    manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{folder}: schema_version={manifest['schema_version']}: this version reads "
+            f"{SCHEMA_VERSION}; prepare the data again"
+        )
+    return Prepared(Path(folder), manifest)
+
+
+def verify(folder: str | Path) -> list[str]:
+    """What is wrong with a prepared set, one line a fault: empty if every file is as it was written."""
+    folder = Path(folder)
+    if not (folder / "manifest.json").is_file():
+        return [f"{folder}: has no manifest.json"]
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        expected = manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{folder / 'manifest.json'}: is damaged: {type(error).__name__}: {error}"]
+    faults = []
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{path}: is missing")
+        elif sha256(path) != digest:
+            faults.append(f"{path}: differs from what was written")
+    return faults
+
+
+def sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Column:
+    """An .npy file that grows along its first axis, so that nothing is held in memory."""
+
+    def __init__(self, path: Path, *, dtype: str, shape: tuple[int, ...] = ()) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
+        self._dtype, self._shape, self.length = np.dtype(dtype), shape, 0
+        self._write_header()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add rows, of shape (n, *shape)."""
+        self._file.write(np.ascontiguousarray(rows, self._dtype).data)
+        self.length += len(rows)
+
+    def close(self) -> None:
+        """Write the final length into the header."""
+        # numpy pads headers so that any length fits in the same room.
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self.length, *self._shape),
+        }
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class Writer:
+    """Writes a prepared set beside `folder` and gives it that name when it is complete.
+
+    A context manager: what was written is removed unless `finish` was reached.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, processor: ImageProcessor, image_tokens: int, pad_id: int
+    ) -> None:
+        self.folder = Path(folder)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        making = tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent)
+        self._making = Path(making)
+        self._making.chmod(0o755)  # mkdtemp makes it private
+        self._settings = {
+            "processor": asdict(processor),
+            "image_tokens": image_tokens,
+            "pad_id": pad_id,
+        }
+        for name in ("samples", "images", "encoded"):
+            (self._making / name).mkdir()
+        edge = processor.size
+        self._columns = {
+            name: Column(self._making / "encoded" / f"{name}.npy", dtype=dtype, shape=shape)
+            for name, dtype, shape in (
+                ("ids", "<i4", ()),
+                ("labels", "<i4", ()),
+                ("kinds", "i1", ()),
+                ("images", "<i4", ()),
+                ("names", "u1", ()),
+                ("offsets", "<i8", ()),
+                ("image_offsets", "<i8", ()),
+                ("name_offsets", "<i8", ()),
+                ("targets", "<i8", ()),
+                ("image_keys", "S64", ()),
+                ("pixels", "u1", (3, edge, edge)),
+            )
+        }
+        self._index: dict[str, int] = {}
+        self._rows: dict[str, int] = {}
+        self._shards = _Shards(self._making / "images")
+        self._mark_offsets()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._making, ignore_errors=True)
+
+    def image(self, image: StoredImage, fitted: np.ndarray, *, source_id: str) -> None:
+        """Store an image with its (3, P, P) uint8 pixels, unless one with these bytes is stored."""
+        if image.key in self._index:
+            return
+        self._index[image.key] = len(self._index)
+        self._columns["image_keys"].append(np.array([image.key.encode()]))
+        self._columns["pixels"].append(fitted[None])
+        self._shards.append(image, source_id)
+
+    def example(self, example: Example) -> None:
+        """Store an encoded sample, whose images are stored."""
+        self._rows[example.id] = len(self._rows)
+        indices = [self._index[key] for key in example.images]
+        for name, values in (
+            ("ids", example.ids),
+            ("labels", example.labels),
+            ("kinds", example.kinds),
+            ("images", np.array(indices, np.int32)),
+            ("names", np.frombuffer(example.id.encode(), np.uint8)),
+            ("targets", np.array([np.count_nonzero(example.labels[1:] != IGNORED)])),
+        ):
+            self._columns[name].append(values)
+        self._mark_offsets()
+
+    def finish(
+        self,
+        samples: Iterable[tuple[Conversation, Sequence[str], str, Sequence[str]]],
+        *,
+        quarantine: Sequence[Rejected],
+        raw: Mapping[str, int],
+        identity: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Write what remains, publish the set under its name and return its manifest.
+
+        `samples` are (conversation, sha256 keys of its images, split, group keys) of every sample
+        to keep, each with a stored example; `raw` counts the records of every set.
+        """
+        counts = self._write_samples(samples)
+        for column in self._columns.values():
+            column.close()
+        self._shards.close()
+        write_quarantine(self._making / "quarantine.jsonl", quarantine)
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            **self._settings,
+            "identity": dict(identity),
+            "sources": conservation(raw, used=counts["source"], quarantine=quarantine),
+            "splits": {split: counts["split"][split] for split in SPLITS},
+            "mix": {source: n / counts["all"] for source, n in counts["source"].items()},
+            "images": len(self._index),
+            "files": {
+                str(path.relative_to(self._making)): sha256(path)
+                for path in sorted(self._making.rglob("*"))
+                if path.is_file()
+            },
+        }
+        text = json.dumps(manifest, indent=1) + "\n"
+        (self._making / "manifest.json").write_text(text, encoding="utf-8")
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self._making.rename(self.folder)
+        return manifest
+
+    def _write_samples(self, samples: Iterable) -> dict[str, Any]:
+        rows: dict[str, list[int]] = {split: [] for split in SPLITS}
+        sources: Counter[str] = Counter()
+        pending: list[dict[str, Any]] = []
+        with pq.ParquetWriter(self._making / "samples/00000.parquet", SAMPLES) as parquet:
+            for conversation, keys, split, group_keys in samples:
+                rows[split].append(self._rows[conversation.id])
+                sources[conversation.source] += 1
+                pending.append(_sample(conversation, keys, split, group_keys))
+                if len(pending) == 1000:
+                    parquet.write_table(pa.Table.from_pylist(pending, SAMPLES))
+                    pending = []
+            parquet.write_table(pa.Table.from_pylist(pending, SAMPLES))
+        for split, indices in rows.items():
+            np.save(self._making / f"encoded/{split}.npy", np.array(indices, np.int64))
+        splits = {split: len(indices) for split, indices in rows.items()}
+        return {"source": sources, "split": splits, "all": sum(splits.values())}
+
+    def _mark_offsets(self) -> None:
+        for name, of in (("offsets", "ids"), ("image_offsets", "images"), ("name_offsets", "names")):
+            self._columns[name].append(np.array([self._columns[of].length]))
+
+
+class _Shards:
+    """images/*.parquet: row groups of about 8 MB in files of about 256 MB."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._parquet, self._files = folder, None, 0
+        self._rows: list[dict[str, Any]] = []
+        self._group_bytes = self._shard_bytes = 0
+
+    def append(self, image: StoredImage, source_id: str) -> None:
+        row = {name: getattr(image, name) for name in IMAGES.names[:-1]}
+        self._rows.append(row | {"source_ids": [source_id]})
+        self._group_bytes += len(image.bytes)
+        if self._group_bytes >= GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        if self._rows or not self._files:
+            self._flush()
+        if self._parquet:
+            self._parquet.close()
+
+    def _flush(self) -> None:
+        if self._parquet is None:
+            path = self._folder / f"{self._files:05}.parquet"
+            self._parquet = pq.ParquetWriter(path, IMAGES, compression="none")
+            self._files += 1
+        self._parquet.write_table(pa.Table.from_pylist(self._rows, IMAGES))
+        self._shard_bytes += self._group_bytes
+        self._rows, self._group_bytes = [], 0
+        if self._shard_bytes >= SHARD_BYTES:
+            self._parquet.close()
+            self._parquet, self._shard_bytes = None, 0
+
+
+def conservation(
+    raw: Mapping[str, int], *, used: Mapping[str, int], quarantine: Iterable[Rejected]
+) -> dict[str, dict[str, Any]]:
+    """Per set: raw = used + merged + dropped + held_out, and the drops by reason."""
+    reasons: dict[str, Counter[str]] = {source: Counter() for source in raw}
+    for rejected in quarantine:
+        reasons[rejected.source][rejected.reason] += 1
+    table = {}
+    for source, records in raw.items():
+        held_out = reasons[source].pop("held_out", 0)
+        dropped = dict(sorted(reasons[source].items()))
+        kept = used.get(source, 0)
+        assert records == kept + sum(dropped.values()) + held_out, f"{source}: records were lost"
+        table[source] = {
+            "raw": records,
+            "used": kept,
+            "merged": 0,
+            "dropped": dropped,
+            "held_out": held_out,
+        }
+    return table
+
+
+def write_quarantine(path: Path, quarantine: Iterable[Rejected]) -> None:
+    """One JSON line for every raw record that did not come through."""
+    with open(path, "w", encoding="utf-8") as file:
+        for rejected in quarantine:
+            file.write(json.dumps(asdict(rejected)) + "\n")
+
+
+def _sample(
+    conversation: Conversation, keys: Sequence[str], split: str, group_keys: Sequence[str]
+) -> dict[str, Any]:
+    messages = [
+        {
+            "role": turn.role,
+            "supervise": turn.supervise,
+            "content": [asdict(part) for part in turn.content],
+        }
+        for turn in conversation.turns
+    ]
+    return {
+        "id": conversation.id,
+        "source": conversation.source,
+        "images": list(keys),
+        "messages": messages,
+        "split": split,
+        "group_keys": list(group_keys),
+        "meta": json.dumps({"record": conversation.record, **conversation.meta}),
+    }

@@ -1,0 +1,111 @@
+"""DeepSpeed: its configuration from ours, and one optimiser update over a global batch."""
+
+import logging
+from collections.abc import Sequence
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from dsvl import optim
+from dsvl.config import EngineConfig, OptimConfig, TrainConfig
+from dsvl.data.types import Batch
+from dsvl.model import VisualChat
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def deepspeed_config(
+    engine: EngineConfig, train: TrainConfig, optim: OptimConfig, *, workers: int, trainable: int
+) -> dict:
+    """DeepSpeed's own configuration; `trainable` parameters bound its communication buffers.
+
+    Raises:
+        ValueError: if the global batch is not a multiple of workers x micro batch.
+    """
+    passed = workers * engine.micro_batch
+    if train.batch % passed:
+        raise ValueError(
+            f"train.batch={train.batch}: must be a multiple of workers x engine.micro_batch = "
+            f"{workers} x {engine.micro_batch}; the nearest that is: {max(train.batch // passed, 1) * passed}"
+        )
+    return {
+        "train_batch_size": train.batch,
+        "train_micro_batch_size_per_gpu": engine.micro_batch,
+        "gradient_accumulation_steps": train.batch // passed,
+        "gradient_clipping": optim.clip,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": min(trainable, 500_000_000),
+        },
+        "bf16": {"enabled": train.precision == "bf16"},
+        "fp16": {"enabled": train.precision == "fp16", "loss_scale_window": 100},
+        # ZeRO takes any torch optimiser; the flag only silences the question whether that is meant.
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+class Engine:
+    """A model, its AdamW and the ranks that share its work."""
+
+    def __init__(
+        self, model: VisualChat, *, engine: EngineConfig, train: TrainConfig, optim_config: OptimConfig
+    ) -> None:
+        """Hand the model to DeepSpeed; torch.distributed must be initialised."""
+        self.optim_config = optim_config
+        self.workers = dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.parameters = model.trainable()
+        # DeepSpeed would compile a shared-memory extension on first use (half a minute, and a compiler).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        config = deepspeed_config(
+            engine,
+            train,
+            optim_config,
+            workers=self.workers,
+            trainable=sum(p.numel() for p in self.parameters.values()),
+        )
+        optimizer = torch.optim.AdamW(
+            optim.groups(self.parameters, optim_config),
+            lr=optim_config.lr,
+            betas=optim_config.betas,
+            eps=optim_config.eps,
+        )
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=not deepspeed.comm.is_initialized()
+        )
+
+    @property
+    def model(self) -> VisualChat:
+        """The model inside the engine."""
+        return self.deepspeed.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches have to be."""
+        return self.deepspeed.device
+
+    def update(self, micro_batches: Sequence[Batch], *, targets: int, lr: float) -> tuple[float, float]:
+        """One optimiser update from this rank's share of a global batch.
+
+        Args:
+            micro_batches: as many as there are accumulation steps.
+            targets: supervised tokens of the whole global batch; the loss is the mean over them.
+            lr: the learning rate of this update.
+
+        Returns:
+            The loss of the global batch in nats a token, and the norm of its gradient before clipping.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.device)
+        # DeepSpeed averages over ranks and accumulation steps; the loss is a sum over tokens.
+        share = self.workers * len(micro_batches) / targets
+        for batch in micro_batches:
+            loss = self.deepspeed(batch)
+            total += loss.detach().float()
+            self.deepspeed.backward(loss * share)
+            self.deepspeed.step()
+        dist.all_reduce(total)
+        return total.item() / targets, float(self.deepspeed.get_global_grad_norm())

@@ -1,0 +1,109 @@
+"""The training loop, as a generator: the library yields a Step, the caller decides what to do with it."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dsvl.config import EngineConfig, TrainConfig
+from dsvl.data import blend
+from dsvl.data.collate import collate
+from dsvl.data.store import Prepared
+from dsvl.data.types import Batch
+from dsvl.engine import Engine
+from dsvl.optim import learning_rate
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser update."""
+
+    number: int
+    """How many updates the model has had, this one included."""
+    epoch: int
+    """Which pass over the data it belongs to, from 0."""
+    ends_epoch: bool
+    loss: float
+    """Mean over the supervised tokens of the global batch, nats."""
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Text and image positions of the global batch."""
+    seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """Under their names in every journal and tracker."""
+        return {
+            "train/loss": self.loss,
+            "train/lr": self.lr,
+            "train/grad_norm": self.grad_norm,
+            "throughput/tokens_per_s": self.tokens / self.seconds,
+        }
+
+
+class Plan:
+    """Which samples every update takes: a pure function of (seed, step), whatever the number of workers."""
+
+    def __init__(self, samples: int, train: TrainConfig) -> None:
+        """Raises ValueError if an epoch has fewer samples than one batch."""
+        self.samples, self.train = samples, train
+        self.steps_per_epoch = samples // train.batch
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"train.batch={train.batch}: must not exceed the {samples} training samples; set it lower"
+            )
+        self.steps = self.steps_per_epoch * train.epochs
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def epoch(self, step: int) -> int:
+        """The epoch that update `step` (from 0) belongs to."""
+        return step // self.steps_per_epoch
+
+    def indices(self, step: int) -> np.ndarray:
+        """(batch,) sample indices of update `step`. The rest of an epoch, less than a batch, waits for the next draw."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, blend.order(self.samples, seed=self.train.seed, epoch=epoch)
+        return self._order[index * self.train.batch : (index + 1) * self.train.batch]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch on another device."""
+    return replace(batch, **{name: getattr(batch, name).to(device) for name in Batch.__slots__})
+
+
+def steps(
+    engine: Engine, prepared: Prepared, *, train: TrainConfig, config: EngineConfig, start: int = 0
+) -> Iterator[Step]:
+    """Train from update `start` to the end, yielding after every optimiser update."""
+    plan = Plan(len(prepared.train), train)
+    for step in range(start, plan.steps):
+        began = time.perf_counter()
+        indices = plan.indices(step)
+        mine = indices[engine.rank :: engine.workers]
+        micro_batches = [
+            to_device(collate_indices(prepared, mine[first : first + config.micro_batch]), engine.device)
+            for first in range(0, len(mine), config.micro_batch)
+        ]
+        lr = learning_rate(step, plan.steps, engine.optim_config)
+        loss, grad_norm = engine.update(
+            micro_batches, targets=int(prepared.train.targets[indices].sum()), lr=lr
+        )
+        yield Step(
+            number=step + 1,
+            epoch=plan.epoch(step),
+            ends_epoch=(step + 1) % plan.steps_per_epoch == 0,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=int(prepared.train.lengths[indices].sum()),
+            seconds=time.perf_counter() - began,
+        )
+
+
+def collate_indices(prepared: Prepared, indices: np.ndarray) -> Batch:
+    """The training samples at these indices as one batch."""
+    return collate([prepared.train[int(i)] for i in indices], pixels=prepared.pixels)

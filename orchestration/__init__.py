@@ -1,0 +1,1 @@
+"""What knows about runs and machines: an experiment's file becomes data, models and reports."""

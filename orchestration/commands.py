@@ -1,0 +1,49 @@
+"""The verbs that do work: data, tracking and engines brought together for one experiment.
+
+Each can be interrupted and typed again: what is done is not done again.
+"""
+
+import logging
+from pathlib import Path
+
+from orchestration import search
+from orchestration.cluster import connect
+from orchestration.config import Experiment
+from orchestration.prepare import prepare
+from orchestration.tracking import Shipper
+from orchestration.trainer import begin, finished, fit
+
+log = logging.getLogger(__name__)
+
+
+def train(experiment: Experiment) -> dict:
+    """Train in the experiment's run folder, or go on where it stopped; returns the result.
+
+    Raises:
+        ValueError: if the folder holds a run of another identity; the differing fields are named.
+    """
+    folder = experiment.run_folder
+    begin(experiment, folder)
+    if finished(experiment, folder) is None:
+        with connect(experiment), Shipper(experiment) as shipper:
+            prepared = Path(prepare(experiment)["folder"])
+            shipper.follow(folder, name=experiment.name)
+            fit(experiment, folder, prepared, workers=experiment.cluster.workers)
+    result = finished(experiment, folder)
+    assert result is not None
+    return {"folder": str(folder)} | result
+
+
+def sweep(experiment: Experiment) -> dict:
+    """Search the experiment's space, all trials sharing one prepared data set; returns their results.
+
+    Raises:
+        ValueError: if there is no search section, or the trials' folder holds another search.
+    """
+    folder = search.trials_folder(experiment)
+    begin(experiment, folder)
+    with connect(experiment), Shipper(experiment) as shipper:
+        prepared = Path(prepare(experiment)["folder"])
+        shipper.follow_sweep(folder, name=f"{experiment.name} sweep")
+        search.search(experiment, prepared)
+    return search.summarize(experiment)

@@ -1,0 +1,434 @@
+"""An experiment: the settings of the library, and those of the machines that carry it out.
+
+Frozen once it is made. What is trained (`identity`) is kept apart from where it runs.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import to_jsonable_python
+
+from dsvl.config import (
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    require,
+)
+from orchestration.problems import ConfigError, Problem, explain, fields_at, unknown_field
+
+WHAT = ("model", "data", "optim", "train")
+"""The sections that say what is trained; the others say where, and how it is watched."""
+
+
+class Section(BaseModel):
+    """Settings that belong together.
+
+    Its `extra="forbid"` reaches the plain dataclasses inside it, which else ignore unknown keys.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ClusterConfig(Section):
+    """Which machines carry the work, and how much of them."""
+
+    address: str = "local"
+    """`local` starts Ray here, `auto` joins this machine's cluster, HOST:PORT joins that one."""
+    workers: int = Field(default=1, gt=0)
+    """Workers of a training."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
+    preparers: int = Field(default=1, gt=0)
+    """Most actors that prepare data at once."""
+    gpu_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of a GPU that a worker may fill; a plan that needs more is refused."""
+    failures: int = Field(default=2, ge=0)
+    """Restarts of a training before it counts as failed."""
+
+    @field_validator("address")
+    @classmethod
+    def _address_is_known(cls, address: str) -> str:
+        known = re.fullmatch(r"local|auto|[\w.-]+:\d+", address)
+        require(known is not None, "address", address, "must be local, auto or HOST:PORT")
+        return address
+
+
+class StorageConfig(Section):
+    """Where files are."""
+
+    path: str = "runs"
+    """The folder of prepared data, runs and the default tracking store."""
+    data: str = "data"
+    """The folder of raw datasets."""
+
+
+class TrackingConfig(Section):
+    """Where runs are recorded."""
+
+    uri: str | None = None
+    """An MLflow tracking server or store; `mlflow.db` in the storage when empty."""
+    experiment: str = "dsvl"
+    """The MLflow experiment that holds the runs."""
+
+    @field_validator("uri")
+    @classmethod
+    def _uri_holds_no_secret(cls, uri: str | None) -> str | None:
+        if uri is not None and urlsplit(uri).password is not None:
+            raise ValueError(
+                "must not hold a password; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        return uri
+
+
+class _Listed(Section):
+    values: tuple[Any, ...] = Field(min_length=1)
+
+    def probes(self) -> tuple[Any, ...]:
+        """Values that must all be legal for the domain to be."""
+        return self.values
+
+
+class Grid(_Listed):
+    """Every one of the values, combined with every value of the other grids."""
+
+    kind: Literal["grid"]
+
+
+class Choice(_Listed):
+    """One of the values at random."""
+
+    kind: Literal["choice"]
+
+
+class _Range(Section):
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> Self:
+        require(self.low < self.high, "low", self.low, f"must be below high={self.high}")
+        return self
+
+    def probes(self) -> tuple[Any, ...]:
+        """Values that must all be legal for the domain to be."""
+        between = self.low + (self.high - self.low) / 3**0.5  # a field of whole numbers refuses it
+        return self.low, between, self.high
+
+
+class Uniform(_Range):
+    """A real number between `low` and `high`."""
+
+    kind: Literal["uniform"]
+
+
+class LogUniform(_Range):
+    """A real number between `low` and `high`, each order of magnitude as likely as another."""
+
+    kind: Literal["loguniform"]
+
+    @model_validator(mode="after")
+    def _low_is_positive(self) -> Self:
+        require(self.low > 0, "low", self.low, "must be positive")
+        return self
+
+
+Domain = Annotated[Grid | Choice | Uniform | LogUniform, Field(discriminator="kind")]
+
+
+class NoScheduler(Section):
+    """Every trial runs to its end."""
+
+    kind: Literal["none"]
+
+
+class Asha(Section):
+    """Trials that do worse than their peers stop early."""
+
+    kind: Literal["asha"]
+    grace: int = Field(default=1, gt=0)
+    """Epochs that every trial gets."""
+    reduction: int = Field(default=2, gt=1)
+    """One trial in so many goes on."""
+
+
+class SearchConfig(Section):
+    """Which experiments a sweep tries."""
+
+    space: dict[str, Domain] = Field(min_length=1)
+    """Dotted field -> the values to try."""
+    samples: int = Field(default=1, gt=0)
+    """Draws from the space; a grid is tried whole at each."""
+    seed: int = 0
+    metric: str = "eval/loss"
+    mode: Literal["min", "max"] = "min"
+    scheduler: Annotated[NoScheduler | Asha, Field(discriminator="kind")] = NoScheduler(kind="none")
+    concurrent: int = Field(default=1, gt=0)
+    """Trials at the same time."""
+    workers: int = Field(default=1, gt=0)
+    """Workers of a trial."""
+
+    @property
+    def trials(self) -> int:
+        """How many trials the sweep has."""
+        return self.samples * prod(
+            len(domain.values) for domain in self.space.values() if domain.kind == "grid"
+        )
+
+
+class Experiment(Section):
+    """Everything about a run or a sweep of runs; the same file gives the same experiment."""
+
+    name: str
+    """The folder of the run within the storage."""
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    cluster: ClusterConfig = ClusterConfig()
+    engine: EngineConfig = Field(default=EngineConfig(), validate_default=True)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    search: SearchConfig | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError(
+                f"{name!r} must be a plain folder name: letters, digits, '.', '_' and '-', "
+                "at most 100 of them, the first a letter or digit"
+            )
+        if name in ("prepared", "mlflow.db"):
+            raise ValueError(f"{name!r} is taken by the storage itself; choose another name")
+        return name
+
+    # These two rules look at several sections. As rules of a field they speak even when another
+    # section is broken, so that all problems come together.
+    @field_validator("engine")
+    @classmethod
+    def _batch_divides_among_workers(
+        cls, engine: EngineConfig, info: ValidationInfo
+    ) -> EngineConfig:
+        train, cluster = info.data.get("train"), info.data.get("cluster")
+        field = (info.context or {}).get("workers", "cluster.workers")
+        unit = cluster.workers * engine.micro_batch if train and cluster else 1
+        if train and cluster and train.batch % unit:
+            nearest = max(1, round(train.batch / unit)) * unit
+            legal = legal_workers(train.batch, engine.micro_batch)
+            counts = (
+                f"{field} to one of {', '.join(map(str, legal))}"
+                if legal
+                else f"engine.micro_batch to a divisor of {train.batch}"
+            )
+            raise ConfigError(
+                [
+                    Problem(
+                        ("train", "batch"),
+                        f"{train.batch} must be a multiple of {field} x engine.micro_batch = "
+                        f"{cluster.workers} x {engine.micro_batch}; "
+                        f"set train.batch={nearest}, or {counts}",
+                    )
+                ]
+            )
+        return engine
+
+    @field_validator("search")
+    @classmethod
+    def _every_trial_is_an_experiment(
+        cls, search: SearchConfig | None, info: ValidationInfo
+    ) -> SearchConfig | None:
+        problems = _search_problems(cls, search, info.data) if search else []
+        if problems:
+            raise ConfigError(problems)
+        return search
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run keeps its files."""
+        return Path(self.storage.path) / self.name
+
+    @property
+    def tracking_uri(self) -> str:
+        """The tracking store in use."""
+        return self.tracking.uri or f"sqlite:///{Path(self.storage.path) / 'mlflow.db'}"
+
+    def identity(self) -> str:
+        """Names what is trained: equal wherever and however it runs."""
+        return _digest(self.identity_fields())
+
+    def identity_fields(self) -> dict[str, object]:
+        """The settings behind the identity, as dotted field -> value that JSON can hold."""
+        what: dict[str, Any] = {name: to_jsonable_python(getattr(self, name)) for name in WHAT}
+        what["model"]["language"] = what["model"].pop("languages")[self.model.size]
+        for dataset in what["data"]["sets"].values():
+            del dataset["records"]  # a hint for plans, which changes no sample
+        return dict(_flat(what))
+
+    def prepared_identity(self) -> str:
+        """Names the prepared data that it reads: equal for all sizes and optimizers."""
+        whole = self.identity_fields()
+        reads = ("data.", "model.vision.", "train.seed")
+        tokenizers = sorted(language.checkpoint for language in self.model.languages.values())
+        return _digest(
+            {name: value for name, value in whole.items() if name.startswith(reads)}
+            | {"tokenizers": tokenizers}
+        )
+
+    def differences(self, fields: Mapping[str, object]) -> list[str]:
+        """Where stored `identity_fields` differ from this experiment's, with both values."""
+        ours = self.identity_fields()
+        return [
+            f"{name} ({fields.get(name, 'absent')!r} before, {ours.get(name, 'absent')!r} now)"
+            for name in sorted(ours.keys() | fields.keys())
+            if name not in ours or name not in fields or ours[name] != fields[name]
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting, fit for JSON and YAML; validated again it gives an equal experiment."""
+        return self.model_dump(mode="json")
+
+    def params(self) -> dict[str, object]:
+        """Every setting that this run uses, as dotted field -> value, for a tracker."""
+        settings = self.as_dict()
+        where = {name: value for name, value in settings.items() if name not in WHAT}
+        return {**self.identity_fields(), **dict(_flat(where))}
+
+    def with_overrides(self, overrides: Mapping[str, object]) -> "Experiment":
+        """The same with dotted fields set anew; a ConfigError names all that is wrong."""
+        settings = self.as_dict()
+        for path, value in overrides.items():
+            settings = place(settings, path_keys(path), value)
+        return validated(settings)
+
+    def trial(self, values: Mapping[str, object]) -> "Experiment":
+        """The experiment that a trial of the search runs."""
+        assert self.search is not None
+        return self.with_overrides(
+            {**values, "cluster.workers": self.search.workers, "search": None}
+        )
+
+
+def validated(settings: Mapping[str, Any]) -> Experiment:
+    """The experiment with these settings; a ConfigError names all that is wrong with them."""
+    try:
+        return Experiment.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Experiment)) from None
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`over` on top of `base`: mappings merge, all else (lists too) is replaced.
+
+    A mapping of another `kind` is another thing, and replaced as well.
+    """
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return over
+    if base.get("kind") != over.get("kind", base.get("kind")):
+        return over
+    return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
+
+
+def place(settings: Mapping[str, Any], keys: Sequence[str], value: object) -> dict[str, Any]:
+    """`settings` with `value` merged in at `keys`; a ConfigError where a value is in the way."""
+    inside: Any = settings
+    for end, key in enumerate(keys[:-1], start=1):
+        inside = inside.get(key)
+        if inside is None:
+            break
+        if not isinstance(inside, Mapping):
+            through = ".".join(keys[:end])
+            text = f"{through} is a value ({inside!r}), not a section; set {through} itself"
+            raise ConfigError([Problem(tuple(keys), text)])
+    for key in reversed(keys):
+        value = {key: value}
+    return merge(settings, value)
+
+
+def path_keys(path: str) -> tuple[str, ...]:
+    """The keys of a dotted path; a field that is searched is itself a single, dotted key."""
+    keys = tuple(path.split("."))
+    if keys[:2] == ("search", "space") and len(keys) > 2:
+        end = len(keys) - (keys[-1] in ("kind", "values", "low", "high"))
+        keys = (*keys[:2], ".".join(keys[2:end]), *keys[end:])
+    return keys
+
+
+def legal_workers(batch: int, micro_batch: int) -> list[int]:
+    """The numbers of workers, up to 1024, among which a batch can be divided."""
+    shares = batch // micro_batch if batch % micro_batch == 0 else 0
+    return [workers for workers in range(1, min(shares, 1024) + 1) if shares % workers == 0]
+
+
+def _search_problems(
+    schema: type[Experiment], search: SearchConfig, sections: Mapping[str, Any]
+) -> list[Problem]:
+    """Compose every probed value into the sections that are legal themselves."""
+    base = to_jsonable_python(dict(sections))
+    broken = schema.model_fields.keys() - sections.keys() - {"search"}
+    if "cluster" in base:
+        base = place(base, ("cluster", "workers"), search.workers)
+
+    def compose(settings: dict[str, Any]) -> list[Problem]:
+        try:
+            schema.model_validate(settings, context={"workers": "search.workers"})
+        except ValidationError as error:
+            found = explain(error, schema)
+            return [problem for problem in found if problem.keys[0] not in broken]
+        return []
+
+    problems = [Problem(("search", "workers"), str(problem)) for problem in compose(base)]
+    if problems:
+        return problems
+    for path, domain in search.space.items():
+        keys, where = path_keys(path), ("search", "space", path)
+        if (unknown := unknown_field(schema, keys)) is not None:
+            problems.append(Problem(where, unknown))
+        elif keys[0] not in WHAT:
+            text = f"a search varies what is trained: fields of {', '.join(WHAT)}"
+            problems.append(Problem(where, text))
+        elif fields_at(schema, keys):
+            problems.append(Problem(where, "is a section; name one of its fields"))
+        elif keys[0] not in broken:
+            problems += [
+                Problem(where, problem.text if problem.keys == keys else f"{value!r}: {problem}")
+                for value in domain.probes()
+                for problem in compose(place(base, keys, value))
+            ]
+    return problems
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = []
+    for key, value in tree.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        pairs += [(prefix + key, value)] if inner is None else inner
+    return pairs
+
+
+def _digest(fields: Mapping[str, object]) -> str:
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

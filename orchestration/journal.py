@@ -1,0 +1,80 @@
+"""The record of a run: an append-only file of JSON lines in its folder, read by tracker, report and resume.
+
+One process writes at a time. A line is one of
+`{"kind": "start", "time", "identity", "params", "step"}`, `{"kind": "metrics", "time", "step", "metrics"}`
+and `{"kind": "end", "time", "state", "reason"}` with state finished, stopped (by a scheduler) or failed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """Appends lines to a run's journal; each is on its way to the disk before the call returns."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the journal of a run, after removing a line that a killed writer left half done."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / NAME).open("ab")
+        whole = read(folder)[1]
+        if self._file.tell() > whole:
+            self._file.truncate(whole)
+
+    def start(self, *, identity: str, params: dict[str, object], step: int) -> None:
+        """The run begins, or goes on after `step` updates."""
+        self._append({"kind": "start", "identity": identity, "params": params, "step": step})
+
+    def metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """What was measured after update `step`."""
+        self._append({"kind": "metrics", "step": step, "metrics": metrics})
+
+    def end(self, state: str, reason: str = "") -> None:
+        """The run is over."""
+        self._append({"kind": "end", "state": state, "reason": reason})
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _append(self, entry: dict[str, object]) -> None:
+        self._file.write(json.dumps({"time": time.time()} | entry).encode() + b"\n")
+        self._file.flush()
+
+
+def read(folder: Path, offset: int = 0) -> tuple[list[dict], int]:
+    """The whole lines from a byte offset on, and the offset after them; a torn last line is left for later."""
+    path = folder / NAME
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+
+
+def points(entries: list[dict]) -> Iterator[tuple[str, int, float, float]]:
+    """(metric, step, value, time) once a metric and step: where a resumed run repeats a step, the later line counts."""
+    latest = {
+        (key, entry["step"]): (value, entry["time"])
+        for entry in entries
+        if entry["kind"] == "metrics"
+        for key, value in entry["metrics"].items()
+    }
+    for (key, step), (value, moment) in sorted(latest.items(), key=lambda item: item[0]):
+        yield key, step, value, moment
+
+
+def curve(folder: Path, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric of a run, by step."""
+    return [(step, value) for key, step, value, _ in points(read(folder)[0]) if key == metric]
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(document, indent=1))
+    unfinished.replace(path)

@@ -1,0 +1,305 @@
+"""What an experiment needs and costs, from its settings alone: no torch, no Ray, no weights."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from dsvl.config import LanguageConfig, VisionConfig
+from orchestration.config import Experiment, legal_workers
+
+GIB = 1024**3
+STATE_BYTES = 12
+"""Of a trained parameter: its float32 master value and two moments."""
+
+
+class PlanError(ValueError):
+    """The experiment cannot be carried out on the machines it asks for."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of a part of the model."""
+
+    total: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """What one size of the model needs, in a run or in the trials of a sweep."""
+
+    size: str
+    purpose: Literal["run", "trial"]
+    workers: int
+    parameters: dict[str, Part]
+    memory: dict[str, int]
+    """Component -> bytes per worker; the activations are an estimate from above."""
+    accumulation: int
+    """Passes of a worker for one optimizer update."""
+    checkpoint_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """All components together."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment needs."""
+
+    name: str
+    identity: str
+    run_folder: str
+    samples: int | None
+    """Training samples; None is unknown until `prepare`."""
+    samples_from: str
+    """Where the number of samples comes from."""
+    epochs: int
+    steps_per_epoch: int | None
+    """Optimizer updates; samples that fill no whole batch are left out of their epoch."""
+    steps: int | None
+    tokens_per_step: int
+    """At most, with the tokens of images."""
+    checkpoints_kept: int
+    trials: int | None
+    trials_at_once: int | None
+    sizes: tuple[SizePlan, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan, fit for JSON."""
+        plan = asdict(self)
+        for described, size in zip(plan["sizes"], self.sizes, strict=True):
+            described["memory_bytes"] = size.memory_bytes
+        return plan
+
+    def render(self) -> str:
+        """The plan as an aligned text for people."""
+        rows = [
+            ("experiment", self.name),
+            ("identity", self.identity),
+            ("folder", self.run_folder),
+            ("samples", f"{_count(self.samples)} ({self.samples_from})"),
+            ("epochs", _count(self.epochs)),
+            ("steps", f"{_count(self.steps)} ({_count(self.steps_per_epoch)} an epoch)"),
+            ("tokens a step", f"at most {_count(self.tokens_per_step)}"),
+            ("checkpoints", f"{self.checkpoints_kept} kept"),
+        ]
+        if self.trials is not None:
+            rows.append(("trials", f"{_count(self.trials)}, {self.trials_at_once} at once"))
+        return "\n".join([*_aligned(rows, str.ljust), "", *_aligned(_table(self.sizes), str.rjust)])
+
+
+def plan(experiment: Experiment) -> Plan:
+    """Count what the run, and each size of its search, needs; a PlanError where it cannot fit."""
+    search = experiment.search
+    sizes = [_size_plan(experiment, "run")]
+    if search is not None:
+        domain = search.space.get("model.size")
+        for size in domain.probes() if domain else (experiment.model.size,):
+            sizes.append(_size_plan(experiment.trial({"model.size": size}), "trial"))
+    samples, source = _samples(experiment)
+    batch, epochs = experiment.train.batch, experiment.train.epochs
+    if samples is not None and samples < batch:
+        raise PlanError(
+            f"train.batch={batch} must not exceed the {samples} training samples ({source}); "
+            "set it lower"
+        )
+    steps_per_epoch = None if samples is None else samples // batch
+    return Plan(
+        name=experiment.name,
+        identity=experiment.identity(),
+        run_folder=str(experiment.run_folder),
+        samples=samples,
+        samples_from=source,
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        steps=None if steps_per_epoch is None else steps_per_epoch * epochs,
+        tokens_per_step=batch * experiment.data.max_tokens,
+        checkpoints_kept=experiment.checkpoint.keep,
+        trials=search.trials if search else None,
+        trials_at_once=min(search.concurrent, search.trials) if search else None,
+        sizes=tuple(sizes),
+    )
+
+
+def language_parameters(language: LanguageConfig) -> dict[str, int]:
+    """Parameters of a LLaMA decoder with an untied head, by part."""
+    hidden = language.hidden_size
+    grouped = hidden // language.num_attention_heads * language.num_key_value_heads
+    attention = 2 * hidden * hidden + 2 * hidden * grouped  # query, output; key, value
+    layer = attention + 3 * hidden * language.intermediate_size + 2 * hidden
+    return {
+        "embedding": language.vocab_size * hidden,
+        "layers": language.num_hidden_layers * layer,
+        "norm": hidden,
+        "head": language.vocab_size * hidden,
+    }
+
+
+def vision_parameters(vision: VisionConfig) -> int:
+    """Parameters of a CLIP image tower, without the projection into CLIP's shared space."""
+    hidden, wide = vision.hidden_size, vision.intermediate_size
+    positions = (vision.image_size // vision.patch_size) ** 2 + 1  # the class token has one too
+    embedding = hidden + 3 * vision.patch_size**2 * hidden + positions * hidden
+    attention = 4 * (hidden * hidden + hidden)
+    layer = attention + 2 * hidden * wide + wide + hidden + 4 * hidden
+    return embedding + vision.num_hidden_layers * layer + 4 * hidden
+
+
+def parameters(experiment: Experiment) -> dict[str, Part]:
+    """Parameters of the model, total and trainable, by part."""
+    model = experiment.model
+    projection = (model.vision.hidden_size + 1) * model.language.hidden_size
+    frozen = {"vision": vision_parameters(model.vision)} | language_parameters(model.language)
+    parts = {name: Part(total, 0) for name, total in frozen.items()}
+    if model.train_embedding:
+        parts["embedding"] = Part(frozen["embedding"], frozen["embedding"])
+    return {"projection": Part(projection, projection)} | parts
+
+
+def memory(experiment: Experiment) -> dict[str, int]:
+    """Bytes that a worker needs, by component.
+
+    A worker holds its share of what the ZeRO stage divides: 1 the optimizer, 2 the gradients too,
+    3 the weights too. A frozen decoder keeps about 5.5 hidden + 3 intermediate values a token and
+    layer for the way back, without checkpointing; the head keeps its logits and their gradient.
+    """
+    language, engine = experiment.model.language, experiment.engine
+    width = 4 if experiment.train.precision == "fp32" else 2
+    counts = parameters(experiment).values()
+    trainable = sum(part.trainable for part in counts)
+    frozen = sum(part.total for part in counts) - trainable
+    tokens = engine.micro_batch * experiment.data.max_tokens
+    kept = language.num_hidden_layers * (
+        5.5 * language.hidden_size + 3 * language.intermediate_size
+    )
+
+    def share(size: int, from_stage: int) -> int:
+        return -(-size // experiment.cluster.workers) if engine.zero_stage >= from_stage else size
+
+    return {
+        "frozen weights": share(frozen * width, 3),
+        "trainable weights": share(trainable * width, 3),
+        "gradients": share(trainable * width, 2),
+        "optimizer": share(trainable * STATE_BYTES, 1),
+        "activations": int(tokens * kept * width),
+        "logits": tokens * language.vocab_size * 8,
+    }
+
+
+def _size_plan(experiment: Experiment, purpose: Literal["run", "trial"]) -> SizePlan:
+    parts = parameters(experiment)
+    workers, micro_batch = experiment.cluster.workers, experiment.engine.micro_batch
+    size = SizePlan(
+        size=experiment.model.size,
+        purpose=purpose,
+        workers=workers,
+        parameters=parts,
+        memory=memory(experiment),
+        accumulation=experiment.train.batch // (workers * micro_batch),
+        checkpoint_bytes=STATE_BYTES * sum(part.trainable for part in parts.values()),
+    )
+    limit = experiment.cluster.gpu_memory_gib
+    if limit is not None and size.memory_bytes > limit * GIB:
+        components = ", ".join(f"{name} {_bytes(size.memory[name])}" for name in size.memory)
+        raise PlanError(
+            f"model.size={size.size}: a worker of this {purpose} needs "
+            f"{_bytes(size.memory_bytes)} but cluster.gpu_memory_gib={limit:g}: {components}; "
+            f"{_remedy(experiment, purpose)}"
+        )
+    return size
+
+
+def _remedy(experiment: Experiment, purpose: Literal["run", "trial"]) -> str:
+    """The fewest and smallest changes of ZeRO stage, workers and micro batch that fit."""
+    batch, engine = experiment.train.batch, experiment.engine
+    workers = "cluster.workers" if purpose == "run" else "search.workers"
+    now = (engine.zero_stage, engine.micro_batch, experiment.cluster.workers)
+    micros = [size for size in range(engine.micro_batch, 0, -1) if batch % size == 0]
+    choices = [
+        (stage, micro, count)
+        for stage, micro in product(range(engine.zero_stage, 4), micros)
+        for count in legal_workers(batch, micro)
+        if count >= experiment.cluster.workers
+    ]
+
+    def distance(choice: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        changed = sum(value != before for value, before in zip(choice, now, strict=True))
+        return changed, choice[2], choice[0], -choice[1]
+
+    for choice in sorted(choices, key=distance):
+        names = ("engine.zero_stage", "engine.micro_batch", "cluster.workers")
+        other = experiment.with_overrides({**dict(zip(names, choice, strict=True)), "search": None})
+        if sum(memory(other).values()) <= (experiment.cluster.gpu_memory_gib or 0) * GIB:
+            settings = zip((*names[:2], workers), choice, now, strict=True)
+            return "set " + " ".join(f"{name}={new}" for name, new, old in settings if new != old)
+    return (
+        "no ZeRO stage, micro batch or number of workers fits; lower data.max_tokens, "
+        "choose a smaller model.size or a GPU with more memory"
+    )
+
+
+def _samples(experiment: Experiment) -> tuple[int | None, str]:
+    """Training samples: counted in prepared data, else from the known sizes of the sets."""
+    for path in sorted(Path(experiment.storage.path, "prepared").glob("*/manifest.json")):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["identity"] == experiment.prepared_identity():
+            return manifest["samples"]["train"], str(path)
+    data = experiment.data
+    shares = {"train": 1.0, "auto": 1 - data.eval_fraction, "eval": 0.0}
+    known = [dataset for dataset in data.sets.values() if dataset.split != "eval"]
+    if any(dataset.records is None for dataset in known):
+        return None, "unknown until prepare"
+    return round(sum((d.records or 0) * shares[d.split] for d in known)), "data.sets.*.records"
+
+
+def _table(sizes: tuple[SizePlan, ...]) -> list[tuple[str, ...]]:
+    """A column a size."""
+
+    def row(name: str, cell: Callable[[SizePlan], str]) -> tuple[str, ...]:
+        return name, *(cell(size) for size in sizes)
+
+    trained = {name for name, part in sizes[0].parameters.items() if part.trainable}
+    return [
+        row("", lambda size: f"{size.purpose} {size.size}"),
+        row("workers", lambda size: _count(size.workers)),
+        row("accumulation", lambda size: _count(size.accumulation)),
+        row("parameters", lambda size: _count(sum(p.total for p in size.parameters.values()))),
+        row("  trained", lambda size: _count(sum(p.trainable for p in size.parameters.values()))),
+        *(
+            row(
+                f"  {part}{' (trained)' if part in trained else ''}",
+                lambda size, part=part: _count(size.parameters[part].total),
+            )
+            for part in sizes[0].parameters
+        ),
+        row("memory a worker", lambda size: _bytes(size.memory_bytes)),
+        *(
+            row(f"  {component}", lambda size, component=component: _bytes(size.memory[component]))
+            for component in sizes[0].memory
+        ),
+        row("a checkpoint", lambda size: _bytes(size.checkpoint_bytes)),
+    ]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], align: Callable[[str, int], str]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [name.ljust(widths[0])]
+            + [align(value, width) for value, width in zip(values, widths[1:], strict=True)]
+        ).rstrip()
+        for name, *values in rows
+    ]
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 1024**2:.2f} MiB"

@@ -1,0 +1,196 @@
+"""Ray Tune over any fields of an experiment; a trial is an Experiment like any other."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import BasicVariantGenerator
+
+from orchestration.config import Choice, Domain, Experiment, Grid, LogUniform, SearchConfig
+from orchestration.journal import Journal, read, write_json
+from orchestration.trainer import begin, finished, fit, write_result
+
+log = logging.getLogger(__name__)
+
+
+def search(experiment: Experiment, prepared: Path) -> None:
+    """Try every trial of `search.space` that has no result yet, on the data prepared in a folder.
+
+    Run again after any interruption, it proposes the same trials: those with a result are not trained
+    again, the others go on from their checkpoints.
+    """
+    root, settings = trials_folder(experiment), _settings(experiment)
+    tune.Tuner(
+        tune.with_resources(trainable(experiment, root, prepared), {"CPU": 0.1}),
+        param_space={path: _tune_domain(domain) for path, domain in settings.space.items()},
+        tune_config=tune.TuneConfig(
+            metric=settings.metric,
+            mode=settings.mode,
+            num_samples=settings.samples,
+            search_alg=BasicVariantGenerator(
+                max_concurrent=settings.concurrent, random_state=settings.seed
+            ),
+            scheduler=_scheduler(settings),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str((root / "ray").absolute()),
+            verbose=0,
+            callbacks=[Ledger(experiment, root)],
+        ),
+    ).fit()
+
+
+def _settings(experiment: Experiment) -> SearchConfig:
+    """The search section, without which there is nothing to search."""
+    if experiment.search is None:
+        raise ValueError("search is empty: extend one of configs/search, or set search.space")
+    return experiment.search
+
+
+def trials_folder(experiment: Experiment) -> Path:
+    """Where the trials of a sweep lie, each a run folder of its own."""
+    return experiment.run_folder / "trials"
+
+
+def trial_name(values: dict[str, object]) -> str:
+    """A trial's name and folder, from its values alone: `size=small,lr=0.01,epochs=2`."""
+    shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values.values())
+    return ",".join(f"{path.rpartition('.')[2]}={text}" for path, text in zip(values, shown, strict=True))
+
+
+def trainable(experiment: Experiment, root: Path, prepared: Path) -> Callable[[dict], None]:
+    """The function that Tune calls with the values of a trial."""
+    workers = _settings(experiment).workers
+    root, prepared = root.absolute(), prepared.absolute()
+
+    def trial(values: dict) -> None:
+        chosen = experiment.trial(values)
+        folder = root / trial_name(values)
+        if finished(chosen, folder):
+            # The scheduler learns what it would have learnt had the trial run now.
+            for epoch, metrics in enumerate(evaluations(folder), start=1):
+                tune.report(metrics | {"epoch": epoch})
+            return
+        begin(chosen, folder)
+        write_json(folder / "values.json", values)
+        fit(chosen, folder, prepared, workers=workers, callbacks=[TuneReportCallback()])
+
+    return trial
+
+
+def evaluations(folder: Path) -> list[dict[str, float]]:
+    """The held-out metrics of a run, epoch by epoch, from its journal."""
+    latest = {
+        entry["step"]: entry["metrics"]
+        for entry in read(folder)[0]
+        if entry["kind"] == "metrics" and "eval/loss" in entry["metrics"]
+    }
+    return [latest[step] for step in sorted(latest)]
+
+
+class Ledger(tune.Callback):
+    """Writes down, in the driver, how the trials ended that could not do so themselves."""
+
+    def __init__(self, experiment: Experiment, root: Path) -> None:
+        self.experiment, self.root = experiment, root
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
+        """A trial that the scheduler stopped has no result of its own yet."""
+        folder = self.root / trial_name(trial.config)
+        chosen = self.experiment.trial(trial.config)
+        if finished(chosen, folder) is None:
+            Journal(folder).end("stopped", reason="scheduler")
+            write_result(chosen, folder, state="stopped")
+        log.info("%s: %s", folder.name, describe(folder))
+
+
+def describe(folder: Path) -> str:
+    """One line on a finished trial."""
+    result = json.loads((folder / "result.json").read_text())
+    metrics = result["metrics"]
+    return f"{result['state']}, loss {metrics['eval/loss']:.3f}, accuracy {metrics['eval/accuracy']:.1%}"
+
+
+def summarize(experiment: Experiment) -> dict:
+    """The results of all trials, the best of each size and the best of all."""
+    search = _settings(experiment)
+    sign = 1 if search.mode == "min" else -1
+    trials = [
+        json.loads((path.parent / "values.json").read_text())
+        | {"trial": path.parent.name, "folder": str(path.parent)}
+        | {"state": (result := json.loads(path.read_text()))["state"]}
+        | result["metrics"]
+        for path in sorted(trials_folder(experiment).glob("*/result.json"))
+    ]
+    ranked = sorted(trials, key=lambda trial: sign * trial[search.metric])
+    return {"trials": ranked, "best": ranked[0] if ranked else None}
+
+
+class Peers(FIFOScheduler):
+    """A scheduler for each model size and number of epochs, as only such trials can be compared.
+
+    One ASHA over all would stop every trial of a small model; and as a longer schedule has annealed less at
+    the same epoch, every trial of a long one.
+    """
+
+    def __init__(self, make: Callable[[], TrialScheduler]) -> None:
+        super().__init__()
+        self._make, self._properties = make, {}
+        self._schedulers: dict[tuple, TrialScheduler] = {}
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: object) -> bool:
+        """Remember what is optimised, for every scheduler to come."""
+        self._properties = {"metric": metric, "mode": mode} | spec
+        return True
+
+    def _of(self, trial: Trial) -> TrialScheduler:
+        peers = tuple(trial.config.get(path) for path in ("model.size", "train.epochs"))
+        if peers not in self._schedulers:
+            self._schedulers[peers] = self._make()
+            self._schedulers[peers].set_search_properties(**self._properties)
+        return self._schedulers[peers]
+
+    def on_trial_add(self, tune_controller: object, trial: Trial) -> None:
+        """Hand on to the trial's scheduler, as all methods below."""
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: object, trial: Trial, result: dict) -> str:
+        return self._of(trial).on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: object, trial: Trial, result: dict) -> None:
+        self._of(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: object, trial: Trial) -> None:
+        self._of(trial).on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: object, trial: Trial) -> None:
+        self._of(trial).on_trial_remove(tune_controller, trial)
+
+
+def _scheduler(search: SearchConfig) -> TrialScheduler:
+    chosen = search.scheduler
+    if chosen.kind == "none":
+        return FIFOScheduler()
+    return Peers(
+        lambda: AsyncHyperBandScheduler(
+            time_attr="epoch", grace_period=chosen.grace, reduction_factor=chosen.reduction, max_t=1000
+        )
+    )
+
+
+def _tune_domain(domain: Domain) -> object:
+    match domain:
+        case Choice():
+            return tune.choice(list(domain.values))
+        case Grid():
+            return tune.grid_search(list(domain.values))
+        case LogUniform():
+            return tune.loguniform(domain.low, domain.high)
+        case _:
+            return tune.uniform(domain.low, domain.high)

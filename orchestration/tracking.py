@@ -1,0 +1,168 @@
+"""MLflow behind the journals: one thread brings what they hold to the tracking store, in order.
+
+Nothing that trains waits for it. What could not be shipped stays in the journal; the next command on the
+same experiment ships the rest into the same MLflow run.
+"""
+
+import json
+import logging
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from orchestration import journal
+from orchestration.config import Experiment
+
+log = logging.getLogger(__name__)
+
+PERIOD_SECONDS = 2.0
+BATCH = 1000
+"""Most metrics that MLflow takes at once; a tenth of it for parameters."""
+STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
+RECORD = "mlflow.json"
+"""Beside a journal: the id of its MLflow run, so that every resume goes on in the same run."""
+
+
+@dataclass
+class Run:
+    """A run folder and the MLflow run that it is shipped to."""
+
+    folder: Path
+    id: str
+    offset: int = 0
+    """Bytes of the journal that have been shipped."""
+    shipped: dict[str, int] = field(default_factory=dict)
+    """The last step of each metric that the store has."""
+
+
+class Store:
+    """An experiment's place in MLflow."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        """Open the store, and make the MLflow experiment if it is not there."""
+        self.client = MlflowClient(experiment.tracking_uri)
+        name = experiment.tracking.experiment
+        found = self.client.get_experiment_by_name(name)
+        # Left to itself MLflow puts the artifacts of a database store under the working directory.
+        artifacts = (Path(experiment.storage.path) / "mlartifacts").absolute().as_uri()
+        local = experiment.tracking.uri is None
+        self.experiment_id = (
+            found.experiment_id
+            if found
+            else self.client.create_experiment(name, artifact_location=artifacts if local else None)
+        )
+
+    def run(self, folder: Path, *, name: str, parent: str | None = None) -> Run:
+        """The MLflow run of a folder: the one it had before, or a new one."""
+        record = folder / RECORD
+        if record.exists():
+            run_id = json.loads(record.read_text())["run_id"]
+            keys = self.client.get_run(run_id).data.metrics
+            history = {key: self.client.get_metric_history(run_id, key) for key in keys}
+            return Run(folder, run_id, shipped={k: max(p.step for p in v) for k, v in history.items()})
+        tags = {"mlflow.parentRunId": parent} if parent else {}
+        run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+        journal.write_json(record, {"run_id": run_id})
+        self.attach(folder, folder / "experiment.json")
+        return Run(folder, run_id)
+
+    def attach(self, folder: Path, path: Path) -> None:
+        """Keep a file with the MLflow run of a folder."""
+        run_id = json.loads((folder / RECORD).read_text())["run_id"]
+        self.client.log_artifact(run_id, str(path))
+
+    def ship(self, run: Run) -> None:
+        """Bring the store up to date with a run's journal: each metric at most once a step."""
+        entries, offset = journal.read(run.folder, run.offset)
+        metrics = [
+            Metric(key, value, int(1000 * moment), step)
+            for key, step, value, moment in journal.points(entries)
+            if step > run.shipped.get(key, -1)
+        ]
+        for entry in entries:
+            if entry["kind"] == "start":
+                self._start(run, entry)
+        for first in range(0, len(metrics), BATCH):
+            self.client.log_batch(run.id, metrics=metrics[first : first + BATCH])
+        run.shipped |= {metric.key: metric.step for metric in metrics}
+        if entries and entries[-1]["kind"] == "end":
+            self.end(run, entries[-1]["state"], reason=entries[-1]["reason"])
+        run.offset = offset
+
+    def end(self, run: Run, state: str, *, reason: str = "") -> None:
+        """Set the run's final state; the reason why it was stopped or failed becomes a tag."""
+        if reason:
+            self.client.set_tag(run.id, "stopped_by" if state == "stopped" else "failure", reason)
+        self.client.set_terminated(run.id, STATUS[state])
+
+    def _start(self, run: Run, entry: dict) -> None:
+        self.client.update_run(run.id, status="RUNNING")
+        known = self.client.get_run(run.id).data.params
+        params = [Param(k, str(v)) for k, v in entry["params"].items() if k not in known]
+        tags = [RunTag("dsvl.identity", entry["identity"])]
+        for first in range(0, max(len(params), 1), BATCH // 10):
+            self.client.log_batch(run.id, params=params[first : first + BATCH // 10], tags=tags)
+
+
+class Shipper:
+    """Ships journals in the background while a `with` block runs, and what is left when it ends."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._store: Store | None = None
+        self._single: list[tuple[Path, str]] = []
+        self._sweeps: list[Path] = []
+        self._runs: dict[Path, Run] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Start shipping."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Ship the rest; a sweep that was left by an exception counts as failed."""
+        self._closing.set()
+        self._thread.join()
+        for folder in self._sweeps:
+            if self._store and folder in self._runs:
+                reason = f"{type(error).__name__}: {error}" if error else ""
+                self._store.end(self._runs[folder], "failed" if error else "finished", reason=reason)
+
+    def follow(self, folder: Path, *, name: str) -> None:
+        """Ship the journal of one run."""
+        self._single.append((folder, name))
+
+    def follow_sweep(self, folder: Path, *, name: str) -> None:
+        """Ship the journals of all trials beneath a folder, as children of one run."""
+        self._sweeps.append(folder)
+        self._single.append((folder, name))
+
+    def _work(self) -> None:
+        closing = False
+        while not closing:
+            closing = self._closing.wait(PERIOD_SECONDS)
+            try:
+                self._ship()
+            except (MlflowException, OSError) as error:
+                log.warning("tracking store %s: %s; the journals keep what it misses", self._experiment.tracking_uri, error)
+
+    def _ship(self) -> None:
+        self._store = self._store or Store(self._experiment)
+        for folder, name in self._single:
+            if folder not in self._runs:
+                self._runs[folder] = self._store.run(folder, name=name)
+        for sweep in self._sweeps:
+            for path in sorted(sweep.glob(f"*/{journal.NAME}")):
+                trial = path.parent
+                if trial not in self._runs:
+                    self._runs[trial] = self._store.run(trial, name=trial.name, parent=self._runs[sweep].id)
+        for run in list(self._runs.values()):
+            self._store.ship(run)

@@ -1,0 +1,51 @@
+"""Models of the real architectures at tiny width, saved and loaded as ordinary checkpoints."""
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from dsvl.config import LanguageConfig, ModelConfig, VisionConfig
+from dsvl.data.types import Example
+from dsvl.model import VisualChat
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VISION = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A folder with a decoder in `language` and a tower in `vision`, random but fixed."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.2)).save_pretrained(folder / "language")
+    CLIPVisionModel(CLIPVisionConfig(**VISION, num_attention_heads=2)).save_pretrained(folder / "vision")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_config(checkpoints):
+    """The configuration of the tiny model."""
+    return ModelConfig(
+        size="tiny",
+        languages={"tiny": LanguageConfig(checkpoint=str(checkpoints / "language"), **SHAPE)},
+        vision=VisionConfig(checkpoint=str(checkpoints / "vision"), **VISION),
+    )
+
+
+@pytest.fixture
+def model(model_config):
+    """The tiny model in float32."""
+    return VisualChat(model_config, precision="fp32", seed=0)
