@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from deepspeed.zero import GatheredParameters
+from deepspeed.runtime.zero import GatheredParameters
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
@@ -153,6 +154,7 @@ def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> N
             f"{checkpoint.folder}: holds {sorted(values)}, but this model trains {sorted(engine.parameters)}"
         )
     _create_optimizer_state(engine, step=checkpoint.step)
+    _link_moments(engine)
     base = engine.deepspeed.basic_optimizer
     for name, parameter in engine.parameters.items():
         value = values[name].to(engine.device)
@@ -200,6 +202,7 @@ def _is_partitioned(engine: Engine) -> bool:
 
 def _gather(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """name -> (float32 value, moments) of every trainable parameter, whole, on the CPU; a collective."""
+    _link_moments(engine)
     gathered = {}
     for name, parameter in engine.parameters.items():
         if _is_partitioned(engine):
@@ -228,9 +231,20 @@ def _create_optimizer_state(engine: Engine, *, step: int) -> None:
     for master in masters:
         base.state[master] = {"step": torch.tensor(float(step))}
         base.state[master] |= {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
-    if stage in (1, 2):
-        # What DeepSpeed does after its own first step: tie each parameter to its slice of the moments.
-        wrapper._lazy_init_hp_params_optimizer_state()
+
+
+def _link_moments(engine: Engine) -> None:
+    """Tie each parameter to its slice of the moments (ZeRO 1 and 2).
+
+    DeepSpeed does so once, after the first step of its first parameter group, when those of the other
+    groups do not exist yet.
+    """
+    if engine.deepspeed.zero_optimization_stage() in (1, 2):
+        wrapper, state = engine.deepspeed.optimizer, engine.deepspeed.basic_optimizer.state
+        for group, master in zip(
+            wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, strict=True
+        ):
+            lazy_init_hp_params_optimizer_state(group, master, state)
 
 
 def _loss_scale(engine: Engine) -> dict | None:

@@ -46,19 +46,25 @@ def deepspeed_config(
     }
 
 
+def join(*, backend: str) -> None:
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...)."""
+    # Left to itself DeepSpeed probes which of its extensions would compile (seconds a worker), and then
+    # compiles one for shared memory (half a minute once, and it takes a compiler). None is needed here.
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+
 class Engine:
     """A model, its AdamW and the ranks that share its work."""
 
     def __init__(
         self, model: VisualChat, *, engine: EngineConfig, train: TrainConfig, optim_config: OptimConfig
     ) -> None:
-        """Hand the model to DeepSpeed; torch.distributed must be initialised."""
+        """Hand the model to DeepSpeed; `join` comes first."""
         self.optim_config = optim_config
         self.workers = dist.get_world_size()
         self.rank = dist.get_rank()
         self.parameters = model.trainable()
-        # DeepSpeed would compile a shared-memory extension on first use (half a minute, and a compiler).
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = deepspeed_config(
             engine,
             train,
@@ -73,7 +79,7 @@ class Engine:
             eps=optim_config.eps,
         )
         self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=not deepspeed.comm.is_initialized()
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
 
     @property
@@ -106,6 +112,11 @@ class Engine:
             loss = self.deepspeed(batch)
             total += loss.detach().float()
             self.deepspeed.backward(loss * share)
+            if self.deepspeed.zero_optimization_stage() == 0:
+                # Without ZeRO DeepSpeed clips and forgets; after the last pass these are the averaged gradients.
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values()])
             self.deepspeed.step()
+        if self.deepspeed.zero_optimization_stage() > 0:
+            norm = self.deepspeed.get_global_grad_norm()
         dist.all_reduce(total)
-        return total.item() / targets, float(self.deepspeed.get_global_grad_norm())
+        return total.item() / targets, float(norm)

@@ -1,18 +1,17 @@
 """Loss and exact-answer accuracy over held-out samples, with images and without."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-from dsvl.data.collate import collate
 from dsvl.data.store import Prepared
 from dsvl.data.types import IGNORED, Batch
 from dsvl.model import VisualChat, next_labels
-from dsvl.train import to_device
+from dsvl.train import batch_of, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,8 @@ def evaluate(
     for first in range(0, len(chosen), batch * workers):
         mine = chosen[first : first + batch * workers][rank::workers]
         # A rank without a sample passes one uncounted, so that every rank takes part in every collective.
-        padded = to_device(collate([prepared.eval[i] for i in mine or chosen[:1]], pixels=prepared.pixels), device)
-        part = score(model, padded)
+        examples = [prepared.eval[i] for i in mine or chosen[:1]]
+        part = score(model, to_device(batch_of(prepared, examples), device))
         tally += part if mine else Tally()
     model.train()
     if workers == 1:
@@ -94,17 +93,29 @@ def score(model: VisualChat, batch: Batch) -> Tally:
     )
 
 
-def majority_accuracy(train: Iterable[tuple[str, str]], held_out: Sequence[tuple[str, str]]) -> float:
-    """Accuracy of giving each question its most frequent training answer, from (question, answer) pairs.
+def majority_accuracy(prepared: Prepared) -> float:
+    """Exact accuracy, on held-out rounds, of giving each question its most frequent training answer.
 
     A question never seen in training is given the most frequent answer of all.
     """
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
-    overall: Counter[str] = Counter()
-    for question, answer in train:
+    for question, answer in rounds(prepared, "train"):
         by_question[question][answer] += 1
-        overall[answer] += 1
-    if not overall or not held_out:
-        return 0.0
-    right = sum(by_question.get(q, overall).most_common(1)[0][0] == a for q, a in held_out)
+    overall = sum(by_question.values(), Counter())
+    held_out = list(rounds(prepared, "eval"))
+    right = sum(
+        by_question.get(question, overall).most_common(1)[0][0] == answer
+        for question, answer in held_out
+    )
     return right / len(held_out)
+
+
+def rounds(prepared: Prepared, split: str) -> Iterator[tuple[str, str]]:
+    """(question, answer) of every round of a split, as texts."""
+    for messages in prepared.samples(split)["messages"].to_pylist():
+        question = ""
+        for message in messages:
+            text = "".join(part["text"] or f"image {part['image'] + 1}" for part in message["content"] if part["type"] != "image")
+            if message["role"] == "assistant":
+                yield question, text
+            question = text

@@ -1,7 +1,7 @@
 """The training loop, as a generator: the library yields a Step, the caller decides what to do with it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from dsvl.config import EngineConfig, TrainConfig
 from dsvl.data import blend
 from dsvl.data.collate import collate
 from dsvl.data.store import Prepared
-from dsvl.data.types import Batch
+from dsvl.data.types import Batch, Example
 from dsvl.engine import Engine
 from dsvl.optim import learning_rate
 
@@ -85,8 +85,8 @@ def steps(
         indices = plan.indices(step)
         mine = indices[engine.rank :: engine.workers]
         micro_batches = [
-            to_device(collate_indices(prepared, mine[first : first + config.micro_batch]), engine.device)
-            for first in range(0, len(mine), config.micro_batch)
+            to_device(batch_of(prepared, [prepared.train[int(i)] for i in part]), engine.device)
+            for part in np.split(mine, len(mine) // config.micro_batch)
         ]
         lr = learning_rate(step, plan.steps, engine.optim_config)
         loss, grad_norm = engine.update(
@@ -104,6 +104,11 @@ def steps(
         )
 
 
-def collate_indices(prepared: Prepared, indices: np.ndarray) -> Batch:
-    """The training samples at these indices as one batch."""
-    return collate([prepared.train[int(i)] for i in indices], pixels=prepared.pixels)
+def batch_of(prepared: Prepared, examples: Sequence[Example]) -> Batch:
+    """Examples of a prepared set as one batch."""
+    return collate(
+        examples,
+        pixels=prepared.pixels,
+        image_tokens=prepared.image_tokens,
+        pad_id=prepared.pad_id,
+    )

@@ -58,14 +58,14 @@ def _prepare(experiment: Experiment) -> Result:
 
 def _train(experiment: Experiment) -> Result:
     """Train the model, or go on where the run stopped."""
-    from orchestration.trainer import train
+    from orchestration.commands import train
 
     return _described(train(experiment))
 
 
 def _sweep(experiment: Experiment) -> Result:
     """Run the search, or go on where it stopped."""
-    from orchestration.search import sweep
+    from orchestration.commands import sweep
 
     return _described(sweep(experiment))
 

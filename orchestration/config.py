@@ -69,8 +69,8 @@ class ClusterConfig(Section):
     @field_validator("address")
     @classmethod
     def _address_is_known(cls, address: str) -> str:
-        known = re.fullmatch(r"local|auto|[\w.-]+:\d+", address)
-        require(known is not None, "address", address, "must be local, auto or HOST:PORT")
+        if not re.fullmatch(r"local|auto|[\w.-]+:\d+", address):
+            raise ValueError(f"{address!r} must be local, auto or HOST:PORT")
         return address
 
 
@@ -290,13 +290,9 @@ class Experiment(Section):
 
     def prepared_identity(self) -> str:
         """Names the prepared data that it reads: equal for all sizes and optimizers."""
-        whole = self.identity_fields()
         reads = ("data.", "model.vision.", "train.seed")
-        tokenizers = sorted(language.checkpoint for language in self.model.languages.values())
-        return _digest(
-            {name: value for name, value in whole.items() if name.startswith(reads)}
-            | {"tokenizers": tokenizers}
-        )
+        fields = self.identity_fields().items()
+        return _digest({name: value for name, value in fields if name.startswith(reads)})
 
     def differences(self, fields: Mapping[str, object]) -> list[str]:
         """Where stored `identity_fields` differ from this experiment's, with both values."""
@@ -347,7 +343,7 @@ def merge(base: Any, over: Any) -> Any:
     """
     if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
         return over
-    if base.get("kind") != over.get("kind", base.get("kind")):
+    if "kind" in base and base["kind"] != over.get("kind", base["kind"]):
         return over
     return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
 

@@ -191,6 +191,24 @@ def memory(experiment: Experiment) -> dict[str, int]:
     }
 
 
+def prepared_folder(experiment: Experiment) -> Path | None:
+    """The newest prepared data that belong to these settings, if there are any."""
+    settings = experiment.as_dict()["data"]
+    for dataset in settings["sets"].values():
+        del dataset["records"]
+    # The tokenizer and the content of the annotations count too, but reading them takes seconds.
+    seen = {
+        "data": settings,
+        "image_tokens": experiment.model.vision.tokens,
+        "seed": experiment.train.seed,
+    }
+    manifests = Path(experiment.storage.path, "prepared").glob("*/manifest.json")
+    for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
+        if seen.items() <= json.loads(path.read_text(encoding="utf-8"))["identity"].items():
+            return path.parent
+    return None
+
+
 def _size_plan(experiment: Experiment, purpose: Literal["run", "trial"]) -> SizePlan:
     parts = parameters(experiment)
     workers, micro_batch = experiment.cluster.workers, experiment.engine.micro_batch
@@ -245,10 +263,9 @@ def _remedy(experiment: Experiment, purpose: Literal["run", "trial"]) -> str:
 
 def _samples(experiment: Experiment) -> tuple[int | None, str]:
     """Training samples: counted in prepared data, else from the known sizes of the sets."""
-    for path in sorted(Path(experiment.storage.path, "prepared").glob("*/manifest.json")):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["identity"] == experiment.prepared_identity():
-            return manifest["samples"]["train"], str(path)
+    if folder := prepared_folder(experiment):
+        manifest = folder / "manifest.json"
+        return json.loads(manifest.read_text(encoding="utf-8"))["splits"]["train"], str(manifest)
     data = experiment.data
     shares = {"train": 1.0, "auto": 1 - data.eval_fraction, "eval": 0.0}
     known = [dataset for dataset in data.sets.values() if dataset.split != "eval"]

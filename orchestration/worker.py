@@ -5,7 +5,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import deepspeed
 import ray.train
 import torch
 from transformers import AutoTokenizer
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer
 from dsvl import checkpoint
 from dsvl.chat import transcript
 from dsvl.data.store import open_store
-from dsvl.engine import Engine
+from dsvl.engine import Engine, join
 from dsvl.evaluate import evaluate
 from dsvl.model import VisualChat
 from dsvl.train import Plan, steps
@@ -34,9 +33,7 @@ def work(config: dict) -> None:
     folder, prepared = Path(config["folder"]), open_store(Path(config["prepared"]))
     began = time.time()
     torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
-    deepspeed.init_distributed(
-        dist_backend="nccl" if experiment.cluster.gpus_per_worker else "gloo", auto_mpi_discovery=False
-    )
+    join(backend="nccl" if experiment.cluster.gpus_per_worker else "gloo")
     model = VisualChat(experiment.model, precision=experiment.train.precision, seed=experiment.train.seed)
     engine = Engine(
         model, engine=experiment.engine, train=experiment.train, optim_config=experiment.optim

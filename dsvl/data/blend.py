@@ -40,7 +40,7 @@ def assign_split(
     A set declared `train` or `eval` keeps its side. Samples of `auto` sets go with all that they
     are linked to, held out by a hash of the group. A group that holds over half of a set (links
     percolate) has its images hashed one by one instead. A sample whose images fall on both
-    sides, or a training sample with an image that is held out elsewhere, `straddles_split`.
+    sides, or a training sample linked to one that is held out, `straddles_split`.
     """
     sides: list[Side] = [
         "train" if declared[s.source] == "auto" else declared[s.source] for s in samples
@@ -66,10 +66,10 @@ def assign_split(
         key
         for sample, where in zip(samples, sides, strict=True)
         if where == "eval"
-        for key in sample.images
+        for key in sample.group_keys
     }
     return [
-        "straddles_split" if where == "train" and not held_out.isdisjoint(sample.images) else where
+        where if where != "train" or held_out.isdisjoint(sample.group_keys) else "straddles_split"
         for sample, where in zip(samples, sides, strict=True)
     ]
 

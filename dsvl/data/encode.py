@@ -1,6 +1,7 @@
 """Conversation -> Example: token ids, labels and kinds of their final length."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -102,4 +103,4 @@ def _runs(*columns: np.ndarray) -> Iterable[tuple[int, int]]:
     """Start and end of every stretch of positions over which no column changes."""
     changes = np.any([column[1:] != column[:-1] for column in columns], axis=0)
     edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(columns[0])]
-    return zip(edges[:-1], edges[1:], strict=True)
+    return pairwise(edges)

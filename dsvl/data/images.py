@@ -18,7 +18,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:", re.IGNORECASE)
 
 
-class BadImage(Exception):
+class BadImage(Exception):  # noqa: N818 - a fact about the data, not of the program
     """An image that cannot be used; `reason` is one of the reasons of the quarantine."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -28,7 +28,7 @@ class BadImage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image that was decoded in full, once."""
+    """What is kept of an image, which was decoded in full."""
 
     key: str
     """sha256 of the bytes, in hexadecimal."""
@@ -38,8 +38,8 @@ class StoredImage:
     width: int
     height: int
     mime: str
-    rgb: Image.Image = field(repr=False)
-    """Decoded, upright, three channels of 8 bits."""
+    fitted: np.ndarray = field(repr=False)
+    """(3, P, P) uint8, as `ImageProcessor.fit` gives it."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class ImageProcessor:
         return (scaled - mean) / std
 
 
-def load(root: str | Path, ref: str, *, max_pixels: int) -> StoredImage:
-    """Read and decode the image that an annotation names, below `root` and nowhere else.
+def load(root: str | Path, ref: str, *, processor: ImageProcessor, max_pixels: int) -> StoredImage:
+    """Read, decode and fit the image that an annotation names, below `root` and nowhere else.
 
     Raises BadImage: `forbidden_path` for anything but a relative path that stays inside `root`,
     links resolved, whether or not the file exists; `missing_image`; `image_too_large` by its
@@ -109,7 +109,7 @@ def load(root: str | Path, ref: str, *, max_pixels: int) -> StoredImage:
         width=image.width,
         height=image.height,
         mime=Image.MIME[image.format],
-        rgb=_decode(image),
+        fitted=processor.fit(_decode(image)),
     )
 
 
@@ -136,7 +136,7 @@ def _resolve(root: Path, ref: str) -> Path:
         inside = path.is_relative_to(root.resolve())
         exists = inside and path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long, not encodable, a link loop
-        raise BadImage("forbidden_path", f"{shown}: {ascii(str(error)[:200])}") from error
+        raise BadImage("forbidden_path", f"{shown}: {str(error)[:200]!a}") from error
     if not inside:
         raise BadImage("forbidden_path", f"{shown} leads out of {root}")
     if not exists:

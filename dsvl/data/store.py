@@ -1,11 +1,11 @@
 """The prepared format: written atomically, read by index, memory-mapped.
 
-    samples/*.parquet   conversations before any template, in the order of their raw records
-    images/*.parquet    every image that decoded, once: its bytes and where it was first seen
-    encoded/*.npy       token ids, labels, kinds and images of all samples laid end to end, with
-                        offsets; the indices of each split; pixels resized to what the tower takes
-    quarantine.jsonl    raw records that did not come through
-    manifest.json       identity, conservation of every set, realised mix, sha256 of every file
+samples/*.parquet   conversations before any template, in the order of their raw records
+images/*.parquet    every image that decoded, once: its bytes and where it was first seen
+encoded/*.npy       token ids, labels, kinds and images of all samples laid end to end, with
+                    offsets; the indices of each split; pixels resized to what the tower takes
+quarantine.jsonl    raw records that did not come through
+manifest.json       identity, conservation of every set, realised mix, sha256 of every file
 """
 
 import hashlib
@@ -30,6 +30,8 @@ SCHEMA_VERSION = 1
 SPLITS = ("train", "eval")
 SHARD_BYTES = 256 << 20
 GROUP_BYTES = 8 << 20
+RAGGED = ("ids", "images", "names")
+"""What `offsets` counts: its row n is where sample n starts in each of them."""
 
 SAMPLES = pa.schema(
     {
@@ -69,16 +71,18 @@ class Examples:
     """The encoded samples of one split, by index."""
 
     def __init__(self, folder: Path, split: str, keys: np.ndarray) -> None:
-        # Views of the memory map: slicing an np.memmap itself is ten times as slow.
-        columns = ("ids", "labels", "kinds", "images", "names", "offsets", "image_offsets",
-                   "name_offsets")  # fmt: skip
-        for name in columns:
-            setattr(self, f"_{name}", np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")))
-        self._rows = np.load(folder / f"{split}.npy")
+        def column(name: str) -> np.ndarray:
+            # A view of the memory map: slicing an np.memmap itself is ten times as slow.
+            return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+
+        self._ids, self._labels, self._kinds = column("ids"), column("labels"), column("kinds")
+        self._images, self._names = column("images"), column("names")
+        self._offsets = column("offsets")
+        self._rows = column(split)
         self._keys = keys
-        self.lengths: np.ndarray = np.diff(self._offsets)[self._rows]
+        self.lengths: np.ndarray = np.diff(self._offsets[:, 0])[self._rows]
         """(N,) int64 positions a sample, images included."""
-        self.targets: np.ndarray = np.load(folder / "targets.npy")[self._rows]
+        self.targets: np.ndarray = column("targets")[self._rows]
         """(N,) int64 supervised targets a sample: what `Batch.targets` sums."""
 
     def __len__(self) -> int:
@@ -87,15 +91,13 @@ class Examples:
     def __getitem__(self, index: int) -> Example:
         """Sample `index`, 0 <= index < N, as views of the memory map: read-only."""
         row = self._rows[index]
-        start, end = self._offsets[row : row + 2].tolist()
-        first, last = self._image_offsets[row : row + 2].tolist()
-        name, name_end = self._name_offsets[row : row + 2].tolist()
+        (start, image, name), (end, image_end, name_end) = self._offsets[row : row + 2].tolist()
         return Example(
             id=self._names[name:name_end].tobytes().decode(),
             ids=self._ids[start:end],
             labels=self._labels[start:end],
             kinds=self._kinds[start:end],
-            images=tuple([self._keys[i].decode() for i in self._images[first:last].tolist()]),
+            images=tuple([self._keys[i].decode() for i in self._images[image:image_end].tolist()]),
         )
 
 
@@ -104,7 +106,10 @@ class Prepared:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self.processor = ImageProcessor(**manifest["processor"])
+        processor = manifest["processor"]
+        self.processor = ImageProcessor(
+            processor["size"], mean=tuple(processor["mean"]), std=tuple(processor["std"])
+        )
         self.image_tokens: int = manifest["image_tokens"]
         """Positions an image."""
         self.pad_id: int = manifest["pad_id"]
@@ -157,7 +162,7 @@ def open_store(folder: str | Path) -> Prepared:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """What is wrong with a prepared set, one line a fault: empty if every file is as it was written."""
+    """What is wrong with a prepared set, a line a fault: none if all is as it was written."""
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         return [f"{folder}: has no manifest.json"]
@@ -241,9 +246,7 @@ class Writer:
                 ("kinds", "i1", ()),
                 ("images", "<i4", ()),
                 ("names", "u1", ()),
-                ("offsets", "<i8", ()),
-                ("image_offsets", "<i8", ()),
-                ("name_offsets", "<i8", ()),
+                ("offsets", "<i8", (3,)),
                 ("targets", "<i8", ()),
                 ("image_keys", "S64", ()),
                 ("pixels", "u1", (3, edge, edge)),
@@ -260,13 +263,13 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._making, ignore_errors=True)
 
-    def image(self, image: StoredImage, fitted: np.ndarray, *, source_id: str) -> None:
-        """Store an image with its (3, P, P) uint8 pixels, unless one with these bytes is stored."""
+    def image(self, image: StoredImage, *, source_id: str) -> None:
+        """Store an image, unless one with these bytes is stored already."""
         if image.key in self._index:
             return
         self._index[image.key] = len(self._index)
         self._columns["image_keys"].append(np.array([image.key.encode()]))
-        self._columns["pixels"].append(fitted[None])
+        self._columns["pixels"].append(image.fitted[None])
         self._shards.append(image, source_id)
 
     def example(self, example: Example) -> None:
@@ -342,8 +345,7 @@ class Writer:
         return {"source": sources, "split": splits, "all": sum(splits.values())}
 
     def _mark_offsets(self) -> None:
-        for name, of in (("offsets", "ids"), ("image_offsets", "images"), ("name_offsets", "names")):
-            self._columns[name].append(np.array([self._columns[of].length]))
+        self._columns["offsets"].append(np.array([[self._columns[n].length for n in RAGGED]]))
 
 
 class _Shards:
@@ -355,6 +357,7 @@ class _Shards:
         self._group_bytes = self._shard_bytes = 0
 
     def append(self, image: StoredImage, source_id: str) -> None:
+        """Add a row."""
         row = {name: getattr(image, name) for name in IMAGES.names[:-1]}
         self._rows.append(row | {"source_ids": [source_id]})
         self._group_bytes += len(image.bytes)
@@ -362,6 +365,7 @@ class _Shards:
             self._flush()
 
     def close(self) -> None:
+        """Write what is left; there is always one file, so that readers find the schema."""
         if self._rows or not self._files:
             self._flush()
         if self._parquet:

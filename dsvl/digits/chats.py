@@ -60,10 +60,20 @@ def labels() -> tuple[int, ...]:
     return tuple(load_digits().target.tolist())
 
 
-def draw(split: str, number: int, seed: int = 0) -> list[Round]:
-    """Chat `number` of `split` ("train" or "eval"): a pure function of its arguments."""
+def draw(
+    split: str,
+    number: int,
+    seed: int = 0,
+    *,
+    most_rounds: int = 3,
+    kinds: tuple[int, int, int] = (50, 15, 35),
+) -> list[Round]:
+    """Chat `number` of `split` ("train" or "eval"): a pure function of its arguments.
+
+    It has 2 to `most_rounds` rounds; `kinds` weighs questions to read, for parity, to compare.
+    """
     rng = random.Random(f"{seed}/{split}/{number}")
-    rounds = rng.randint(2, 3)
+    rounds = rng.randint(2, most_rounds)
     images = _images(rng, _pool(split), count=rng.randint(2, 3))
     digits = [labels()[index] for index in images]
     # The first image opens the chat; each other one appears in a round of its own choosing.
@@ -74,7 +84,7 @@ def draw(split: str, number: int, seed: int = 0) -> list[Round]:
         last = turn == rounds - 1
         subject = rng.choice([i for i in seen if opens[i] < turn] if last else seen)
         new = tuple(images[i] for i in seen if opens[i] == turn)
-        chat.append(Round(new, *_ask(rng, digits, seen, subject)))
+        chat.append(Round(new, *_ask(rng, kinds, digits, seen, subject)))
     return chat
 
 
@@ -157,10 +167,14 @@ def _images(rng: random.Random, pool: list[list[int]], count: int) -> list[int]:
     return images
 
 
-def _ask(rng: random.Random, digits: list[int], seen: list[int], i: int) -> tuple[str, str]:
+def _ask(
+    rng: random.Random, kinds: tuple[int, int, int], digits: list[int], seen: list[int], i: int
+) -> tuple[str, str]:
     """A question about image `i` (from 0), alone or with another one seen, and its answer."""
     others = [j for j in seen if j != i]
-    kind = rng.choices(("read", "parity", "compare"), (50, 15, 35 if others else 0))[0]
+    read, parity, compare = kinds
+    weights = (read, parity, compare if others else 0)
+    kind = rng.choices(("read", "parity", "compare"), weights)[0]
     if kind == "read":
         return rng.choice(READ).format(i=i + 1), WORDS[digits[i]]
     if kind == "parity":

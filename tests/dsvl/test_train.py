@@ -1,0 +1,195 @@
+"""Training with real DeepSpeed engines on gloo: equal to plain PyTorch, and to itself however it is cut up."""
+
+import math
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dsvl import checkpoint
+from dsvl.config import EngineConfig, OptimConfig, TrainConfig
+from dsvl.engine import Engine, join
+from dsvl.model import VisualChat
+from dsvl.optim import groups, learning_rate
+from dsvl.train import Plan, steps
+from tests.dsvl.test_model import PIXELS, batch_of, example
+
+LAYOUTS = ("t1tTTtT", "tTTT", "t11ttTtTT", "ttT1tT", "tt1TTT", "t1t1tT", "tttTtT", "1TTT", "t1T")
+TRAIN = TrainConfig(epochs=3, batch=4, precision="fp32", seed=7)
+OPTIM = OptimConfig(lr=0.05, warmup_fraction=0.2)
+
+
+class Examples(list):
+    """Encoded samples in memory, as the store gives them."""
+
+    def __init__(self):
+        """Eighteen samples, two of them without an image."""
+        super().__init__(example(layout, seed=k) for k, layout in enumerate(LAYOUTS * 2))
+        self.targets = np.array([int((e.labels[1:] != -100).sum()) for e in self])
+        self.lengths = np.array([len(e.ids) for e in self])
+
+
+class Prepared:
+    """What training needs of a prepared set."""
+
+    train = eval = Examples()
+    pixels = staticmethod(PIXELS.__getitem__)
+    image_tokens, pad_id = 4, 0
+
+
+def _worker(rank, world, port, config, folder, options):
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    join(backend="gloo")
+    torch.manual_seed(rank)
+    engine_config = EngineConfig(zero_stage=options["stage"], micro_batch=options.get("micro", 1))
+    train = TrainConfig(**{**vars(TRAIN), "precision": options.get("precision", "fp32")})
+    model = VisualChat(config, precision=train.precision, seed=0)
+    engine = Engine(model, engine=engine_config, train=train, optim_config=OPTIM)
+    found = checkpoint.newest(folder)
+    start = 0
+    if found:
+        checkpoint.load(engine, found, frozen={})
+        start = found.step
+    records = []
+    for step in steps(engine, Prepared(), train=train, config=engine_config, start=start):
+        records.append((step.loss, step.grad_norm, step.lr))
+        if step.number in options.get("save", ()):
+            checkpoint.save(
+                engine, folder, step=step.number, position=(0, 0), identity="i", fields={}, frozen={}, keep=9
+            )
+        if step.number == options.get("stop"):
+            break
+    if rank == 0:
+        torch.save(records, folder / "records.pt")
+    dist.destroy_process_group()
+
+
+def run(config, folder: Path, *, world: int = 2, **options):
+    """(loss, gradient norm, lr) of each update, from `world` forked gloo workers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    mp.start_processes(
+        _worker, (world, port, config, folder, options), nprocs=world, start_method="fork"
+    )
+    return torch.load(folder / "records.pt")
+
+
+def plain(config):
+    """The same training as a plain PyTorch loop on whole batches."""
+    model = VisualChat(config, precision="fp32", seed=0)
+    parameters = model.trainable()
+    optimizer = torch.optim.AdamW(groups(parameters, OPTIM), lr=1.0, betas=OPTIM.betas, eps=OPTIM.eps)
+    plan, prepared, records = Plan(len(Prepared.train), TRAIN), Prepared(), []
+    for step in range(plan.steps):
+        batch = batch_of(*(prepared.train[int(i)] for i in plan.indices(step)))
+        loss = model(batch) / batch.targets
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), OPTIM.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, plan.steps, OPTIM)
+        optimizer.step()
+        records.append((loss.item(), norm.item(), group["lr"]))
+    return records, parameters
+
+
+@pytest.fixture(scope="module")
+def reference(model_config):
+    torch.set_num_threads(1)
+    return plain(model_config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "micro"), [(0, 1, 4), (0, 2, 1), (1, 2, 2), (2, 2, 1), (3, 2, 2), (2, 4, 1)]
+)
+def test_every_way_of_sharding_trains_as_a_plain_loop_does(model_config, reference, tmp_path, stage, world, micro):
+    records = run(model_config, tmp_path, stage=stage, world=world, micro=micro, save=(12,))
+    np.testing.assert_allclose(records, reference[0], rtol=2e-5, atol=2e-6)
+    values = checkpoint.load_file(tmp_path / "step-000012/parameters.safetensors")
+    for name, expected in reference[1].items():
+        torch.testing.assert_close(values[name], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_killed_and_resumed_is_bit_identical_to_unbroken(model_config, tmp_path, stage, precision):
+    if stage == 0 and precision == "bf16":
+        pytest.skip("bf16 needs master weights, which ZeRO 0 does not keep")
+    options = {"stage": stage, "precision": precision, "save": (5, 12)}
+    unbroken = run(model_config, tmp_path / "unbroken", **options)
+    first = run(model_config, tmp_path / "broken", stop=8, **options)
+    second = run(model_config, tmp_path / "broken", **options)
+    assert first + second[3:] == unbroken
+    assert files_of(tmp_path / "unbroken/step-000012") == files_of(tmp_path / "broken/step-000012")
+    assert files_of(tmp_path / "unbroken/step-000012") != files_of(tmp_path / "unbroken/step-000005")
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (3, 2)), ((3, 2), (0, 1)), ((2, 2), (2, 1)), ((0, 1), (2, 4))])
+def test_a_checkpoint_resumes_at_another_stage_and_world_size(model_config, reference, tmp_path, before, after):
+    run(model_config, tmp_path, stage=before[0], world=before[1], save=(5,), stop=5)
+    records = run(model_config, tmp_path, stage=after[0], world=after[1])
+    np.testing.assert_allclose(records, reference[0][5:], rtol=2e-5, atol=2e-6)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_training_twice_gives_the_same_bits(model_config, tmp_path):
+    runs = [run(model_config, tmp_path / name, stage=2, save=(12,)) for name in "ab"]
+    assert runs[0] == runs[1]
+    assert files_of(tmp_path / "a/step-000012") == files_of(tmp_path / "b/step-000012")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(model_config, tmp_path, caplog):
+    run(model_config, tmp_path, stage=2, world=1, save=(4, 8), stop=8)
+    assert checkpoint.newest(tmp_path).step == 8
+    damaged = tmp_path / "step-000008/optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    assert checkpoint.newest(tmp_path).step == 4
+    assert "optimizer.safetensors is not what its sha256 says" in caplog.text
+    (tmp_path / "step-000004/manifest.json").unlink()
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_samples_of_an_epoch_are_each_taken_once_in_an_order_of_their_own():
+    plan = Plan(18, TrainConfig(epochs=2, batch=6, seed=3))
+    epochs = [np.concatenate([plan.indices(s) for s in range(e * 3, e * 3 + 3)]) for e in range(2)]
+    for order in epochs:
+        assert sorted(order) == list(range(18))
+    assert list(epochs[0]) != list(epochs[1])
+    assert list(plan.indices(4)) == list(epochs[1][6:12])
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match="train.batch=32: must not exceed the 18 training samples"):
+        Plan(18, TrainConfig(epochs=1, batch=32))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_schedules_rise_to_the_peak_and_end_low(schedule):
+    config = OptimConfig(lr=0.5, schedule=schedule, warmup_fraction=0.1)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.05 * (k + 1) for k in range(10)])
+    assert max(rates) == pytest.approx(0.5)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == 0.5 if schedule == "constant" else rates[-1] <= 0.5 * 0.06
+    if schedule == "wsd":
+        assert rates[79] == 0.5
+        assert rates[90] == pytest.approx(0.25)
+    if schedule == "cosine":
+        assert rates[55] == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 45 / 90)))

@@ -1,0 +1,313 @@
+"""What an experiment is: its identity, its rules across sections, and trials as experiments."""
+
+import json
+import pickle
+
+import pytest
+
+from orchestration.config import Experiment, merge, path_keys, validated
+from orchestration.problems import ConfigError
+
+EXECUTION = {
+    "name": "other",
+    "cluster.workers": 3,
+    "cluster.address": "head:6379",
+    "cluster.gpus_per_worker": 1,
+    "engine.zero_stage": 3,
+    "engine.micro_batch": 4,
+    "checkpoint.every": 7,
+    "evaluation.samples": 5,
+    "storage.path": "elsewhere",
+    "tracking.experiment": "other",
+    "search": {"space": {"optim.lr": {"kind": "grid", "values": [0.1]}}},
+    "data.sets.chats.records": 99,
+}
+WHAT = {
+    "model.size": "large",
+    "model.languages.small.checkpoint": "other",
+    "model.languages.small.vocab_size": 64,
+    "model.languages.small.hidden_size": 16,
+    "model.languages.small.intermediate_size": 32,
+    "model.languages.small.num_hidden_layers": 3,
+    "model.languages.small.num_attention_heads": 4,
+    "model.languages.small.num_key_value_heads": 2,
+    "model.vision.checkpoint": "other",
+    "model.vision.image_size": 16,
+    "model.vision.patch_size": 2,
+    "model.vision.hidden_size": 16,
+    "model.vision.intermediate_size": 32,
+    "model.vision.num_hidden_layers": 2,
+    "model.vision.class_token": True,
+    "model.attention": "causal",
+    "model.train_embedding": False,
+    "data.sets.chats.annotations": ["chats.json", "more.json"],
+    "data.sets.chats.images": "other",
+    "data.sets.chats.split": "train",
+    "data.max_images": 3,
+    "data.max_tokens": 32,
+    "data.max_image_pixels": 99,
+    "data.max_dropped": 0.5,
+    "data.eval_fraction": 0.5,
+    "optim.lr": 0.5,
+    "optim.betas": [0.9, 0.95],
+    "optim.eps": 1e-5,
+    "optim.weight_decay": 0.1,
+    "optim.clip": 2,
+    "optim.schedule": "wsd",
+    "optim.warmup_fraction": 0.2,
+    "optim.decay_fraction": 0.3,
+    "train.epochs": 3,
+    "train.batch": 24,
+    "train.precision": "fp32",
+    "train.seed": 1,
+}
+SINGLE_CHOICE = {"model.projection", "data.sets.chats.reader"}
+
+
+def lines(settings) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        validated(settings)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("path", EXECUTION)
+def test_where_and_how_an_experiment_runs_leaves_its_identity(settings, path):
+    experiment = validated(settings)
+    other = experiment.with_overrides({path: EXECUTION[path]})
+    assert other != experiment
+    assert other.identity() == experiment.identity()
+    assert other.differences(experiment.identity_fields()) == []
+
+
+@pytest.mark.parametrize("path", WHAT)
+def test_what_is_trained_makes_the_identity(settings, path):
+    experiment = validated(settings)
+    other = experiment.with_overrides({path: WHAT[path]})
+    assert other.identity() != experiment.identity()
+    named = [text.split(" ")[0] for text in other.differences(experiment.identity_fields())]
+    assert path.replace("languages.small", "language") in named
+
+
+def test_every_field_of_the_identity_is_tried(settings):
+    tried = {path.replace("languages.small", "language") for path in WHAT}
+    assert validated(settings).identity_fields().keys() == tried | SINGLE_CHOICE
+
+
+def test_the_other_sizes_of_the_family_are_not_part_of_the_identity(settings):
+    before = validated(settings).identity()
+    settings["model"]["languages"]["large"]["num_hidden_layers"] = 9
+    assert validated(settings).identity() == before
+
+
+def test_the_identity_does_not_depend_on_how_numbers_are_written(settings):
+    settings["optim"] = {"lr": 1, "betas": (0, 0.95)}
+    written = validated(settings).identity()
+    settings["optim"] = {"lr": "1.0", "betas": [0.0, 0.95]}
+    assert validated(settings).identity() == written
+    assert len(written) == 16
+
+
+def test_stored_identity_fields_survive_json(settings):
+    experiment = validated(settings)
+    stored = json.loads(json.dumps(experiment.identity_fields()))
+    assert experiment.differences(stored) == []
+    stored["optim.lr"] = 0.5
+    del stored["train.seed"]
+    assert experiment.differences(stored) == [
+        "optim.lr (0.5 before, 0.001 now)",
+        "train.seed ('absent' before, 1234 now)",
+    ]
+
+
+def test_settings_fed_back_give_an_equal_experiment(settings, search):
+    experiment = validated({**settings, "search": search})
+    assert validated(json.loads(json.dumps(experiment.as_dict()))) == experiment
+
+
+def test_an_experiment_is_frozen(settings):
+    experiment = validated(settings)
+    with pytest.raises(ValueError, match="frozen"):
+        experiment.name = "other"
+
+
+def section_paths(tree: dict, prefix: tuple = ()) -> list[tuple]:
+    inner = [section_paths(v, (*prefix, k)) for k, v in tree.items() if isinstance(v, dict)]
+    return [prefix, *(path for paths in inner for path in paths)]
+
+
+def test_every_section_at_every_depth_refuses_unknown_fields(settings, search):
+    whole = validated({**settings, "search": search}).as_dict()
+    free = {("model", "languages"), ("data", "sets"), ("search", "space")}  # keys are the user's
+    for path in set(section_paths(whole)) - free:
+        broken = json.loads(json.dumps(whole))
+        section = broken
+        for key in path:
+            section = section[key]
+        section["zzz"] = 1
+        problems = lines(broken)
+        assert len(problems) == 1, path
+        assert problems[0].startswith(".".join((*path, "zzz: no such field")))
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "meant"),
+    [
+        ("optm", {}, "optim"),
+        ("optim.lrr", 1, "optim.lr"),
+        ("model.vision.patchsize", 4, "model.vision.patch_size"),
+        ("model.languages.small.vocab", 4, "model.languages.small.vocab_size"),
+        ("lr", 1, "optim.lr"),
+        ("zero_stage", 1, "engine.zero_stage"),
+    ],
+)
+def test_an_unknown_field_names_the_nearest(settings, path, wrong, meant):
+    (problem,) = lines(merge(settings, nested(path, wrong)))
+    assert problem == f"{path}: no such field; did you mean '{meant}'?"
+
+
+def nested(path: str, value: object) -> dict:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def test_a_batch_that_cannot_be_divided_names_batches_and_workers_that_can(settings):
+    settings |= {"cluster": {"workers": 5}, "engine": {"micro_batch": 2}}
+    assert lines(settings) == [
+        "train.batch: 12 must be a multiple of cluster.workers x engine.micro_batch = 5 x 2; "
+        "set train.batch=10, or cluster.workers to one of 1, 2, 3, 6"
+    ]
+    settings["engine"] = {"micro_batch": 5}
+    assert lines(settings)[0].endswith("or engine.micro_batch to a divisor of 12")
+
+
+def test_the_default_engine_is_held_to_the_rule_too(settings):
+    settings["cluster"] = {"workers": 5}
+    assert lines(settings)[0].startswith("train.batch: 12 must be a multiple of cluster.workers")
+
+
+def test_a_batch_must_divide_among_the_workers_of_a_trial(settings, search):
+    (problem,) = lines({**settings, "search": search | {"workers": 5}})
+    assert problem.startswith(
+        "search.workers: train.batch: 12 must be a multiple of search.workers"
+    )
+
+
+def test_rules_across_sections_are_told_beside_other_problems(settings, search):
+    settings |= {"cluster": {"workers": 5}, "optim": {"lr": -1}, "search": search}
+    search["space"]["train.seeed"] = {"kind": "grid", "values": [1]}
+    search["space"]["train.epochs"] = {"kind": "grid", "values": [1, 0]}
+    problems = lines(settings)
+    assert [problem.split(": ")[0] for problem in problems] == [
+        "optim.lr",
+        "train.batch",
+        "search.space.train.seeed",
+        "search.space.train.epochs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "domain", "says"),
+    [
+        ("optim.lrr", {"kind": "grid", "values": [1]}, "did you mean 'optim.lr'?"),
+        ("optim", {"kind": "grid", "values": [1]}, "is a section; name one of its fields"),
+        ("cluster.workers", {"kind": "grid", "values": [1]}, "a search varies what is trained"),
+        ("optim.lr", {"kind": "choice", "values": [1, -1]}, "-1.0 must be positive"),
+        ("optim.schedule", {"kind": "grid", "values": ["cosin"]}, "did you mean 'cosine'?"),
+        ("model.size", {"kind": "grid", "values": ["tiny"]}, "must be one of small, large"),
+        ("optim.warmup_fraction", {"kind": "uniform", "low": 0, "high": 1}, "must lie in [0, 1)"),
+        ("train.epochs", {"kind": "uniform", "low": 1, "high": 3}, "must be a valid integer"),
+        ("train.batch", {"kind": "grid", "values": [12, 13]}, "13 must be a multiple of search"),
+        ("optim.lr", {"kind": "loguniform", "low": 0, "high": 1}, "0.0 must be positive"),
+        ("optim.lr", {"kind": "uniform", "low": 2, "high": 1}, "must be below high=1.0"),
+        ("optim.lr", {"kind": "gird", "values": [1]}, "did you mean 'grid'?"),
+        ("optim.lr", {"values": [1]}, "kind: is missing; set it"),
+        ("optim.lr", {"kind": "grid", "values": []}, "must have at least 1 item"),
+    ],
+)
+def test_a_search_refuses_what_no_trial_could_be(settings, search, path, domain, says):
+    search["workers"] = 2
+    search["space"] = {path: domain}
+    problems = lines({**settings, "search": search})
+    assert all(problem.startswith(f"search.space.{path}") for problem in problems)
+    assert any(says in problem for problem in problems)
+
+
+def test_a_trial_is_an_experiment_with_the_workers_of_a_trial(settings, search):
+    experiment = validated({**settings, "search": search | {"workers": 2}})
+    trial = experiment.trial({"model.size": "large", "optim.lr": 0.01})
+    assert (trial.model.size, trial.optim.lr) == ("large", 0.01)
+    assert (trial.cluster.workers, trial.search) == (2, None)
+    assert experiment.search is not None
+    assert experiment.search.trials == 6
+
+
+def test_overrides_of_code_are_checked_like_those_of_people(settings):
+    experiment = validated(settings)
+    assert experiment.with_overrides({"optim.lr": 0.01}).optim.lr == 0.01
+    with pytest.raises(ConfigError, match=r"optim\.lrr: no such field; did you mean 'optim\.lr'"):
+        experiment.with_overrides({"optim.lrr": 0.01})
+    with pytest.raises(ConfigError, match=r"optim\.lr is a value \(0\.001\), not a section"):
+        experiment.with_overrides({"optim.lr.x": 0.01})
+
+
+def test_mappings_merge_and_lists_are_replaced():
+    assert merge({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}}) == {"a": {"b": 1, "c": [3]}}
+    assert merge({"a": {"b": 1}}, {"a": None}) == {"a": None}
+
+
+def test_a_mapping_of_another_kind_replaces_the_first():
+    grid, uniform = {"kind": "grid", "values": [1]}, {"kind": "uniform", "low": 0, "high": 1}
+    assert merge({"x": grid}, {"x": uniform}) == {"x": uniform}
+    assert merge(grid, {"values": [2]}) == {"kind": "grid", "values": [2]}
+    assert merge({"grace": 2}, {"kind": "asha"}) == {"grace": 2, "kind": "asha"}
+
+
+def test_a_searched_field_is_one_key():
+    assert path_keys("optim.lr") == ("optim", "lr")
+    assert path_keys("search.space.optim.lr") == ("search", "space", "optim.lr")
+    assert path_keys("search.space.optim.lr.low") == ("search", "space", "optim.lr", "low")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "prepared", "x" * 101, "é"])
+def test_a_name_that_is_no_safe_folder_is_refused(settings, name):
+    (problem,) = lines(settings | {"name": name})
+    assert problem.startswith("name: ")
+
+
+def test_a_tracking_uri_with_a_password_is_refused_without_repeating_it(settings):
+    (problem,) = lines(settings | {"tracking": {"uri": "http://me:hunter2@host/"}})
+    assert "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment" in problem
+    assert "hunter2" not in problem
+
+
+def test_runs_and_their_records_lie_in_the_storage(settings):
+    experiment = validated(settings | {"storage": {"path": "there"}})
+    assert str(experiment.run_folder) == "there/tiny"
+    assert experiment.tracking_uri == "sqlite:///there/mlflow.db"
+    other = experiment.with_overrides({"tracking.uri": "http://host:5000"})
+    assert other.tracking_uri == "http://host:5000"
+
+
+def test_an_address_is_local_auto_or_a_host_and_port(settings):
+    (problem,) = lines(settings | {"cluster": {"address": "somewhere"}})
+    assert problem == "cluster.address: 'somewhere' must be local, auto or HOST:PORT"
+
+
+def test_errors_travel_between_processes():
+    with pytest.raises(ConfigError) as caught:
+        validated({"name": "x"})
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_params_are_flat_and_hold_where_as_well_as_what(settings):
+    params = validated(settings).params()
+    assert params["optim.lr"] == 1e-3
+    assert params["cluster.workers"] == 1
+    assert not any(isinstance(value, dict) for value in params.values())
+
+
+def test_the_schema_documents_its_fields():
+    schema = Experiment.model_json_schema()
+    assert schema["$defs"]["ClusterConfig"]["properties"]["workers"]["description"]

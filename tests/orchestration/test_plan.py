@@ -1,0 +1,218 @@
+"""Plans count parameters, bytes and steps as known models have them, and refuse with a remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsvl.config import LanguageConfig, VisionConfig
+from orchestration.compose import load
+from orchestration.config import Experiment, validated
+from orchestration.plan import PlanError, language_parameters, memory, plan, vision_parameters
+
+CLIP_LARGE = VisionConfig(
+    checkpoint="clip",
+    image_size=224,
+    patch_size=14,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+)
+
+
+def llama(hidden: int, wide: int, layers: int, heads: int, grouped: int) -> LanguageConfig:
+    return LanguageConfig(
+        checkpoint="llama",
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=grouped,
+    )
+
+
+@pytest.mark.parametrize(
+    ("language", "published"),
+    [
+        (llama(4096, 11008, 32, 32, 32), 6_738_415_616),
+        (llama(5120, 13824, 40, 40, 40), 13_015_864_320),
+        (llama(8192, 28672, 80, 64, 8), 68_976_648_192),
+    ],
+)
+def test_llama_2_has_its_published_number_of_parameters(language, published):
+    assert sum(language_parameters(language).values()) == published
+
+
+def test_clip_large_has_its_published_number_of_parameters():
+    assert vision_parameters(CLIP_LARGE) == 303_179_776
+
+
+def test_transformers_agrees_on_every_parameter():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    language = llama(64, 96, 3, 8, 2)
+    shape = {name: value for name, value in vars(language).items() if name != "checkpoint"}
+    with torch.device("meta"):
+        decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+        clip = transformers.CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            patch_size=14,
+        )
+        tower = transformers.CLIPVisionModel(clip)
+    assert sum(p.numel() for p in decoder.parameters()) == sum(
+        language_parameters(language).values()
+    )
+    assert sum(p.numel() for p in tower.parameters()) == vision_parameters(CLIP_LARGE)
+
+
+def test_only_the_projection_and_the_embedding_are_trained(settings):
+    (size,) = plan(validated(settings)).sizes
+    trained = {name: part.trainable for name, part in size.parameters.items() if part.trainable}
+    assert trained == {"projection": 8 * 8 + 8, "embedding": 32 * 8}
+    settings["model"]["train_embedding"] = False
+    (size,) = plan(validated(settings)).sizes
+    assert sum(part.trainable for part in size.parameters.values()) == 8 * 8 + 8
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_stage_of_zero_divides_one_thing_more(settings, stage):
+    settings["train"]["precision"] = "fp32"
+    alone = memory(validated(settings | {"engine": {"zero_stage": 0}}))
+    engine, cluster = {"zero_stage": stage}, {"workers": 4}
+    shared = memory(validated(settings | {"engine": engine, "cluster": cluster}))
+    divided = {name for name in alone if shared[name] < alone[name]}
+    weights = {"frozen weights", "trainable weights"}
+    expected = [
+        set(),
+        {"optimizer"},
+        {"optimizer", "gradients"},
+        {"optimizer", "gradients"} | weights,
+    ]
+    assert divided == expected[stage]
+    assert all(shared[name] * 4 == alone[name] for name in divided)
+
+
+def test_half_precision_halves_weights_but_not_the_optimizer(settings):
+    full = memory(validated(settings).with_overrides({"train.precision": "fp32"}))
+    half = memory(validated(settings).with_overrides({"train.precision": "bf16"}))
+    assert half["frozen weights"] * 2 == full["frozen weights"]
+    assert half["optimizer"] == full["optimizer"] == 12 * (8 * 8 + 8 + 32 * 8)
+
+
+def test_steps_are_unknown_until_the_samples_are(settings):
+    planned = plan(validated(settings))
+    assert (planned.samples, planned.steps) == (None, None)
+    assert planned.samples_from == "unknown until prepare"
+    assert "unknown until prepare" in planned.render()
+
+
+def test_steps_follow_from_the_known_records(settings):
+    chats = settings["data"]["sets"]["chats"]
+    chats["records"] = 1000
+    settings["data"]["sets"]["held_out"] = chats | {"split": "eval", "records": None}
+    planned = plan(validated(settings))
+    assert planned.samples == 900  # a tenth of an automatic split is held out
+    assert (planned.steps_per_epoch, planned.steps) == (75, 150)
+    assert planned.tokens_per_step == 12 * 64
+
+
+def test_prepared_data_is_believed_before_anything_else(settings, tmp_path):
+    settings |= {"storage": {"path": str(tmp_path)}}
+    settings["data"]["sets"]["chats"]["records"] = 1000
+    experiment = validated(settings)
+    manifest = tmp_path / "prepared/tiny/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    data = experiment.as_dict()["data"]
+    del data["sets"]["chats"]["records"]
+    identity = {"data": data, "seed": 1234, "image_tokens": 4, "tokenizer": "unseen"}
+    content = {"identity": identity, "splits": {"train": 240, "eval": 9}}
+    manifest.write_text(json.dumps(content))
+    assert plan(experiment).samples == 240
+    assert plan(experiment).samples_from == str(manifest)
+    for change in ({"data.max_images": 3}, {"train.seed": 1}, {"model.vision.class_token": True}):
+        assert plan(experiment.with_overrides(change)).samples == 900
+    assert plan(experiment.with_overrides({"model.size": "large", "optim.lr": 1})).samples == 240
+
+
+def test_a_batch_larger_than_the_data_is_refused(settings):
+    settings["data"]["sets"]["chats"] |= {"records": 5, "split": "train"}
+    with pytest.raises(PlanError, match=r"train\.batch=12 must not exceed the 5 training samples"):
+        plan(validated(settings))
+
+
+def test_accumulation_makes_up_the_batch(settings):
+    settings |= {"cluster": {"workers": 2}, "engine": {"micro_batch": 3}}
+    assert plan(validated(settings)).sizes[0].accumulation == 2
+
+
+def test_a_sweep_is_planned_for_each_size_with_the_workers_of_a_trial(settings, search):
+    settings |= {"cluster": {"workers": 4}, "search": search | {"workers": 2}}
+    planned = plan(validated(settings))
+    assert (planned.trials, planned.trials_at_once) == (6, 4)
+    assert [(size.purpose, size.size, size.workers) for size in planned.sizes] == [
+        ("run", "small", 4),
+        ("trial", "small", 2),
+        ("trial", "large", 2),
+    ]
+    small, large = planned.sizes[1:]
+    assert large.parameters["layers"].total == 2 * small.parameters["layers"].total
+
+
+def test_a_plan_is_json_and_an_aligned_text(settings, search):
+    planned = plan(validated(settings | {"search": search}))
+    described = json.loads(json.dumps(planned.as_dict()))
+    assert described["identity"] == planned.identity
+    assert described["sizes"][0]["memory_bytes"] == planned.sizes[0].memory_bytes
+    table = planned.render().split("\n\n")[1].splitlines()
+    assert len({len(line) for line in table}) == 1
+
+
+def shipped(*overrides: str) -> Experiment:
+    return load(Path(__file__).parents[2] / "configs/experiment/llava_7b.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["engine.micro_batch=16"], "set engine.micro_batch=4"),
+        (["model.size=70b", "data.max_tokens=1024"], "set engine.zero_stage=3"),
+        (
+            ["engine.zero_stage=3", "data.max_tokens=512", "model.size=70b", "cluster.workers=1"],
+            "set cluster.workers=4",
+        ),
+        (
+            ["model.size=70b", "data.max_tokens=1024", "engine.micro_batch=4"],
+            "set engine.zero_stage=3 engine.micro_batch=2",
+        ),
+        (["model.size=70b"], "no ZeRO stage, micro batch or number of workers fits"),
+    ],
+)
+def test_what_does_not_fit_names_its_parts_and_the_nearest_that_does(overrides, remedy):
+    with pytest.raises(PlanError) as caught:
+        plan(shipped(*overrides))
+    message = str(caught.value)
+    assert "frozen weights" in message
+    assert "activations" in message
+    assert "cluster.gpu_memory_gib=80" in message
+    assert remedy in message
+    if remedy.startswith("set "):
+        fitting = message.rpartition("; set ")[2].split(" ")
+        plan(shipped(*overrides, *fitting))
+
+
+def test_a_trial_that_does_not_fit_is_refused_too(settings, search):
+    settings |= {"search": search, "cluster": {"gpu_memory_gib": 1e-6}}
+    with pytest.raises(PlanError, match=r"model\.size=small: a worker of this run needs"):
+        plan(validated(settings))
+    small = plan(validated(settings).with_overrides({"cluster.gpu_memory_gib": None}))
+    limit = small.sizes[1].memory_bytes / 1024**3
+    with pytest.raises(PlanError, match=r"model\.size=large: a worker of this trial needs"):
+        plan(validated(settings).with_overrides({"cluster.gpu_memory_gib": limit}))
+
+
+def test_without_a_limit_nothing_is_refused():
+    assert plan(shipped("model.size=70b", "cluster.gpu_memory_gib=null")).sizes[0].memory_bytes

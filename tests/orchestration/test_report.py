@@ -1,0 +1,380 @@
+"""The page of a run or a sweep, from synthetic run folders."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from io import BytesIO
+from itertools import product
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from orchestration.compose import load
+from orchestration.config import Experiment, validated
+from orchestration.journal import Journal, write_json
+from orchestration.report import write
+
+ROOT = Path(__file__).parents[2]
+RATES = (0.003, 0.01, 0.03)
+EPOCHS = (1, 2)
+STEPS = 20
+"""Updates of an epoch."""
+HOSTILE = "<script>alert('what?')</script> & <img src=https://example.com/x.png>"
+STOPPED, FAILED = ("small", 0.003, 2), ("large", 0.03, 2)
+
+
+def loss_of(size: str, lr: float, epoch: int) -> float:
+    """A loss that is least at the larger size, the middle rate and the later epoch."""
+    return round({"small": 0.5, "large": 0.3}[size] + abs(lr - 0.01) * 10 + 0.4 / epoch, 3)
+
+
+def run(
+    folder: Path, experiment: Experiment, *, epochs: int, size: str, lr: float, end: str | None
+) -> None:
+    """A run folder as a worker leaves it after so many epochs, with its result if it has ended."""
+    write_json(
+        folder / "experiment.json",
+        {"identity": experiment.identity(), "fields": experiment.identity_fields()},
+    )
+    journal = Journal(folder)
+    journal.start(identity=experiment.identity(), params={}, step=0)
+    metrics: dict[str, float] = {}
+    for step in range(1, epochs * STEPS + 1):
+        metrics = {"train/loss": 3 / step + loss_of(size, lr, 2), "train/lr": lr * step / STEPS}
+        if step % STEPS == 0:
+            loss = loss_of(size, lr, step // STEPS)
+            metrics |= {"eval/loss": loss, "eval/accuracy": 1 - loss / 3}
+            metrics |= {"eval/accuracy_blind": 0.24, "eval/accuracy_majority": 0.23}
+        journal.metrics(step, metrics)
+    if end:
+        journal.end(end, {"failed": "RuntimeError: <b>worker died</b>"}.get(end, ""))
+    if end in ("finished", "stopped"):
+        result = {"identity": experiment.identity(), "fields": experiment.identity_fields()}
+        write_json(folder / "result.json", {"state": end, "metrics": metrics} | result)
+
+
+def trial_name(size: str, lr: float, epochs: int) -> str:
+    return f"size={size},lr={lr:.4g},epochs={epochs}"
+
+
+def picture(shade: int) -> bytes:
+    """A PNG of 8 x 8 pixels."""
+    image = Image.new("L", (8, 8))
+    image.putdata([(shade * (i + 3) * (i % 7)) % 256 for i in range(64)])
+    image.save(file := BytesIO(), "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def experiment(tmp_path, settings) -> Experiment:
+    settings["storage"] = {"path": str(tmp_path / "runs")}
+    settings["search"] = {
+        "space": {
+            "model.size": {"kind": "grid", "values": ["small", "large"]},
+            "optim.lr": {"kind": "grid", "values": list(RATES)},
+            "train.epochs": {"kind": "grid", "values": list(EPOCHS)},
+        },
+        "scheduler": {"kind": "asha"},
+    }
+    return validated(settings)
+
+
+@pytest.fixture
+def sweep(experiment) -> Experiment:
+    """2 sizes x 3 rates x 2 epochs, one stopped, one failed; the best one has chats."""
+    return make_sweep(experiment)
+
+
+def make_sweep(experiment: Experiment) -> Experiment:
+    root = experiment.run_folder / "trials"
+    keys = make_prepared(experiment)
+    for size, lr, epochs in product(("small", "large"), RATES, EPOCHS):
+        values = {"model.size": size, "optim.lr": lr, "train.epochs": epochs}
+        folder = root / trial_name(size, lr, epochs)
+        folder.mkdir(parents=True)
+        write_json(folder / "values.json", values)
+        end = {STOPPED: "stopped", FAILED: "failed"}.get((size, lr, epochs), "finished")
+        done = epochs if end == "finished" else 1
+        run(folder, experiment.trial(values), epochs=done, size=size, lr=lr, end=end)
+        if end == "finished":
+            write_json(folder / "chats.json", make_chats(keys))
+    return experiment
+
+
+def make_chats(keys: list[str]) -> list[dict]:
+    first = {"question": "Which digit is in image 1?", "answer": "seven", "model": "seven"}
+    second = {"question": HOSTILE, "answer": "three", "model": "<em>five</em>"}
+    return [
+        {
+            "id": "digits/1",
+            "images": keys[:2],
+            "rounds": [{"images": [0, 1]} | first, {"images": []} | second],
+        },
+        {"id": "digits/2", "images": [keys[2], "absent"], "rounds": [{"images": [0, 1]} | first]},
+    ]
+
+
+def make_prepared(experiment: Experiment) -> list[str]:
+    """Prepared data of three images, and their keys."""
+    folder = Path(experiment.storage.path, "prepared/tiny-0123")
+    for name in ("samples", "images"):
+        (folder / name).mkdir(parents=True)
+    pictures = [picture(shade) for shade in (3, 5, 11)]
+    keys = [hashlib.sha256(data).hexdigest() for data in pictures]
+    size = {"mime": "image/png", "width": 8, "height": 8}
+    rows = [{"key": k, "bytes": b} | size for k, b in zip(keys, pictures, strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "images/00000.parquet", row_group_size=2)
+    splits = [{"split": "train"}] * 30 + [{"split": "eval"}] * 5
+    pq.write_table(pa.Table.from_pylist(splits), folder / "samples/00000.parquet")
+    lost = {"source": "chats", "record": "chats.json:3", "reason": "bad_roles", "detail": HOSTILE}
+    (folder / "quarantine.jsonl").write_text(json.dumps(lost) + "\n")
+    source = {"raw": 36, "used": 35, "merged": 0, "dropped": {"bad_roles": 1}, "held_out": 0}
+    manifest = {"identity": experiment.prepared_identity(), "sources": {"chats": source}}
+    write_json(folder / "manifest.json", manifest)
+    return keys
+
+
+class Tree(HTMLParser):
+    """The tags of a page and the text within each, refusing tags that do not match."""
+
+    VOID = ("meta", "img", "br", "wbr")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.open: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs), []))
+        if tag not in self.VOID:
+            self.open.append(self.tags[-1])
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs), []))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        for _, _, text in self.open:
+            text.append(data)
+
+    def all(self, tag: str, attribute: str = "") -> Iterator[tuple[dict[str, str | None], str]]:
+        """Attributes and text of the tags of a name, that have an attribute if one is given."""
+        for name, attributes, text in self.tags:
+            if name == tag and (not attribute or attribute in attributes):
+                yield attributes, "".join(text)
+
+    @property
+    def text(self) -> str:
+        return next(text for _, text in self.all("main"))
+
+
+def page_of(experiment: Experiment) -> Tree:
+    return Tree(Path(write(experiment)["report"]).read_text(encoding="utf-8"))
+
+
+def test_the_page_asks_no_other_host_for_anything(sweep):
+    page = page_of(sweep)
+    links = [
+        value or ""
+        for _, attributes, _ in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "action", "data", "xlink:href", "poster")
+    ]
+    assert links
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _, _ in page.tags}
+    (style,) = (text for _, text in page.all("style"))
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_every_trial_is_shown_once_with_its_true_state(sweep):
+    rows = [attributes for attributes, _ in page_of(sweep).all("tr", "data-trial")]
+    states = {row["data-trial"]: row["data-state"] for row in rows}
+    expected = {
+        trial_name(*key): {STOPPED: "stopped", FAILED: "failed"}.get(key, "finished")
+        for key in product(("small", "large"), RATES, EPOCHS)
+    }
+    assert states == expected
+    assert len(rows) == len(expected)
+
+
+def test_a_cell_of_the_heat_map_holds_the_loss_of_its_trial(sweep):
+    cells = {
+        (a["data-size"], float(a["data-column"] or 0), int(a["data-row"] or 0)): (a, text)
+        for a, text in page_of(sweep).all("td", "data-column")
+    }
+    assert len(cells) == 12
+    for (size, lr, epochs), (_, text) in cells.items():
+        done = 1 if (size, lr, epochs) in (STOPPED, FAILED) else epochs
+        assert text.startswith(f"{loss_of(size, lr, done):.3f}")
+    assert "stopped" in cells[STOPPED][1]
+    assert "failed" in cells[FAILED][1]
+    best = [key for key, (attributes, _) in cells.items() if attributes.get("class") == "best"]
+    assert sorted(best) == [("large", 0.01, 2), ("small", 0.01, 2)]
+
+
+def test_a_cell_that_was_never_tried_is_blank(sweep):
+    missing = sweep.run_folder / "trials" / trial_name("large", 0.003, 1)
+    missing.rename(sweep.run_folder / "elsewhere")
+    page = page_of(sweep)
+    blank = [a for a, _ in page.all("td", "data-column") if a.get("class") == "blank"]
+    assert [(a["data-size"], a["data-column"], a["data-row"]) for a in blank] == [
+        ("large", "0.003", "1")
+    ]
+    assert "Of 12 trials 9 finished, 1 stopped early, 1 failed, 1 not begun" in page.text
+
+
+def test_the_headline_names_the_best_trial_and_its_numbers(sweep):
+    result = write(sweep)
+    assert result["best"] == trial_name("large", 0.01, 2)
+    assert result["metrics"]["eval/loss"] == 0.5
+    assert result["trials"] == {"finished": 10, "stopped": 1, "failed": 1}
+    lead = next(a for a in page_of(sweep).all("p") if a[0].get("class") == "lead")[1]
+    assert trial_name("large", 0.01, 2) in lead
+    for number in ("83.3 %", "23.0 %", "24.0 %", "0.500"):
+        assert number in lead
+
+
+def test_a_failed_trial_is_never_the_best(sweep):
+    failed = sweep.run_folder / "trials" / trial_name(*FAILED)
+    journal = Journal(failed)
+    journal.metrics(2 * STEPS, {"eval/loss": 0.001})
+    journal.end("failed", "out of memory")
+    assert write(sweep)["best"] == trial_name("large", 0.01, 2)
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best(sweep):
+    folder = sweep.run_folder / "trials" / trial_name("large", 0.01, 2)
+    Journal(folder).metrics(2 * STEPS, {"eval/loss": float("nan")})
+    assert write(sweep)["best"] == trial_name("large", 0.01, 1)
+
+
+def test_a_search_for_the_greatest_accuracy_ranks_by_it(sweep, settings):
+    search = sweep.as_dict()["search"] | {"metric": "eval/accuracy", "mode": "max"}
+    largest = validated(sweep.as_dict() | {"search": search})
+    assert write(largest)["best"] == trial_name("large", 0.01, 2)
+    assert "eval/accuracy by lr and epochs" in page_of(largest).text
+
+
+def test_what_data_and_models_say_is_text_and_never_html(sweep):
+    page = page_of(sweep)
+    assert HOSTILE in page.text
+    assert "<em>five</em>" in page.text
+    assert "RuntimeError: <b>worker died</b>" in page.text
+    assert not {"script", "em"} & {tag for tag, _, _ in page.tags}
+
+
+def test_sample_chats_show_their_images_and_whether_the_answer_is_right(sweep):
+    page = page_of(sweep)
+    images = [attributes for attributes, _ in page.all("img")]
+    assert [image["alt"] for image in images] == ["image 1", "image 2", "image 1"]
+    assert all(image["class"] == "small" for image in images)
+    chats = [text for attributes, text in page.all("article")]
+    assert [chat.count("✓ right") for chat in chats] == [1, 1]
+    assert [chat.count("✗ wrong") for chat in chats] == [1, 0]
+    assert "image 2: not in the prepared data" in chats[1]
+
+
+def test_data_are_counted_with_what_was_quarantined_and_why(sweep):
+    text = page_of(sweep).text
+    assert "30 to train, 5 held out" in text
+    assert "36 records, 35 used, 1 quarantined: 1 bad_roles" in text
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (None, "The training of tiny is unfinished: 1 of 2 epochs are done."),
+        ("failed", "The training of tiny failed after 1 of 2 epochs: RuntimeError"),
+        ("stopped", "The training of tiny was stopped after 1 of 2 epochs."),
+        ("finished", "The training of tiny finished."),
+    ],
+)
+def test_a_training_alone_is_told_in_its_true_state(experiment, end, said):
+    run(experiment.run_folder, experiment, epochs=1, size="small", lr=0.01, end=end)
+    page = page_of(experiment)
+    assert said in page.text
+    assert "Sweep" not in page.text
+    assert len(list(page.all("polyline"))) > 5
+
+
+def test_a_run_that_has_only_begun_has_a_page(experiment):
+    run(experiment.run_folder, experiment, epochs=0, size="small", lr=0.01, end=None)
+    assert "It has not been evaluated yet." in page_of(experiment).text
+
+
+def test_a_sweep_whose_trials_have_not_ended_has_a_page(experiment):
+    values = {"model.size": "small", "optim.lr": 0.01, "train.epochs": 2}
+    folder = experiment.run_folder / "trials" / trial_name("small", 0.01, 2)
+    folder.mkdir(parents=True)
+    write_json(folder / "values.json", values)
+    run(folder, experiment.trial(values), epochs=1, size="small", lr=0.01, end=None)
+    assert write(experiment)["best"] is None
+    assert "Of 12 trials 1 unfinished, 11 not begun" in page_of(experiment).text
+
+
+def test_a_trial_that_goes_on_after_a_failure_is_unfinished(sweep):
+    folder = sweep.run_folder / "trials" / trial_name(*FAILED)
+    Journal(folder).start(identity="", params={}, step=STEPS)
+    assert write(sweep)["trials"]["unfinished"] == 1
+
+
+def test_a_search_over_words_alone_has_a_table_and_no_heat_map(experiment, settings):
+    space = {"optim.schedule": {"kind": "grid", "values": ["cosine", "linear"]}}
+    words = validated(settings | {"storage": experiment.as_dict()["storage"]}).with_overrides(
+        {"search": {"space": space}}
+    )
+    for schedule in ("cosine", "linear"):
+        folder = words.run_folder / f"trials/schedule={schedule}"
+        folder.mkdir(parents=True)
+        values = {"optim.schedule": schedule}
+        write_json(folder / "values.json", values)
+        run(folder, words.trial(values), epochs=2, size="small", lr=0.01, end="finished")
+    page = page_of(words)
+    assert len(list(page.all("tr", "data-trial"))) == 2
+    assert not list(page.all("td", "data-column"))
+    assert "The trials vary no number" in page.text
+
+
+def test_the_experiment_beside_the_page_is_the_experiment(sweep):
+    page = page_of(sweep)
+    path = sweep.run_folder / "experiment.yaml"
+    assert load(path) == sweep
+    assert f"dsvl sweep {path} name=tiny-again" in page.text
+
+
+def test_a_folder_without_any_run_is_refused(experiment):
+    with pytest.raises(FileNotFoundError, match="train or sweep first"):
+        write(experiment)
+
+
+def test_a_report_on_the_run_of_another_experiment_is_refused(experiment):
+    run(experiment.run_folder, experiment, epochs=1, size="small", lr=0.01, end="finished")
+    with pytest.raises(ValueError, match=r"optim\.lr"):
+        write(experiment.with_overrides({"optim.lr": 0.5}))
+
+
+def test_the_report_needs_neither_torch_nor_ray(sweep, tmp_path):
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps(sweep.as_dict()))
+    code = (
+        "import json, sys; from orchestration.config import validated; "
+        "from orchestration.report import write; "
+        f"write(validated(json.load(open({str(settings)!r})))); "
+        "assert not {'torch', 'ray', 'mlflow', 'matplotlib'} & sys.modules.keys()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
