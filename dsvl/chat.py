@@ -1,6 +1,7 @@
 """One conversation with a model: show images, ask, clear."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -8,9 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dsvl.data.collate import collate
 from dsvl.data.encode import Encoder
+from dsvl.data.store import Prepared
 from dsvl.data.types import IGNORED, Example, Part, Turn
 from dsvl.generate import greedy
 from dsvl.model import VisualChat
+from dsvl.template import text
 from dsvl.train import to_device
 
 
@@ -72,3 +75,37 @@ class Chat:
         self.turns = [*turns, Turn("assistant", (Part("text", text=answer),))]
         self.images = shown
         return answer
+
+
+def transcript(
+    model: VisualChat,
+    tokenizer: PreTrainedTokenizerFast,
+    prepared: Prepared,
+    *,
+    count: int,
+    max_tokens: int,
+    device: torch.device,
+) -> list[dict]:
+    """The first `count` held-out conversations, with the model's own answers beside the true ones.
+
+    The model chats: its later answers follow its own earlier ones. Every rank must call it.
+
+    Returns:
+        A dict a conversation: `id`, `images` (sha256 keys) and `rounds`, each with the indices of the
+        `images` that it introduces, the `question`, the true `answer` and the `model`'s.
+    """
+    model.eval()
+    transcripts = []
+    for name, keys, turns in prepared.conversations("eval", count):
+        chat = Chat(model, tokenizer, device=device, max_tokens=max_tokens)
+        rounds = []
+        for turn, following in pairwise(turns):
+            if following.role != "assistant":
+                continue
+            shown = [part.image for part in turn.content if part.type == "image"]
+            question, answer = text(turn.content), text(following.content)
+            said = chat.ask(question, images=[prepared.pixels(keys[k]) for k in shown])
+            rounds.append({"images": shown, "question": question, "answer": answer, "model": said})
+        transcripts.append({"id": name, "images": list(keys), "rounds": rounds})
+    model.train()
+    return transcripts

@@ -54,6 +54,9 @@ class VisionConfig:
     """Pass the class token on, before the patches."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "hidden_size", "intermediate_size",
+                     "num_hidden_layers"):  # fmt: skip
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         require(
             self.image_size % self.patch_size == 0,
             "patch_size",
@@ -215,7 +218,9 @@ class EvaluationConfig:
     batch: int = 32
     """Held-out samples a worker evaluates at once."""
     samples: int | None = None
-    """How many held-out samples are used, in the order of their ids; all when empty."""
+    """How many held-out samples are used, from the first; all when empty."""
+    chats: int = 4
+    """Held-out conversations that the finished model answers, for its report."""
 
     def __post_init__(self) -> None:
         require(self.batch > 0, "batch", self.batch, "must be positive")

@@ -50,7 +50,7 @@ def join(*, backend: str) -> None:
     """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...)."""
     # Left to itself DeepSpeed probes which of its extensions would compile (seconds a worker), and then
     # compiles one for shared memory (half a minute once, and it takes a compiler). None is needed here.
-    deepspeed.ops.__compatible_ops__ = {}
+    setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
 
 

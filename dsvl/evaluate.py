@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from dsvl.data.store import Prepared
 from dsvl.data.types import IGNORED, Batch
 from dsvl.model import VisualChat, next_labels
+from dsvl.template import text
 from dsvl.train import batch_of, to_device
 
 
@@ -112,10 +114,7 @@ def majority_accuracy(prepared: Prepared) -> float:
 
 def rounds(prepared: Prepared, split: str) -> Iterator[tuple[str, str]]:
     """(question, answer) of every round of a split, as texts."""
-    for messages in prepared.samples(split)["messages"].to_pylist():
-        question = ""
-        for message in messages:
-            text = "".join(part["text"] or f"image {part['image'] + 1}" for part in message["content"] if part["type"] != "image")
-            if message["role"] == "assistant":
-                yield question, text
-            question = text
+    for _, _, turns in prepared.conversations(split):
+        for turn, following in pairwise(turns):
+            if following.role == "assistant":
+                yield text(turn.content), text(following.content)

@@ -36,12 +36,12 @@ def render(turns: Sequence[Turn]) -> Iterator[Piece]:
     """
     system = SYSTEM
     if turns and turns[0].role == "system":
-        system, turns = _text(turns[0].content) + "\n\n", turns[1:]
+        system, turns = text(turns[0].content) + "\n\n", turns[1:]
     pending = system  # text that no image or answer has cut off yet
     for turn in turns:
         if turn.role == "assistant":
             yield Piece("text", text=pending)
-            yield Piece("text", text=_text(turn.content), supervise=True)
+            yield Piece("text", text=text(turn.content), supervise=True)
             yield Piece("end", supervise=True)
             pending = ""
             continue
@@ -52,7 +52,7 @@ def render(turns: Sequence[Turn]) -> Iterator[Piece]:
             pending = "\n"
         if images:
             pending += "\n"
-        pending += f"### Question:\n{_text(turn.content)}\n\n### Answer:\n"
+        pending += f"### Question:\n{text(turn.content)}\n\n### Answer:\n"
     if pending:
         yield Piece("text", text=pending)
 
@@ -68,7 +68,8 @@ def prompt(turns: Sequence[Turn]) -> Iterator[Piece]:
     return render(turns)
 
 
-def _text(content: Iterable[Part]) -> str:
+def text(content: Iterable[Part]) -> str:
+    """What a turn says, its references to images in words, without the images it shows."""
     return "".join(
         f"image {part.image + 1}" if part.type == "ref" else part.text for part in content
     )

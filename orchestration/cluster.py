@@ -11,6 +11,8 @@ from orchestration.config import Experiment
 
 # A training polls its workers every 2 s by default, which short trainings spend most of their time waiting for.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# Paths of an experiment are relative to where the command was typed, on every process.
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from importlib import metadata
+from itertools import pairwise
 from math import inf, isfinite, nan
 from pathlib import Path
 from string import Template
@@ -153,11 +154,11 @@ def read(folder: Path, *, name: str) -> Run:
         curves.setdefault(metric, []).append((step, value))
     result = _json(folder / "result.json")
     last = next((e for e in reversed(entries) if e["kind"] in ("start", "end")), {})
-    seconds, began = 0.0, nan
-    for entry, following in zip(entries, [*entries[1:], {"kind": "start"}], strict=True):
-        began = entry["time"] if entry["kind"] == "start" else began
-        if following["kind"] == "start" and isfinite(began):
-            seconds += entry["time"] - began
+    seconds = sum(
+        entry["time"] - before["time"]
+        for before, entry in pairwise(entries)
+        if entry["kind"] != "start"
+    )
     return Run(
         name=name,
         folder=folder,

@@ -1,26 +1,22 @@
 """What each Ray Train worker does: build, resume, and the `for` over the library's steps."""
 
-import logging
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 import ray.train
 import torch
-from transformers import AutoTokenizer
 
 from dsvl import checkpoint
 from dsvl.chat import transcript
-from dsvl.data.store import open_store
+from dsvl.config import EvaluationConfig
+from dsvl.data.encode import load_tokenizer
+from dsvl.data.store import Prepared, open_store
 from dsvl.engine import Engine, join
-from dsvl.evaluate import evaluate
+from dsvl.evaluate import evaluate, majority_accuracy
 from dsvl.model import VisualChat
 from dsvl.train import Plan, steps
 from orchestration.config import Experiment
 from orchestration.journal import Journal, write_json
-
-SAMPLE_CHATS = 4
-"""Held-out chats that a finished model answers for the report."""
+from orchestration.trainer import write_result
 
 
 def work(config: dict) -> None:
@@ -30,37 +26,28 @@ def work(config: dict) -> None:
     alone writes to the run's folder: journal, checkpoints and, when all is done, `result.json`.
     """
     experiment = Experiment.model_validate(config["experiment"])
-    folder, prepared = Path(config["folder"]), open_store(Path(config["prepared"]))
-    began = time.time()
+    folder, prepared = Path(config["folder"]), open_store(config["prepared"])
     torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
     join(backend="nccl" if experiment.cluster.gpus_per_worker else "gloo")
-    model = VisualChat(experiment.model, precision=experiment.train.precision, seed=experiment.train.seed)
-    engine = Engine(
-        model, engine=experiment.engine, train=experiment.train, optim_config=experiment.optim
-    )
+    train = experiment.train
+    model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
+    engine = Engine(model, engine=experiment.engine, train=train, optim_config=experiment.optim)
     frozen = {
         "language": checkpoint.digest(experiment.model.language.checkpoint),
         "vision": checkpoint.digest(experiment.model.vision.checkpoint),
     }
     start = resume(engine, experiment, folder, frozen=frozen)
-    plan = Plan(len(prepared.train), experiment.train)
-    first = engine.rank == 0
-    journal = Journal(folder) if first else None
+    plan = Plan(len(prepared.train), train)
+    journal = Journal(folder) if engine.rank == 0 else None
     if journal:
-        journal.start(identity=experiment.identity(), params=experiment.params(), step=start)
+        journal.start(identity=experiment.identity(), params=experiment.identity_fields(), step=start)
+    majority = majority_accuracy(prepared) if engine.rank == 0 else 0.0
 
-    metrics: dict[str, float] = {}
-    for step in steps(engine, prepared, train=experiment.train, config=experiment.engine, start=start):
+    for step in steps(engine, prepared, train=train, config=experiment.engine, start=start):
         metrics = step.metrics()
         if step.ends_epoch:
-            metrics |= evaluate(
-                model,
-                prepared,
-                batch=experiment.evaluation.batch,
-                samples=experiment.evaluation.samples,
-                device=engine.device,
-            ).metrics()
-            metrics["eval/accuracy_majority"] = prepared.majority_accuracy
+            metrics |= held_out(engine, prepared, experiment.evaluation)
+            metrics["eval/accuracy_majority"] = majority
         if journal:
             journal.metrics(step.number, metrics)
         if step.number % experiment.checkpoint.every == 0 or step.number == plan.steps:
@@ -75,4 +62,38 @@ def work(config: dict) -> None:
                 keep=experiment.checkpoint.keep,
             )
         if step.ends_epoch:
-            ray.train.report(metrics | {"epoch": step.epoch + 1, "step": step.number})
+            ray.train.report(metrics | {"epoch": step.epoch + 1})
+
+    tokenizer = load_tokenizer(experiment.model.language.checkpoint)
+    chats = transcript(
+        model, tokenizer, prepared, count=experiment.evaluation.chats,
+        max_tokens=experiment.data.max_tokens, device=engine.device,
+    )  # fmt: skip
+    if journal:
+        write_json(folder / "chats.json", chats)
+        journal.end("finished")
+        write_result(experiment, folder, state="finished")
+
+
+def resume(engine: Engine, experiment: Experiment, folder: Path, *, frozen: dict[str, str]) -> int:
+    """Load the run's newest valid checkpoint, if any; returns how many updates it holds.
+
+    Raises:
+        ValueError: if another experiment wrote it; the differing fields are named.
+    """
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        return 0
+    if found.manifest["identity"] != experiment.identity():
+        differences = "; ".join(experiment.differences(found.manifest["fields"]))
+        raise ValueError(f"{found.folder} belongs to another run: {differences}")
+    checkpoint.load(engine, found, frozen=frozen)
+    return found.step
+
+
+def held_out(engine: Engine, prepared: Prepared, config: EvaluationConfig) -> dict[str, float]:
+    """The metrics of the model on held-out samples; a collective."""
+    tally = evaluate(
+        engine.model, prepared, batch=config.batch, samples=config.samples, device=engine.device
+    )
+    return tally.metrics()

@@ -23,7 +23,8 @@ class BadImage(Exception):  # noqa: N818 - a fact about the data, not of the pro
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        self.reason: Reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)

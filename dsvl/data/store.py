@@ -13,8 +13,8 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dsvl.data.images import ImageProcessor, StoredImage
-from dsvl.data.types import IGNORED, Conversation, Example, Rejected
+from dsvl.data.types import IGNORED, Conversation, Example, Part, Rejected, Turn
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "eval")
@@ -67,10 +67,22 @@ IMAGES = pa.schema(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation that is kept, with what was found out about it."""
+
+    conversation: Conversation
+    images: tuple[str, ...]
+    """sha256 keys, in the order of the conversation's images."""
+    split: str
+    group_keys: tuple[str, ...]
+    """What ties it to its side of the split: image keys and its record."""
+
+
 class Examples:
     """The encoded samples of one split, by index."""
 
-    def __init__(self, folder: Path, split: str, keys: np.ndarray) -> None:
+    def __init__(self, folder: Path, split: str, keys: list[str]) -> None:
         def column(name: str) -> np.ndarray:
             # A view of the memory map: slicing an np.memmap itself is ten times as slow.
             return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
@@ -97,7 +109,7 @@ class Examples:
             ids=self._ids[start:end],
             labels=self._labels[start:end],
             kinds=self._kinds[start:end],
-            images=tuple([self._keys[i].decode() for i in self._images[image:image_end].tolist()]),
+            images=tuple([self._keys[i] for i in self._images[image:image_end].tolist()]),
         )
 
 
@@ -114,7 +126,7 @@ class Prepared:
         """Positions an image."""
         self.pad_id: int = manifest["pad_id"]
         encoded = folder / "encoded"
-        self._keys = np.load(encoded / "image_keys.npy")
+        self._keys: list[str] = np.load(encoded / "image_keys.npy").astype(str).tolist()
         self._pixels = np.asarray(np.load(encoded / "pixels.npy", mmap_mode="r"))
         self.train = Examples(encoded, "train", self._keys)
         self.eval = Examples(encoded, "eval", self._keys)
@@ -132,9 +144,20 @@ class Prepared:
         """The conversations of a split, schema `SAMPLES`, in the order of its examples."""
         return pq.read_table(self.folder / "samples", filters=[("split", "=", split)])
 
+    def conversations(
+        self, split: str, count: int | None = None
+    ) -> Iterator[tuple[str, tuple[str, ...], tuple[Turn, ...]]]:
+        """(id, sha256 keys of its images, turns) of the first `count` conversations of a split."""
+        for sample in self.samples(split).slice(0, count).to_pylist():
+            turns = tuple(
+                Turn(message["role"], tuple(Part(**part) for part in message["content"]))
+                for message in sample["messages"]
+            )
+            yield sample["id"], tuple(sample["images"]), turns
+
     @cached_property
     def _index(self) -> dict[str, int]:
-        return {key.decode(): i for i, key in enumerate(self._keys.tolist())}
+        return {key: i for i, key in enumerate(self._keys)}
 
     @cached_property
     def _places(self) -> dict[str, tuple[pq.ParquetFile, int, int]]:
@@ -289,7 +312,7 @@ class Writer:
 
     def finish(
         self,
-        samples: Iterable[tuple[Conversation, Sequence[str], str, Sequence[str]]],
+        samples: Iterable[Sample],
         *,
         quarantine: Sequence[Rejected],
         raw: Mapping[str, int],
@@ -297,8 +320,7 @@ class Writer:
     ) -> dict[str, Any]:
         """Write what remains, publish the set under its name and return its manifest.
 
-        `samples` are (conversation, sha256 keys of its images, split, group keys) of every sample
-        to keep, each with a stored example; `raw` counts the records of every set.
+        Each of the `samples` has a stored example; `raw` counts the records of every set.
         """
         counts = self._write_samples(samples)
         for column in self._columns.values():
@@ -326,15 +348,15 @@ class Writer:
         self._making.rename(self.folder)
         return manifest
 
-    def _write_samples(self, samples: Iterable) -> dict[str, Any]:
+    def _write_samples(self, samples: Iterable[Sample]) -> dict[str, Any]:
         rows: dict[str, list[int]] = {split: [] for split in SPLITS}
         sources: Counter[str] = Counter()
         pending: list[dict[str, Any]] = []
         with pq.ParquetWriter(self._making / "samples/00000.parquet", SAMPLES) as parquet:
-            for conversation, keys, split, group_keys in samples:
-                rows[split].append(self._rows[conversation.id])
-                sources[conversation.source] += 1
-                pending.append(_sample(conversation, keys, split, group_keys))
+            for sample in samples:
+                rows[sample.split].append(self._rows[sample.conversation.id])
+                sources[sample.conversation.source] += 1
+                pending.append(_row(sample))
                 if len(pending) == 1000:
                     parquet.write_table(pa.Table.from_pylist(pending, SAMPLES))
                     pending = []
@@ -414,9 +436,8 @@ def write_quarantine(path: Path, quarantine: Iterable[Rejected]) -> None:
             file.write(json.dumps(asdict(rejected)) + "\n")
 
 
-def _sample(
-    conversation: Conversation, keys: Sequence[str], split: str, group_keys: Sequence[str]
-) -> dict[str, Any]:
+def _row(sample: Sample) -> dict[str, Any]:
+    conversation = sample.conversation
     messages = [
         {
             "role": turn.role,
@@ -428,9 +449,9 @@ def _sample(
     return {
         "id": conversation.id,
         "source": conversation.source,
-        "images": list(keys),
+        "images": list(sample.images),
         "messages": messages,
-        "split": split,
-        "group_keys": list(group_keys),
+        "split": sample.split,
+        "group_keys": list(sample.group_keys),
         "meta": json.dumps({"record": conversation.record, **conversation.meta}),
     }

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from dsvl.data.types import Part, Turn
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 READ = (
     "What digit is in image {i}?",
@@ -88,18 +90,24 @@ def draw(
     return chat
 
 
-def in_words(chat: list[Round], repeat: int = 4) -> list[tuple[list[str], str, str]]:
-    """The chat without images: (descriptions, question, answer) a round, images told in words.
+def turns(chat: list[Round]) -> list[Turn]:
+    """The chat as a conversation: image `i` is the i-th that its rounds introduce."""
+    conversation, shown = [], 0
+    for turn in chat:
+        images = tuple(Part("image", image=shown + i) for i in range(len(turn.images)))
+        conversation.append(Turn("user", (*images, Part("text", text=turn.question))))
+        conversation.append(Turn("assistant", (Part("text", text=turn.answer),)))
+        shown += len(images)
+    return conversation
+
+
+def in_words(chat: list[Round], repeat: int = 4) -> list[str]:
+    """What each image shows, in words that take its place where a chat is told without images.
 
     A digit's word is written `repeat` times, as a tower of four patches gives four features.
     """
     return [
-        (
-            [" ".join([WORDS[labels()[index]]] * repeat) for index in turn.images],
-            turn.question,
-            turn.answer,
-        )
-        for turn in chat
+        " ".join([WORDS[labels()[index]]] * repeat) for turn in chat for index in turn.images
     ]
 
 

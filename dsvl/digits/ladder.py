@@ -27,12 +27,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dsvl.data.types import IGNORED
 from dsvl.digits import chats
+from dsvl.template import Piece, render
 
 logger = logging.getLogger(__name__)
 
 SEED = 0
-SYSTEM = "You are a powerful vision-language assistant.\n\n"
 VOCABULARY = 512
 BATCH = 64
 MEAN, STD = 0.3, 0.35  # of the grey values, 15 x 0..16 over 255
@@ -56,18 +57,11 @@ SIZES = {
 }
 
 
-def pieces(chat: list[chats.Round]) -> Iterator[tuple[str, bool]]:
-    """The text of a chat told in words, and which of its pieces are answers (to be learned)."""
-    yield SYSTEM, False
-    number = 0
-    for descriptions, question, answer in chats.in_words(chat):
-        for description in descriptions:
-            number += 1
-            yield f"### Image {number}:\n", False
-            yield description, False
-            yield "\n", False
-        yield ("\n" if descriptions else "") + f"### Question:\n{question}\n\n### Answer:\n", False
-        yield answer, True
+def told(chat: list[chats.Round]) -> Iterator[Piece]:
+    """The pieces of a chat with words in place of its images."""
+    words = chats.in_words(chat)
+    for piece in render(chats.turns(chat)):
+        yield Piece("text", text=words[piece.image]) if piece.type == "image" else piece
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -87,7 +81,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<pad>"]
     corpus = [
-        "".join(text for text, _ in pieces(chats.draw("train", number, SEED + 1)))
+        "".join(piece.text for piece in told(chats.draw("train", number, SEED + 1)))
         for number in range(2000)
     ]
     tokenizer.train_from_iterator(
@@ -112,16 +106,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, chat: list[chats.Round]) -> tuple[list, list]:
-    """Token ids and labels (-100 where nothing is learned) of a chat told in words."""
-
-    ids, labels = [tokenizer.bos_token_id], [-100]
-    for text, learned in pieces(chat):
-        part = _ids(tokenizer, text)
-        if learned:
-            part = [*part, tokenizer.eos_token_id]
+def encode(
+    tokenizer: PreTrainedTokenizerFast, chat: list[chats.Round]
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a chat told in words; only its answers and their ends have labels."""
+    ids, labels = [tokenizer.bos_token_id], [IGNORED]
+    for piece in told(chat):
+        part = [tokenizer.eos_token_id] if piece.type == "end" else _ids(tokenizer, piece.text)
         ids += part
-        labels += part if learned else [-100] * len(part)
+        labels += part if piece.supervise else [IGNORED] * len(part)
     return ids, labels
 
 

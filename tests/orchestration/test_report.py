@@ -39,6 +39,7 @@ def run(
     folder: Path, experiment: Experiment, *, epochs: int, size: str, lr: float, end: str | None
 ) -> None:
     """A run folder as a worker leaves it after so many epochs, with its result if it has ended."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "experiment.json",
         {"identity": experiment.identity(), "fields": experiment.identity_fields()},
@@ -98,11 +99,10 @@ def make_sweep(experiment: Experiment) -> Experiment:
     for size, lr, epochs in product(("small", "large"), RATES, EPOCHS):
         values = {"model.size": size, "optim.lr": lr, "train.epochs": epochs}
         folder = root / trial_name(size, lr, epochs)
-        folder.mkdir(parents=True)
-        write_json(folder / "values.json", values)
         end = {STOPPED: "stopped", FAILED: "failed"}.get((size, lr, epochs), "finished")
         done = epochs if end == "finished" else 1
         run(folder, experiment.trial(values), epochs=done, size=size, lr=lr, end=end)
+        write_json(folder / "values.json", values)
         if end == "finished":
             write_json(folder / "chats.json", make_chats(keys))
     return experiment
@@ -259,7 +259,7 @@ def test_a_failed_trial_is_never_the_best(sweep):
 def test_a_loss_that_is_not_a_number_is_never_the_best(sweep):
     folder = sweep.run_folder / "trials" / trial_name("large", 0.01, 2)
     Journal(folder).metrics(2 * STEPS, {"eval/loss": float("nan")})
-    assert write(sweep)["best"] == trial_name("large", 0.01, 1)
+    assert write(sweep)["best"] == trial_name("large", 0.003, 2)
 
 
 def test_a_search_for_the_greatest_accuracy_ranks_by_it(sweep, settings):
@@ -319,9 +319,8 @@ def test_a_run_that_has_only_begun_has_a_page(experiment):
 def test_a_sweep_whose_trials_have_not_ended_has_a_page(experiment):
     values = {"model.size": "small", "optim.lr": 0.01, "train.epochs": 2}
     folder = experiment.run_folder / "trials" / trial_name("small", 0.01, 2)
-    folder.mkdir(parents=True)
-    write_json(folder / "values.json", values)
     run(folder, experiment.trial(values), epochs=1, size="small", lr=0.01, end=None)
+    write_json(folder / "values.json", values)
     assert write(experiment)["best"] is None
     assert "Of 12 trials 1 unfinished, 11 not begun" in page_of(experiment).text
 
@@ -339,10 +338,9 @@ def test_a_search_over_words_alone_has_a_table_and_no_heat_map(experiment, setti
     )
     for schedule in ("cosine", "linear"):
         folder = words.run_folder / f"trials/schedule={schedule}"
-        folder.mkdir(parents=True)
         values = {"optim.schedule": schedule}
-        write_json(folder / "values.json", values)
         run(folder, words.trial(values), epochs=2, size="small", lr=0.01, end="finished")
+        write_json(folder / "values.json", values)
     page = page_of(words)
     assert len(list(page.all("tr", "data-trial"))) == 2
     assert not list(page.all("td", "data-column"))

@@ -1,0 +1,263 @@
+"""Whether this machine can carry an experiment out; nothing is changed, and nothing heavy imported."""
+
+import os
+import platform
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from orchestration.config import Experiment
+
+GIB = 1024**3
+PYTHON = ">=3.11"
+FLOORS = {
+    "ray": ">=2.56",  # CVE-2026-57516, code from read_webdataset; CVE-2026-41486, from Parquet
+    "mlflow": ">=3.15",  # CVE-2026-96804, pickles; CVE-2026-2652, authentication passed by
+    "torch": ">=2.10",  # CVE-2026-24747, memory corrupted by torch.load
+    "transformers": ">5.2",  # CVE-2026-5241, a config.json that runs code
+    "pillow": ">=13.0.0",  # CVE-2026-112403 and -112398, overflows in the JPEG decoder
+    "deepspeed": ">=0.19",
+}
+"""Versions below have known vulnerabilities, or lack what this project calls."""
+CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
+"""The versions that this project is tested with."""
+FREE_DISK = 5 * GIB
+SHARED_MEMORY = GIB
+"""Ray passes objects between processes through it, gloo and NCCL their messages."""
+RAY_MEMORY, WORKER_MEMORY = 2 * GIB, GIB
+"""Of Ray itself, and of a worker before it holds a model: its imports."""
+PORTS = {8265: "Ray's dashboard", 5000: "MLflow's pages"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    check: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    """What to do if it is not ok."""
+    essential: bool = True
+    """Whether the experiment cannot (or should not) run while it is not ok."""
+
+
+def examine(experiment: Experiment) -> dict[str, Any]:
+    """Look at what an experiment needs of this machine.
+
+    Returns `ok`, which is whether all that is essential is in order, and `checks`: what was looked at,
+    whether it is ok, what was found, and the remedy if it is not.
+    """
+    checks = [
+        *packages(),
+        *storage(Path(experiment.storage.path)),
+        *resources(experiment),
+        *(port(number, purpose) for number, purpose in PORTS.items()),
+        *token(),
+    ]
+    return {
+        "ok": all(check.ok for check in checks if check.essential),
+        "checks": [
+            asdict(check) | {"remedy": "" if check.ok else check.remedy} for check in checks
+        ],
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """What was found as text for people, the remedies below what they mend."""
+    checks = report["checks"]
+    width = max(len(check["check"]) for check in checks)
+    lines = []
+    for check in checks:
+        verdict = "ok" if check["ok"] else "FAIL" if check["essential"] else "note"
+        lines.append(f"{verdict:<4}  {check['check']:<{width}}  {check['found']}")
+        if not check["ok"]:
+            lines.append(f"{'':<4}  {'':<{width}}  -> {check['remedy']}")
+    failed = sum(check["essential"] and not check["ok"] for check in checks)
+    verdict = (
+        f"{failed} of {len(checks)} checks failed." if failed else "All that is needed is here."
+    )
+    return "\n".join([*lines, "", verdict])
+
+
+def packages() -> Iterator[Check]:
+    """Python and packages: no older than is safe, and which differ from the tested ones."""
+    python = platform.python_version()
+    yield Check("python", _within(python, PYTHON), python, f"use Python {PYTHON}")
+    for name, floor in FLOORS.items():
+        found = _version(name)
+        yield Check(
+            name,
+            found is not None and _within(found, floor),
+            f"{found or 'not installed'} (needs {floor})",
+            f"pip install --constraint constraints.txt '{name}{floor}'",
+        )
+    if CONSTRAINTS.exists():
+        others = [
+            f"{pin.name} {found} (tested {str(pin.specifier).removeprefix('==')})"
+            for pin in _pins(CONSTRAINTS.read_text(encoding="utf-8"))
+            if (found := _version(pin.name)) and not _within(found, str(pin.specifier))
+        ]
+        yield Check(
+            "tested versions",
+            not others,
+            ", ".join(others) or "all as in constraints.txt",
+            "pip install --constraint constraints.txt --editable .",
+            essential=False,
+        )
+
+
+def storage(folder: Path) -> Iterator[Check]:
+    """Whether files can be written and renamed in a folder, and how much room there is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as place:
+            (written := Path(place, "written")).write_bytes(b"x" * 4096)
+            written.rename(Path(place, "renamed"))
+    except OSError as error:
+        text = f"{folder}: {type(error).__name__}: {error.strerror or error}"
+        yield Check("storage", False, text, "set storage.path to a folder that you may write to")
+        return
+    yield Check("storage", True, f"{folder.absolute()} can be written to")
+    free = shutil.disk_usage(folder).free
+    yield Check(
+        "free disk",
+        free >= FREE_DISK,
+        f"{_gib(free)} (needs {_gib(FREE_DISK)})",
+        f"make room, or set storage.path to a disk with {_gib(FREE_DISK)} free",
+    )
+
+
+def resources(experiment: Experiment) -> Iterator[Check]:
+    """Processors, memory and GPUs against the workers that the experiment asks for."""
+    cluster, search = experiment.cluster, experiment.search
+    workers = max(cluster.workers, search.workers if search else 0)
+    if sys.platform == "linux":
+        shared = shutil.disk_usage("/dev/shm").free
+        yield Check(
+            "shared memory",
+            shared >= SHARED_MEMORY,
+            f"{_gib(shared)} free in /dev/shm (wants {_gib(SHARED_MEMORY)})",
+            "in a container: docker run --shm-size=4g; Ray uses slow files in /tmp otherwise",
+            essential=False,
+        )
+    gpus = _gpus()
+    if cluster.address != "local":
+        yield Check("machine", True, f"{cluster.address} carries the work; look there too")
+        yield Check("GPUs", True, f"{len(gpus)} here", essential=False)
+        return
+    cpus, needed = _cpus(), workers * cluster.cpus_per_worker
+    yield Check(
+        "CPUs",
+        cpus >= needed,
+        f"{cpus} ({workers} workers x {cluster.cpus_per_worker:g} = {needed:g} needed)",
+        "set cluster.workers or cluster.cpus_per_worker lower; Ray would wait for ever",
+    )
+    memory, needed = _memory(), RAY_MEMORY + workers * WORKER_MEMORY
+    yield Check(
+        "memory",
+        memory >= needed,
+        f"{_gib(memory)} ({_gib(needed)} for Ray and {workers} workers, before any model)",
+        "set cluster.workers lower, or use a machine with more memory",
+    )
+    needed = workers * cluster.gpus_per_worker
+    yield Check(
+        "GPUs",
+        len(gpus) >= needed,
+        f"{', '.join(gpus) or 'none'} ({needed:g} needed)",
+        "set cluster.gpus_per_worker=0, or use a machine with GPUs and nvidia-smi",
+    )
+
+
+def port(number: int, purpose: str) -> Check:
+    """Whether a port of the loopback interface is free, and by whom it is used."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        free = probe.connect_ex(("127.0.0.1", number)) != 0
+    return Check(
+        f"port {number}",
+        free,
+        f"free for {purpose}" if free else f"used by {_listener(number)}",
+        f"{purpose} must take another port, unless that is it",
+        essential=False,
+    )
+
+
+def token() -> Iterator[Check]:
+    """Whether others may read the token that lets one use Ray, where there is one."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
+    if path.exists():
+        mode = stat.S_IMODE(path.stat().st_mode)
+        yield Check(
+            "Ray's token",
+            not mode & 0o077,
+            f"{path} has mode {mode:04o}",
+            f"chmod 600 {path}; whoever reads it may run code on the cluster",
+            essential=False,
+        )
+
+
+def _pins(text: str) -> Iterator[Requirement]:
+    for line in text.splitlines():
+        if wanted := line.partition("#")[0].strip():
+            yield Requirement(wanted)
+
+
+def _within(version: str, specifier: str) -> bool:
+    return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _memory() -> int:
+    """Bytes of the machine, or of the container where that has less."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    total = psutil.virtual_memory().total
+    return total if allowed == "max" else min(total, int(allowed))
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs, by nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+
+
+def _listener(number: int) -> str:
+    """The process that listens on a port, as far as this user may know."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == number:
+                return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
+    except psutil.Error:
+        pass
+    return "another process"

@@ -1,0 +1,215 @@
+"""Going through all raw records with Ray Data: read, check images, encode, split.
+
+The driver reads annotations and keeps what comes through; a pool of actors opens every image once
+and encodes every conversation. Results come back in the order of the records, block by block: they
+are the same whatever the number of actors, and only a few blocks are in memory at a time.
+"""
+
+import logging
+import pickle
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from dsvl.data.blend import Links, assign_split
+from dsvl.data.encode import Encoder, load_tokenizer
+from dsvl.data.images import BadImage, ImageProcessor, StoredImage, load
+from dsvl.data.store import Sample, Writer
+from dsvl.data.types import Conversation, Example, Reason, Rejected
+from orchestration.config import Experiment
+
+BLOCK = 32
+"""Records a block: what an actor takes at once."""
+SAY_EVERY = 10.0
+"""Seconds between two lines of progress."""
+
+Fault = tuple[Reason, str]
+"""Why an image cannot be used, and the details."""
+
+
+@dataclass
+class Survey:
+    """All raw records, gone through."""
+
+    raw: Counter[str]
+    """Records of every set."""
+    samples: list[Sample] = field(default_factory=list)
+    """What came through, in the order of the records."""
+    quarantine: list[Rejected] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A conversation to encode, and the images to open: those that no earlier task opens."""
+
+    conversation: Conversation
+    folder: str
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a task; the example's images are still paths."""
+
+    example: Example | Rejected
+    images: dict[str, StoredImage]
+    faults: dict[str, Fault]
+
+
+class Preparer:
+    """The actor: opens images and encodes conversations. A bad record is an outcome, no error."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: str,
+        processor: ImageProcessor,
+        image_tokens: int,
+        max_tokens: int,
+        max_pixels: int,
+    ) -> None:
+        self._processor, self._max_pixels = processor, max_pixels
+        self._encoder = Encoder(
+            load_tokenizer(checkpoint), image_tokens=image_tokens, max_tokens=max_tokens
+        )
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """A column of pickled tasks -> a column of pickled outcomes."""
+        outcomes = [self.outcome(pickle.loads(task.as_py())) for task in block["task"]]
+        return pa.table({"outcome": pa.array(map(pickle.dumps, outcomes), pa.large_binary())})
+
+    def outcome(self, task: Task) -> Outcome:
+        """Open the task's images and encode its conversation."""
+        paths = [image.path for image in task.conversation.images]
+        outcome = Outcome(self._encoder.encode(task.conversation, paths), {}, {})
+        for path in task.paths:
+            try:
+                outcome.images[path] = load(
+                    task.folder, path, processor=self._processor, max_pixels=self._max_pixels
+                )
+            except BadImage as bad:
+                outcome.faults[path] = bad.reason, bad.detail
+        return outcome
+
+
+def survey(
+    experiment: Experiment,
+    records: Sequence[Conversation | Rejected],
+    *,
+    processor: ImageProcessor,
+    writer: Writer | None,
+    progress: Callable[[str], None],
+) -> Survey:
+    """Check, encode and split the records; the writer, if any, gets images and examples."""
+    seen = Survey(Counter(dict.fromkeys(experiment.data.sets, 0)))
+    linked: list[tuple[Conversation, Links]] = []
+    keys: dict[tuple[str, str], str] = {}
+    faults: dict[tuple[str, str], Fault] = {}
+    outcomes = _outcomes(experiment, _tasks(experiment, records), processor)
+    said = time.monotonic()
+    for number, record in enumerate(records):
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            progress(f"data: {number} of {len(records)} records checked")
+        seen.raw[record.source] += 1
+        if isinstance(record, Rejected):
+            seen.quarantine.append(record)
+            continue
+        folder, outcome = _image_folder(experiment, record.source), next(outcomes)
+        for path, image in outcome.images.items():
+            keys[folder, path] = image.key
+            if writer:
+                writer.image(image, source_id=f"{record.source}/{path}")
+        faults |= {(folder, path): fault for path, fault in outcome.faults.items()}
+        places = [(folder, image.path) for image in record.images]
+        bad = next((faults[place] for place in places if place in faults), None)
+        if bad:
+            seen.quarantine.append(Rejected(record.source, record.record, *bad))
+        elif isinstance(outcome.example, Rejected):
+            seen.quarantine.append(outcome.example)
+        else:
+            images = tuple(keys[place] for place in places)
+            if writer:
+                writer.example(replace(outcome.example, images=images))
+            linked.append((record, Links(record.source, record.meta["key"], images)))
+    _split(experiment, linked, seen)
+    return seen
+
+
+def _split(
+    experiment: Experiment, linked: Sequence[tuple[Conversation, Links]], seen: Survey
+) -> None:
+    sides = assign_split(
+        [links for _, links in linked],
+        declared={source: config.split for source, config in experiment.data.sets.items()},
+        eval_fraction=experiment.data.eval_fraction,
+        seed=experiment.train.seed,
+    )
+    for (conversation, links), side in zip(linked, sides, strict=True):
+        if side == "straddles_split":
+            detail = "its images, or its record, are on both sides of the split"
+            seen.quarantine.append(Rejected(links.source, conversation.record, side, detail))
+        else:
+            seen.samples.append(Sample(conversation, links.images, side, links.group_keys))
+
+
+def _tasks(experiment: Experiment, records: Sequence[Conversation | Rejected]) -> list[Task]:
+    taken: set[tuple[str, str]] = set()
+    tasks = []
+    for record in records:
+        if isinstance(record, Conversation):
+            folder = _image_folder(experiment, record.source)
+            paths = dict.fromkeys(image.path for image in record.images)
+            new = tuple(path for path in paths if (folder, path) not in taken)
+            taken.update((folder, path) for path in new)
+            tasks.append(Task(record, folder, new))
+    return tasks
+
+
+def _image_folder(experiment: Experiment, source: str) -> str:
+    # Absolute, as actors have working directories of their own.
+    return str(Path(experiment.storage.data, experiment.data.sets[source].images).absolute())
+
+
+def _outcomes(
+    experiment: Experiment, tasks: Sequence[Task], processor: ImageProcessor
+) -> Iterator[Outcome]:
+    """The outcomes of the tasks, in their order."""
+    import ray.data  # takes seconds, and a set that is prepared already needs none
+
+    if not tasks:
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    checkpoint = Path(experiment.model.language.checkpoint)
+    blocks = [
+        pa.table({"task": pa.array(map(pickle.dumps, tasks[i : i + BLOCK]), pa.large_binary())})
+        for i in range(0, len(tasks), BLOCK)
+    ]
+    with ray.data.DataContext.current(context):  # a dataset takes its context when it is made
+        outcomes = ray.data.from_arrow(blocks).map_batches(
+            Preparer,
+            fn_constructor_kwargs={
+                "checkpoint": str(checkpoint.absolute() if checkpoint.is_dir() else checkpoint),
+                "processor": processor,
+                "image_tokens": experiment.model.vision.tokens,
+                "max_tokens": experiment.data.max_tokens,
+                "max_pixels": experiment.data.max_image_pixels,
+            },
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=min(experiment.cluster.preparers, len(blocks))
+            ),
+        )
+    for block in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for outcome in block["outcome"]:
+            yield pickle.loads(outcome.as_py())
