@@ -29,9 +29,10 @@ Result = tuple[dict[str, Any], str]
 
 def _quickstart(experiment: Experiment) -> Result:
     """Make the digits, train, sweep and report: the whole way, on this machine."""
-    from orchestration.quickstart import run
+    from orchestration.quickstart import render, run
 
-    return _described(run(experiment))
+    result = run(experiment)
+    return result, render(result)
 
 
 def _check(experiment: Experiment) -> Result:
@@ -60,14 +61,17 @@ def _train(experiment: Experiment) -> Result:
     """Train the model, or go on where the run stopped."""
     from orchestration.commands import train
 
-    return _described(train(experiment))
+    result = train(experiment)
+    return result, "\n".join(_lines({k: result[k] for k in ("folder", "state", "metrics")}))
 
 
 def _sweep(experiment: Experiment) -> Result:
     """Run the search, or go on where it stopped."""
     from orchestration.commands import sweep
+    from orchestration.search import render
 
-    return _described(sweep(experiment))
+    result = sweep(experiment)
+    return result, render(result)
 
 
 def _report(experiment: Experiment) -> Result:
@@ -79,9 +83,18 @@ def _report(experiment: Experiment) -> Result:
 
 def _doctor(experiment: Experiment) -> Result:
     """Examine this machine and the cluster."""
-    from orchestration.doctor import examine
+    from orchestration.doctor import examine, render
 
-    return _described(examine(experiment))
+    result = examine(experiment)
+    return result, render(result)
+
+
+def _chat(experiment: Experiment) -> Result:
+    """Talk to the best model that the experiment has."""
+    from orchestration.terminal import talk
+
+    assert sys.__stdout__ is not None
+    return _described(talk(experiment, out=sys.__stdout__))
 
 
 VERBS: dict[str, Callable[[Experiment], Result]] = {
@@ -92,8 +105,13 @@ VERBS: dict[str, Callable[[Experiment], Result]] = {
     "train": _train,
     "sweep": _sweep,
     "report": _report,
+    "chat": _chat,
     "doctor": _doctor,
 }
+
+
+FAULTS_FOUND = {"check": 2, "doctor": 1}
+"""Exit status where a verb did its work and found faults: of the request, or of the machine."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cause = f"{verb} failed: {type(error).__name__}: {_first_line(error)}"
         return _fail(f"{cause}; see {_log(verb, experiment)}", as_json=as_json, status=1)
     print(json.dumps(result, indent=2, default=str) if as_json else text)
-    return 0
+    return 0 if result.get("ok", True) else FAULTS_FOUND[verb]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,12 +4,13 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
 from orchestration.config import Experiment
 
-# A training polls its workers every 2 s by default, which short trainings spend most of their time waiting for.
+# A training polls its workers every 2 s by default, which short ones spend most of their time waiting for.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 # Paths of an experiment are relative to where the command was typed, on every process.
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -21,16 +22,16 @@ def connect(experiment: Experiment) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    local = experiment.cluster.address == "local"
-    ray.init(
-        address=None if local else experiment.cluster.address,
-        # Tune learns from the dashboard that a stopped trial's training is gone; without it the search hangs.
-        include_dashboard=True if local else None,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=False,
-    )
+    settings: dict[str, Any] = {"address": experiment.cluster.address}
+    if experiment.cluster.address == "local":
+        # Tune learns from the dashboard that a stopped trial's training is gone; without it, it hangs.
+        settings["include_dashboard"] = True
+        # Nobody takes this machine away at a minute's notice: one process less a training.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    ray.init(**settings, log_to_driver=False, configure_logging=False, logging_level=logging.WARNING)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     try:
         yield
     finally:
+        del os.environ["RAY_ADDRESS"]
         ray.shutdown()

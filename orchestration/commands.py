@@ -46,4 +46,9 @@ def sweep(experiment: Experiment) -> dict:
         prepared = Path(prepare(experiment)["folder"])
         shipper.follow_sweep(folder, name=f"{experiment.name} sweep")
         search.search(experiment, prepared)
-    return search.summarize(experiment)
+    summary = search.summarize(experiment)
+    for failure in summary["failed"]:
+        log.warning("trial %s", failure)
+    if not summary["trials"]:
+        raise RuntimeError(f"no trial of {experiment.name} came to an end")
+    return summary

@@ -1,4 +1,7 @@
-"""Whether this machine can carry an experiment out; nothing is changed, and nothing heavy imported."""
+"""Whether this machine can carry an experiment out.
+
+Nothing is mended by itself, and nothing heavy is imported: what is looked at may be broken.
+"""
 
 import os
 import platform
@@ -57,8 +60,8 @@ class Check:
 def examine(experiment: Experiment) -> dict[str, Any]:
     """Look at what an experiment needs of this machine.
 
-    Returns `ok`, which is whether all that is essential is in order, and `checks`: what was looked at,
-    whether it is ok, what was found, and the remedy if it is not.
+    Returns `ok`, which is whether all that is essential is in order, and `checks`: what was looked
+    at, whether it is ok and essential, what was found, and the remedy if it is not ok.
     """
     checks = [
         *packages(),
@@ -256,7 +259,8 @@ def _listener(number: int) -> str:
     """The process that listens on a port, as far as this user may know."""
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == number:
+            listens = connection.status == psutil.CONN_LISTEN
+            if listens and connection.laddr[1:2] == (number,) and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
     except psutil.Error:
         pass

@@ -14,8 +14,9 @@ from typing import Any
 from dsvl.data.encode import load_tokenizer, pad_id
 from dsvl.data.images import ImageProcessor
 from dsvl.data.readers import read
-from dsvl.data.store import SCHEMA_VERSION, Writer, sha256, verify, write_quarantine
+from dsvl.data.store import SCHEMA_VERSION, sha256, verify
 from dsvl.data.types import Conversation, Reason, Rejected
+from dsvl.data.writer import Writer, write_quarantine
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.survey import Survey, survey
@@ -231,13 +232,12 @@ def _errors(experiment: Experiment, found: Survey) -> list[str]:
 
 def _top(dropped: Sequence[Rejected]) -> str:
     """The three most frequent reasons, each with its count and first record."""
-    first: dict[Reason, Rejected] = {}
+    by_reason: dict[Reason, list[Rejected]] = {}
     for bad in dropped:
-        first.setdefault(bad.reason, bad)
-    counts = Counter(bad.reason for bad in dropped).most_common(3)
+        by_reason.setdefault(bad.reason, []).append(bad)
     return "; ".join(
-        f"{count} {reason} ({first[reason].record}: {first[reason].detail})"
-        for reason, count in counts
+        f"{len(those)} {reason} ({those[0].record}: {those[0].detail})"
+        for reason, those in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:3]
     )
 
 

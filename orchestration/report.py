@@ -9,7 +9,7 @@ import platform
 import shlex
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -23,39 +23,28 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from orchestration import journal
+from orchestration import journal, plots
 from orchestration.config import Experiment
 from orchestration.plan import language_parameters
-from orchestration.plots import (
-    COLOURS,
-    STYLE,
-    Cell,
-    Series,
-    attributes,
-    bars,
-    chart,
-    heat,
-    legend,
-    short,
-    thin,
-)
+from orchestration.plots import Cell, Mark, Series, attributes, chart, short, thin
 
 SIZE = "model.size"
 PACKAGES = ("ray", "deepspeed", "torch", "transformers", "mlflow", "numpy", "pyarrow", "pillow")
-NOTES = {
-    "stopped": "■ stopped",
-    "failed": "✕ failed",
-    "unfinished": "… unfinished",
-    "waiting": "not begun",
-}
-"""How a state other than finished is marked."""
-MARKS = {"stopped": "square", "failed": "cross"}
+IMAGES = ("image/png", "image/jpeg", "image/webp")
+NOTES = {"stopped": "■ stopped", "failed": "✕ failed", "unfinished": "… unfinished"}
+MARKS: dict[str, Mark] = {"finished": "circle", "stopped": "square", "failed": "cross"}
+"""How the state of a trial is marked in a heat map, and in a chart."""
 SHARES = (
     ("eval/accuracy", "as trained", "c0"),
     ("eval/accuracy_blind", "images zeroed", "c1"),
     ("eval/accuracy_majority", "most frequent answer", "c2"),
 )
-
+TOLD = {
+    "finished": "The training of {name} finished.",
+    "stopped": "The training of {name} was stopped after {epochs}.",
+    "failed": "The training of {name} failed after {epochs}: {reason}.",
+    "unfinished": "The training of {name} is unfinished: {epochs} are done.",
+}
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$name</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -90,7 +79,7 @@ class Run:
     @property
     def size(self) -> str:
         """Which of the model's sizes was trained."""
-        return str(self.values.get(SIZE, self.fields.get(SIZE, "")))
+        return self.values.get(SIZE) or self.fields[SIZE]
 
     @property
     def epochs(self) -> int:
@@ -99,7 +88,7 @@ class Run:
 
     @property
     def counts(self) -> bool:
-        """Whether it ran to an end that tells something."""
+        """Whether it came to an end that tells something."""
         return self.state in ("finished", "stopped")
 
     def last(self, metric: str) -> float:
@@ -122,27 +111,24 @@ def write(experiment: Experiment) -> dict[str, Any]:
         for path in sorted((folder / "trials").glob("*/values.json"))
     ]
     if training.state == "waiting" and not trials:
-        raise FileNotFoundError(
-            f"{folder} holds no training and no trial yet; train or sweep first"
-        )
+        raise FileNotFoundError(f"{folder} holds no training and no trial; train or sweep first")
     for path in (folder / "experiment.json", folder / "trials/experiment.json"):
         before = _json(path)
         if before and before["identity"] != experiment.identity():
             changes = "; ".join(experiment.differences(before["fields"]))
             raise ValueError(f"{path} tells of another experiment: {changes}; report on that one")
-    page = _Page(experiment, training if training.state != "waiting" else None, trials)
+    page = _Page(experiment, None if training.state == "waiting" else training, trials)
     settings = yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True)
     _replace(folder / "experiment.yaml", settings)
     _replace(folder / "report.html", page.html())
     best = page.best
+    evaluated = sorted(key for key in best.curves if key.startswith("eval/")) if best else []
     return {
         "report": str(folder / "report.html"),
         "training": training.state,
         "trials": dict(Counter(trial.state for trial in trials)),
-        "best": best and best.name,
-        "metrics": {k: best.last(k) for k in sorted(best.curves) if k.startswith("eval/")}
-        if best
-        else {},
+        "best": best.name if best else None,
+        "metrics": {key: best.last(key) for key in evaluated if best},
     }
 
 
@@ -154,11 +140,6 @@ def read(folder: Path, *, name: str) -> Run:
         curves.setdefault(metric, []).append((step, value))
     result = _json(folder / "result.json")
     last = next((e for e in reversed(entries) if e["kind"] in ("start", "end")), {})
-    seconds = sum(
-        entry["time"] - before["time"]
-        for before, entry in pairwise(entries)
-        if entry["kind"] != "start"
-    )
     return Run(
         name=name,
         folder=folder,
@@ -167,7 +148,7 @@ def read(folder: Path, *, name: str) -> Run:
         state=result.get("state") or last.get("state") or ("unfinished" if entries else "waiting"),
         reason=last.get("reason", ""),
         curves=curves,
-        seconds=seconds,
+        seconds=sum(b["time"] - a["time"] for a, b in pairwise(entries) if b["kind"] != "start"),
         ended=entries[-1]["time"] if entries else inf,
     )
 
@@ -182,18 +163,30 @@ def prepared_folder(experiment: Experiment) -> Path | None:
     return None
 
 
-def axes(runs: Sequence[Run]) -> tuple[str, ...]:
+def read_images(folder: Path, keys: set[str]) -> dict[str, dict[str, Any]]:
+    """Prepared images by key, each with bytes, mime, width and height; row group by row group."""
+    found = {}
+    for file in _image_files(folder):
+        for group in range(file.num_row_groups):
+            if keys & set(file.read_row_group(group, columns=["key"])["key"].to_pylist()):
+                columns = ["key", "bytes", "mime", "width", "height"]
+                rows = file.read_row_group(group, columns=columns).to_pylist()
+                found |= {row["key"]: row for row in rows if row["key"] in keys}
+    return found
+
+
+def axes(trials: Sequence[Run]) -> tuple[str, ...]:
     """At most two searched fields that are numbers, the most varied first."""
     distinct = {
-        path: {run.values.get(path) for run in runs}
-        for path in dict.fromkeys(path for run in runs for path in run.values)
+        path: {trial.values.get(path) for trial in trials}
+        for path in dict.fromkeys(path for trial in trials for path in trial.values)
     }
-    numeric = [
+    numbers = [
         path
         for path, values in distinct.items()
         if len(values) > 1 and all(type(value) in (int, float) for value in values)
     ]
-    return tuple(sorted(numeric, key=lambda path: -len(distinct[path]))[:2])
+    return tuple(sorted(numbers, key=lambda path: -len(distinct[path]))[:2])
 
 
 class _Page:
@@ -204,115 +197,82 @@ class _Page:
         search = experiment.search
         self.metric = search.metric if search else "eval/loss"
         self.sign = -1 if search and search.mode == "max" else 1
-        self.ranked = sorted(
-            (run for run in trials if run.counts and isfinite(run.last(self.metric))),
-            key=self._rank,
-        )
-        runs = [*self.ranked, *([training] if training and training.counts else [])]
-        self.best = self.ranked[0] if self.ranked else training
-        self.answering = next(
-            (r for r in sorted(runs, key=self._rank) if (r.folder / "chats.json").exists()), None
-        )
-        self.sizes = [
-            size
-            for size in experiment.model.languages
-            if any(trial.size == size for trial in trials)
-        ]
+        comparable = [t for t in trials if t.counts and isfinite(t.last(self.metric))]
+        self.ranked = sorted(comparable, key=self._rank)
+        alone = training if training and training.counts else None
+        self.best = self.ranked[0] if self.ranked else alone
+        runs = sorted([*self.ranked, *([alone] if alone else [])], key=self._rank)
+        self.speaker = next((r for r in runs if (r.folder / "chats.json").exists()), None)
+        tried = {trial.size for trial in trials}
+        self.sizes = [size for size in experiment.model.languages if size in tried]
         self.axes = axes(trials)
         self.prepared = prepared_folder(experiment)
 
     def html(self) -> str:
-        """The page."""
-        sections = [self.headline(), self.asked()]
-        sections += [self.curves()] if self.training else []
-        sections += [self.sweep()] if self.trials else []
+        sections = [self.headline(), self.asked(), self.data()]
+        sections += [self.curves(self.training)] if self.training else []
+        if self.trials:
+            sections += ["<h2>Sweep</h2>", self.accuracy(), self.heats(), self.losses()]
+            sections += [self.progress(), self.table()]
         sections += [self.chats(), self.again()]
         return PAGE.substitute(
-            name=escape(self.experiment.name), style=STYLE, sections="\n".join(sections)
+            name=escape(self.experiment.name), style=plots.STYLE, sections="\n".join(sections)
         )
 
-    def _rank(self, run: Run) -> float:
-        value = self.sign * run.last(self.metric)
-        return value if isfinite(value) else inf
-
-    # what was found, and what was asked
-
     def headline(self) -> str:
-        """What was found, in a sentence or two."""
         lines = []
         if self.ranked:
-            best = self.ranked[0]
-            count = len(self.ranked)
-            lines.append(
-                f"The best of {count} trial{'s' * (count > 1)} is {best.name}. {_found(best)}"
-            )
+            count, best = len(self.ranked), self.ranked[0]
+            of = f"The best of {count} trials with a result" if count > 1 else "The only result"
+            lines.append(f"{of} is {best.name}. {_found(best)}")
         if self.trials:
-            lines.append(f"{_sentence(self.counted())}.")
+            states = Counter(trial.state for trial in self.trials)
+            if self.experiment.search:
+                states["not begun"] += max(0, self.experiment.search.trials - len(self.trials))
+            states["stopped early"] = states["stopped"]
+            names = ("finished", "stopped early", "failed", "unfinished", "not begun")
+            counts = ", ".join(f"{states[name]} {name}" for name in names if states[name])
+            total = sum(states[name] for name in names)
+            lines.append(f"Of {total} trials {counts}.")
         if run := self.training:
             epochs = f"{run.epochs} of {self.experiment.train.epochs} epochs"
-            told = {
-                "finished": f"The training of {run.name} finished.",
-                "stopped": f"The training of {run.name} was stopped after {epochs}.",
-                "failed": f"The training of {run.name} failed after {epochs}: {run.reason}",
-                "unfinished": f"The training of {run.name} is unfinished: {epochs} are done.",
-            }
-            lines.append(f"{told[run.state]} {_found(run)}")
+            told = TOLD[run.state].format(name=run.name, epochs=epochs, reason=run.reason)
+            lines.append(f"{told} {_found(run)}")
         text = "".join(f'<p class="lead">{escape(line)}</p>' for line in lines)
-        return text + (self.cards(self.best) if self.best else "")
-
-    def counted(self) -> str:
-        """How many trials came how far."""
-        states = Counter(trial.state for trial in self.trials)
-        if self.experiment.search:
-            states["waiting"] += max(0, self.experiment.search.trials - len(self.trials))
-        names = ("finished", "stopped", "failed", "unfinished", "waiting")
-        shown = {"stopped": "stopped early", "waiting": "not begun"}
-        counts = (f"{states[n]} {shown.get(n, n)}" for n in names if states[n])
-        return f"of {sum(states.values())} trials {', '.join(counts)}"
-
-    def cards(self, run: Run) -> str:
-        """The figures of a run, large."""
-        figures = [
-            (_percent(run.last("eval/accuracy")), "held-out answers exactly right"),
-            (_percent(run.last("eval/accuracy_blind")), "with images zeroed"),
-            (_percent(run.last("eval/accuracy_majority")), "most frequent answer"),
-            (_number(run.last("eval/loss")), "held-out loss, nats a token"),
-            (_duration(run.seconds), "training it"),
-        ]
-        inside = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in figures)
-        return f'<div class="cards">{inside}</div>'
+        return text + (_cards(self.best) if self.best else "")
 
     def asked(self) -> str:
-        """The settings, and the data."""
         it = self.experiment
+        trained = "projection, input embedding" if it.model.train_embedding else "projection"
         rows = [("identity", it.identity())]
-        sizes = self.sizes or [it.model.size]
-        for size in sizes:
+        for size in self.sizes or [it.model.size]:
             language = it.model.languages[size]
-            count = sum(language_parameters(language).values())
-            rows.append((f"size {size}", f"{language.checkpoint}: {language.num_hidden_layers} layers, "
-                        f"{language.hidden_size} wide, {_count(count)} parameters"))  # fmt: skip
-        vision = it.model.vision
-        trained = "projection and input embedding" if it.model.train_embedding else "projection"
+            shape = f"{language.num_hidden_layers} layers, {language.hidden_size} wide"
+            count = _count(sum(language_parameters(language).values()))
+            rows.append((f"size {size}", f"{language.checkpoint}: {shape}, {count} parameters"))
         rows += [
-            ("image tower", f"{vision.checkpoint}: {vision.tokens} vectors an image"),
-            ("model", f"{it.model.attention} attention, {it.model.projection} projection; "
-                      f"the {trained} trained, all else frozen"),
-            ("training", f"batch {it.train.batch}, {it.train.epochs} epochs, learning rate {it.optim.lr:g} "
-                         f"({it.optim.schedule}), {it.train.precision}, seed {it.train.seed}"),
-        ]  # fmt: skip
+            (
+                "image tower",
+                f"{it.model.vision.checkpoint}: {it.model.vision.tokens} vectors an image",
+            ),
+            ("attention", it.model.attention),
+            ("trained", f"{trained}; all else is frozen"),
+            ("learning rate", f"{it.optim.lr:g}, {it.optim.schedule}"),
+            ("length", f"{it.train.epochs} epochs in batches of {it.train.batch}"),
+            ("precision, seed", f"{it.train.precision}, {it.train.seed}"),
+        ]
         if it.search:
             for path, domain in it.search.space.items():
-                probes = domain.probes()
-                values = probes if hasattr(domain, "values") else probes[:: len(probes) - 1]
-                rows.append((f"searched {path}", f"{domain.kind} {', '.join(map(str, values))}"))
-            rows.append(
-                ("search", f"{it.search.mode} {self.metric}, scheduler {it.search.scheduler.kind}")
-            )
-        return f"<h2>What was asked</h2>{_facts(rows)}{self.data()}"
+                low, *between = domain.probes()
+                listed = (
+                    (low, *between) if domain.kind in ("grid", "choice") else (low, between[-1])
+                )
+                rows.append((f"searched {path}", f"{domain.kind} {', '.join(map(str, listed))}"))
+            kind = it.search.scheduler.kind
+            rows.append(("search", f"{it.search.mode} {self.metric}, scheduler {kind}"))
+        return f"<h2>What was asked</h2>{_facts(rows)}"
 
     def data(self) -> str:
-        """What came through the preparation, and what did not."""
         folder = self.prepared
         if folder is None:
             return '<p class="soft">The storage holds no prepared data of this experiment.</p>'
@@ -327,199 +287,154 @@ class _Page:
         for name, source in _json(folder / "manifest.json")["sources"].items():
             reasons = lost.get(name, Counter())
             told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
-            rows.append(
-                (
-                    f"set {name}",
-                    f"{source['raw']:,} records, {source['used']:,} used, "
-                    f"{reasons.total():,} quarantined{f': {told}' if told else ''}",
-                )
-            )
+            kept = f"{source['raw']:,} records, {source['used']:,} used"
+            why = f": {told}" if told else ""
+            rows.append((f"set {name}", f"{kept}, {reasons.total():,} quarantined{why}"))
         return f"<h3>Data</h3>{_facts(rows)}"
 
-    # what happened
-
-    def curves(self) -> str:
-        """The training: loss, learning rate, and held-out metrics."""
-        run = self.training
-        assert run
-        loss = run.curves.get("train/loss", [])
+    def curves(self, run: Run) -> str:
+        loss, rate = run.curves.get("train/loss", []), run.curves.get("train/lr", [])
         held_out = run.curves.get("eval/loss", [])
-        rate = run.curves.get("train/lr", [])
+        losses = [
+            Series(thin(loss, 400), "train, update by update", "c0 faint"),
+            Series(thin(loss, 60), "train, smoothed"),
+            Series(held_out, "held out", "c1", "circle"),
+        ]
         accuracies = [
             Series(run.curves.get(metric, []), name, look, mark)
             for metric, name, look in SHARES
             for mark in ("", "circle")
         ]
-        charts = [
-            chart(
-                [
-                    Series(thin(loss, 400), "train loss, each update", "c0 faint"),
-                    Series(thin(loss, 60), "train loss, smoothed", "c0"),
-                    Series(held_out, "held-out loss", "c1", mark="circle"),
-                ],
-                title="loss, nats a token",
-                x="update",
+        charts = (
+            (
+                chart(losses, title="loss, nats a token", x="update"),
+                [("c0", "train, smoothed"), ("c1 mark", "held out")],
             ),
-            chart(
-                [Series(thin(rate, 400), "learning rate")],
-                title="learning rate",
-                x="update",
-                zero=True,
+            (
+                chart(
+                    [Series(thin(rate, 400), "learning rate")],
+                    title="learning rate",
+                    x="update",
+                    zero=True,
+                ),
+                [],
             ),
-            chart(accuracies, title="held-out answers exactly right", x="update", shares=True),
-        ]
-        loss_names = [("c0", "train"), ("c1 mark", "held out")]
-        share_names = [(look, name) for _, name, look in SHARES]
-        return (
-            f"<h2>Training</h2>{legend([*loss_names])}"
-            f'<div class="grid">{"".join(charts)}</div>{legend(share_names)}'
+            (
+                chart(accuracies, title="held-out answers exactly right", x="update", shares=True),
+                [(look, name) for _, name, look in SHARES],
+            ),
         )
-
-    def sweep(self) -> str:
-        """The trials: table, curves, heat maps, progress."""
-        return "\n".join(
-            [
-                f"<h2>Sweep</h2><p>{escape(_sentence(self.counted()))}. Ranked by {escape(self.metric)}.</p>",
-                self.accuracy(),
-                self.heats(),
-                self.losses(),
-                self.progress(),
-                self.table(),
-            ]
-        )
+        figures = (f"<figure>{figure}{plots.legend(names)}</figure>" for figure, names in charts)
+        return f"<h2>Training</h2>{_grid(figures)}"
 
     def accuracy(self) -> str:
-        """The best of each size against answering without looking."""
         figures = [
-            bars(
-                f"{size}: {best.name}",
+            plots.bars(
+                size,
                 [(name, best.last(metric), look) for metric, name, look in SHARES],
+                caption=best.name,
             )
             for size in self.sizes
             if (best := self._best_of(size))
         ]
-        if not figures:
-            return '<p class="soft">No trial has come to its end yet.</p>'
-        return (
-            "<h3>Held-out answers exactly right, best trial of each size</h3>"
-            f'<div class="grid">{"".join(figures)}</div>'
+        title = "<h3>Held-out answers exactly right, by the best trial of each size</h3>"
+        return title + (
+            _grid(figures) if figures else '<p class="soft">No trial has ended yet.</p>'
         )
 
     def heats(self) -> str:
-        """The searched metric over the two most varied fields, a heat map a size."""
         if not self.axes:
             return '<p class="soft">The trials vary no number, so there is no heat map.</p>'
         column, row = (*self.axes, "")[:2]
-        columns, rows = (
-            sorted({trial.values[path] for trial in self.trials} | self._asked(path))
-            if path
-            else [0]
-            for path in (column, row)
-        )
+        columns, rows = self._numbers(column), self._numbers(row) if row else [0]
         if max(len(columns), len(rows)) > 12:
             return '<p class="soft">Too many different values for a heat map; see the table.</p>'
-        shown = [trial.last(self.metric) for trial in self.trials]
-        shown = [value for value in shown if isfinite(value)] or [0.0]
-        scale = (max(shown), min(shown)) if self.sign > 0 else (min(shown), max(shown))
+        values = {trial.last(self.metric) for trial in self.trials}
+        scale = sorted((v for v in values if isfinite(v)), reverse=self.sign > 0)
         figures = []
         for size in self.sizes:
-            trials = [trial for trial in self.trials if trial.size == size]
+            places: dict[tuple[float, float], list[Run]] = {
+                (r, c): [] for r in rows for c in columns
+            }
+            for trial in sorted(self.trials, key=self._order):
+                if trial.size == size:
+                    places[trial.values.get(row, 0), trial.values[column]].append(trial)
             best = self._best_of(size)
-            cells = {}
-            for where in ((r, c) for r in rows for c in columns):
-                here = [t for t in trials if (t.values.get(row, 0), t.values[column]) == where]
-                cells[where] = self._cell(sorted(here, key=self._order), best)
             figures.append(
-                heat(
-                    cells,
+                plots.heat(
+                    {where: self._cell(here, best) for where, here in places.items()},
                     caption=size,
                     names=(_leaf(row), _leaf(column)),
                     scale=scale,
                     data={"data-size": size},
                 )
             )
-        across = f" by {_leaf(column)}" + (f" and {_leaf(row)}" if row else "")
+        by = " and ".join(_leaf(path) for path in self.axes)
         return (
-            f"<h3>{escape(self.metric)}{escape(across)}</h3>"
-            '<p class="soft">Darker is better; outlined is the best of its size; dashed cells have '
-            "no value.</p>"
-            f'<div class="grid">{"".join(figures)}</div>'
+            f"<h3>{escape(f'{self.metric} by {by}')}</h3>"
+            '<p class="soft">Darker is better, over all sizes; outlined is the best of its size; '
+            f"empty cells have no value yet.</p>{_grid(figures)}"
         )
 
     def losses(self) -> str:
-        """The loss of every trial, a chart a size, all on one scale."""
         column, row = (*self.axes, "", "")[:2]
-        columns = sorted({trial.values[column] for trial in self.trials}) if column else []
-        rows = sorted({trial.values[row] for trial in self.trials}) if row else []
-        if len(columns) > COLOURS:
-            columns = []
-        charts = []
-        for size in self.sizes:
-            series = []
-            for trial in (trial for trial in self.trials if trial.size == size):
-                colour = f"c{columns.index(trial.values[column])}" if columns else "c0"
-                dash = " dash" if row and trial.values[row] != rows[-1] else ""
-                held_out = trial.curves.get("eval/loss", [])
-                train = trial.curves.get("train/loss", [])
-                series += [
-                    Series(thin(train, 40), trial.name, f"{colour} thin{dash}"),
-                    Series(held_out, f"{trial.name}, held out", colour, "circle"),
-                ]
-                if trial.state in MARKS:
-                    series.append(
-                        Series(
-                            (held_out or train)[-1:],
-                            f"{trial.name}, {trial.state}",
-                            colour,
-                            MARKS[trial.state],
-                        )
-                    )
-            charts.append((size, series))
-        points = [p for _, series in charts for one in series for p in one.points]
-        names = [(f"c{i}", f"{_leaf(column)} {short(v)}") for i, v in enumerate(columns)]
+        columns = self._numbers(column) if column else []
+        columns = columns if len(columns) <= plots.COLOURS else []
+        rows = self._numbers(row) if row else [0]
+        panels: dict[str, list[Series]] = {size: [] for size in self.sizes}
+        for trial in self.trials:
+            look = f"c{columns.index(trial.values[column])}" if columns else "c0"
+            dash = " dash" if row and trial.values[row] != rows[-1] else ""
+            held_out, train = (trial.curves.get(f"{split}/loss", []) for split in ("eval", "train"))
+            panels[trial.size] += [
+                Series(thin(train, 40), trial.name, f"{look} thin{dash}"),
+                Series(held_out, f"{trial.name}, held out", look, "circle"),
+            ]
+            if trial.state in NOTES and trial.state in MARKS:
+                last = (held_out or train)[-1:]
+                told = f"{trial.name}, {trial.state}"
+                panels[trial.size].append(Series(last, told, look, MARKS[trial.state]))
+        frame = [p for series in panels.values() for one in series for p in one.points]
+        names = [(f"c{i}", f"{_leaf(column)} {short(value)}") for i, value in enumerate(columns)]
         if row:
+            fewer = ", ".join(short(value) for value in rows[:-1])
             names.append(("soft", f"{_leaf(row)} {short(rows[-1])}"))
-            fewer = ", ".join(map(short, rows[:-1]))
-            names += [("soft dash", f"{_leaf(row)} {fewer}")] if fewer else []
+            names.append(("soft dash", f"{_leaf(row)} {fewer}"))
         figures = [
-            chart(series, title=f"{size}: loss, nats a token", x="update", frame=points)
-            for size, series in charts
+            chart(series, title=f"{size}: loss, nats a token", x="update", frame=frame)
+            for size, series in panels.items()
         ]
         return (
-            f"<h3>Loss of every trial</h3>{legend(names)}"
-            '<p class="soft">Lines: train, smoothed. Circles: held out. ■ stopped early, ✕ failed.</p>'
-            f'<div class="grid">{"".join(figures)}</div>'
+            f"<h3>Loss of every trial</h3>{plots.legend(names)}"
+            '<p class="soft">Lines: train, smoothed. Circles: held out, after each epoch. '
+            f"■ stopped early, ✕ failed.</p>{_grid(figures)}"
         )
 
     def progress(self) -> str:
-        """The best so far against the trials that have come to their end."""
-        trials = sorted((t for t in self.ranked), key=lambda trial: trial.ended)
-        values = [(i, t.last(self.metric)) for i, t in enumerate(trials, start=1)]
-        steps: list[tuple[float, float]] = []
-        for i, value in values:
-            best = self.sign * min(self.sign * value, self.sign * steps[-1][1]) if steps else value
-            steps += [(i, steps[-1][1]), (i, best)] if steps else [(i, best)]
-        marks = [
-            Series([point], trial.name, "c0", MARKS.get(trial.state, "circle"))
-            for trial, point in zip(trials, values, strict=True)
-        ]
+        best: list[tuple[float, float]] = []
+        marks = []
+        for i, trial in enumerate(sorted(self.ranked, key=lambda trial: trial.ended), start=1):
+            value = trial.last(self.metric)
+            marks.append(Series([(i, value)], trial.name, "c0", MARKS[trial.state]))
+            before = best[-1][1] if best else value
+            best += [(i, before), (i, before if self.sign * (before - value) <= 0 else value)]
         figure = chart(
-            [*marks, Series(steps, "best so far", "c1")],
-            title=f"{self.metric} in the order of finishing",
+            [*marks, Series(best, "best so far", "c1")],
+            title=f"{self.metric} in the order of ending",
             x="trials with a result",
         )
-        return f'<h3>Best so far</h3><div class="grid">{figure}</div>'
+        names = [("c1", "best so far"), ("c0 mark", "a trial")] if best else []
+        return f"<h3>Best so far</h3>{plots.legend(names)}{_grid([figure])}"
 
     def table(self) -> str:
-        """Every trial, the best first."""
         head = ("trial", "state", "epochs", "held-out loss", "accuracy", "images zeroed", "time")
+        numbers = [{"class": "number"} if i > 1 else {} for i in range(len(head))]
         lines = []
         for trial in sorted(self.trials, key=self._order):
-            best = self.ranked and trial is self.ranked[0]
-            state = f"{trial.state}: {trial.reason}" if trial.reason else trial.state
+            best = {"class": "best"} if trial is self.best else {}
             cells = (
                 ("★ " if best else "") + trial.name,
-                state,
+                f"{trial.state}: {trial.reason}" if trial.reason else trial.state,
                 f"{trial.epochs} of {trial.fields.get('train.epochs', '?')}",
                 _number(trial.last("eval/loss")),
                 _percent(trial.last("eval/accuracy")),
@@ -527,56 +442,51 @@ class _Page:
                 _duration(trial.seconds),
             )
             written = "".join(
-                f"<td{attributes({'data-label': label, **({'class': 'number'} if i > 1 else {})})}>"
+                f"<td{attributes({'data-label': label, **number})}>"
                 f"{escape(text).replace(',', ',<wbr>')}</td>"
-                for i, (label, text) in enumerate(zip(head, cells, strict=True))
+                for label, number, text in zip(head, numbers, cells, strict=True)
             )
-            row = {"data-trial": trial.name, "data-state": trial.state}
-            row |= {"class": "best"} if best else {}
-            lines.append(f"<tr{attributes(row)}>{written}</tr>")
+            row = attributes({"data-trial": trial.name, "data-state": trial.state, **best})
+            lines.append(f"<tr{row}>{written}</tr>")
         top = "".join(
-            f'<th scope="col"{" class=number" * (i > 1)}>{name}</th>' for i, name in enumerate(head)
+            f"<th{attributes({'scope': 'col', **number})}>{name}</th>"
+            for name, number in zip(head, numbers, strict=True)
         )
         return (
-            f'<h3>All trials</h3><table class="trials"><thead><tr>{top}</tr></thead>'
-            f"<tbody>{''.join(lines)}</tbody></table>"
+            f"<h3>All trials, by {escape(self.metric)}</h3>"
+            f'<table class="trials"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
         )
-
-    # what it says, and how to do it again
 
     def chats(self) -> str:
-        """Held-out chats as the best model that answered some answers them."""
-        if self.answering is None:
+        if self.speaker is None:
             return ""
-        chats = _json(self.answering.folder / "chats.json")
+        chats = _json(self.speaker.folder / "chats.json")
         keys = {key for chat in chats for key in chat["images"]}
         images = read_images(self.prepared, keys) if self.prepared else {}
-        shown = "".join(_chat(chat, images) for chat in chats)
         return (
-            f"<h2>Held-out chats with {escape(self.answering.name)}</h2>"
-            '<p class="soft">The first held-out samples, not the best ones. An answer is right if it is '
-            f'exactly the true one.</p><div class="chats">{shown}</div>'
+            f"<h2>Held-out chats with {escape(self.speaker.name)}</h2>"
+            '<p class="soft">An answer is right if it is exactly the true one.</p>'
+            f'<div class="chats">{"".join(_chat(chat, images) for chat in chats)}</div>'
         )
 
     def again(self) -> str:
-        """How to go on, how to do it again, and with what it was done."""
         it = self.experiment
-        path = shlex.quote(str(it.run_folder / "experiment.yaml"))
+        path, new = shlex.quote(str(it.run_folder / "experiment.yaml")), f"name={it.name}-again"
         verbs = (["train"] if self.training else []) + (["sweep"] if self.trials else [])
-        lines = ["# talk to the best model", f"dsvl chat {path}"]
-        lines += ["# go on where it stopped; what is done is not done again"]
-        lines += [f"dsvl {verb} {path}" for verb in verbs]
-        lines += ["# all of it again, from nothing"]
-        lines += [f"dsvl {verb} {path} name={shlex.quote(it.name + '-again')}" for verb in verbs]
-        lines += ["# every run, curve and setting"]
-        lines += [f"mlflow ui --backend-store-uri {shlex.quote(it.tracking_uri)}"]
-        spent = sum(
-            run.seconds for run in [*self.trials, *([self.training] if self.training else [])]
-        )
+        lines = [
+            *("# talk to the best model", f"dsvl chat {path}", ""),
+            "# go on where it stopped; what is done is not done again",
+            *(f"dsvl {verb} {path}" for verb in verbs),
+            *("", "# all of it again, from nothing"),
+            *(f"dsvl {verb} {path} {shlex.quote(new)}" for verb in verbs),
+            *("", "# every run, curve and setting"),
+            f"mlflow ui --backend-store-uri {shlex.quote(it.tracking_uri)}",
+        ]
+        spent = sum(run.seconds for run in [*self.trials, self.training] if run)
         rows = [
             ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),
             ("training time", f"{_duration(spent)}, all runs together"),
-            ("Python", f"{platform.python_version()} on {platform.platform()}"),
+            ("python", f"{platform.python_version()} on {platform.platform()}"),
             *((name, version) for name in PACKAGES if (version := _version(name))),
         ]
         return (
@@ -584,17 +494,22 @@ class _Page:
             f"<h2>Environment of this report</h2>{_facts(rows)}"
         )
 
-    def _best_of(self, size: str) -> Run | None:
-        return next((run for run in self.ranked if run.size == size), None)
+    def _rank(self, run: Run) -> float:
+        value = self.sign * run.last(self.metric)
+        return value if isfinite(value) else inf
 
     def _order(self, run: Run) -> tuple[bool, float, str]:
         """Runs with a result before others, the best first."""
         return run not in self.ranked, self._rank(run), run.name
 
-    def _asked(self, path: str) -> set[float]:
-        """The numbers that a grid asks to try."""
+    def _best_of(self, size: str) -> Run | None:
+        return next((run for run in self.ranked if run.size == size), None)
+
+    def _numbers(self, path: str) -> list[float]:
+        """The numbers that were tried for a field, and those that a grid asks to try."""
         domain = self.experiment.search.space.get(path) if self.experiment.search else None
-        return set(domain.values) if domain and domain.kind == "grid" else set()
+        asked = domain.values if domain and domain.kind == "grid" else ()
+        return sorted({*(trial.values[path] for trial in self.trials), *asked})
 
     def _cell(self, here: list[Run], best: Run | None) -> Cell:
         if not here:
@@ -608,43 +523,49 @@ class _Page:
         )
 
 
-def read_images(folder: Path, keys: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Prepared images by key, each with bytes, mime, width and height; row group by row group."""
-    found = {}
-    for file in _image_files(folder):
-        for group in range(file.num_row_groups):
-            if keys & set(file.read_row_group(group, columns=["key"])["key"].to_pylist()):
-                columns = ["key", "bytes", "mime", "width", "height"]
-                rows = file.read_row_group(group, columns=columns).to_pylist()
-                found |= {row["key"]: row for row in rows if row["key"] in keys}
-    return found
+def _found(run: Run) -> str:
+    """What the last evaluation of a run says, as a sentence."""
+    right, blind, majority = (_percent(run.last(metric)) for metric, _, _ in SHARES)
+    if not run.epochs:
+        return "It has not been evaluated yet."
+    return (
+        f"It answers {right} of the held-out questions exactly, against {majority} by always giving "
+        f"the most frequent answer and {blind} by the same model with its images zeroed; its "
+        f"held-out loss is {_number(run.last('eval/loss'))} nats a token."
+    )
 
 
-def _image_files(folder: Path) -> list[pq.ParquetFile]:
-    return [pq.ParquetFile(path) for path in sorted((folder / "images").glob("*.parquet"))]
+def _cards(run: Run) -> str:
+    right, blind, majority = (_percent(run.last(metric)) for metric, _, _ in SHARES)
+    figures = (
+        (right, "held-out answers exactly right"),
+        (blind, "with images zeroed"),
+        (majority, "most frequent answer"),
+        (_number(run.last("eval/loss")), "held-out loss, nats a token"),
+        (_duration(run.seconds), "training it"),
+    )
+    inside = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in figures)
+    return f'<div class="cards">{inside}</div>'
 
 
 def _chat(chat: dict[str, Any], images: dict[str, dict[str, Any]]) -> str:
     parts = [f'<p class="soft">{escape(chat["id"])}</p>']
     for part in chat["rounds"]:
         figures = [_figure(i, images.get(chat["images"][i])) for i in part["images"]]
-        if figures:
-            parts.append(f'<div class="images">{"".join(figures)}</div>')
+        parts += [f'<div class="images">{"".join(figures)}</div>'] if figures else []
         right = part["model"].strip() == part["answer"].strip()
-        verdict = ("right", "✓ right") if right else ("wrong", "✗ wrong")
-        lines = (
-            ("question", escape(part["question"])),
-            ("answer", escape(part["answer"])),
-            ("model", f'{escape(part["model"])} <span class="{verdict[0]}">{verdict[1]}</span>'),
+        look, verdict = ("right", "✓ right") if right else ("wrong", "✗ wrong")
+        parts.append(
+            f"<dl><dt>question</dt><dd>{escape(part['question'])}</dd>"
+            f"<dt>true answer</dt><dd>{escape(part['answer'])}</dd><dt>model</dt>"
+            f'<dd>{escape(part["model"])} <span class="{look}">{verdict}</span></dd></dl>'
         )
-        inside = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines)
-        parts.append(f"<dl>{inside}</dl>")
     return f'<article class="chat">{"".join(parts)}</article>'
 
 
 def _figure(number: int, image: dict[str, Any] | None) -> str:
     name = f"image {number + 1}"
-    if image is None or image["mime"] not in ("image/png", "image/jpeg", "image/webp"):
+    if image is None or image["mime"] not in IMAGES:
         return f"<figure><figcaption>{name}: not in the prepared data</figcaption></figure>"
     small = {"class": "small"} if max(image["width"], image["height"]) < 96 else {}
     source = f"data:{image['mime']};base64,{b64encode(image['bytes']).decode()}"
@@ -652,29 +573,13 @@ def _figure(number: int, image: dict[str, Any] | None) -> str:
     return f"<figure><img{tag}><figcaption>{name}</figcaption></figure>"
 
 
+def _grid(figures: Iterable[str]) -> str:
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
 def _facts(rows: Sequence[tuple[str, str]]) -> str:
-    lines = (f"<tr><th scope=row>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows)
+    lines = (f'<tr><th scope="row">{escape(a)}</th><td>{escape(b)}</td></tr>' for a, b in rows)
     return f'<table class="facts">{"".join(lines)}</table>'
-
-
-def _found(run: Run) -> str:
-    """What the last evaluation of a run says, as sentences."""
-    right, blind, majority = (run.last(metric) for metric, _, _ in SHARES)
-    if not isfinite(right):
-        return "It has not been evaluated yet."
-    against = [f"{_percent(majority)} by always giving the most frequent answer"] * isfinite(
-        majority
-    )
-    against += [f"{_percent(blind)} by the same model with its images zeroed"] * isfinite(blind)
-    return (
-        f"It answers {_percent(right)} of the held-out questions exactly"
-        f"{', against ' if against else ''}{' and '.join(against)}; "
-        f"its held-out loss is {_number(run.last('eval/loss'))} nats a token."
-    )
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _leaf(path: str) -> str:
@@ -686,12 +591,12 @@ def _number(value: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{value:.1%}".replace("%", " %") if isfinite(value) else "–"
+    return f"{100 * value:.1f} %" if isfinite(value) else "–"
 
 
-def _count(number: int) -> str:
+def _count(number: float) -> str:
     """A large number in thousands, millions or billions."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for unit, name in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return str(number)
@@ -700,13 +605,9 @@ def _count(number: int) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02} min"
-        if hours
-        else f"{minutes} min {rest:02} s"
-        if minutes
-        else f"{rest} s"
-    )
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def _version(package: str) -> str:
@@ -714,6 +615,10 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _image_files(folder: Path) -> list[pq.ParquetFile]:
+    return [pq.ParquetFile(path) for path in sorted((folder / "images").glob("*.parquet"))]
 
 
 def _json(path: Path) -> Any:

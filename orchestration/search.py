@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
@@ -16,6 +17,9 @@ from orchestration.journal import Journal, read, write_json
 from orchestration.trainer import begin, finished, fit, write_result
 
 log = logging.getLogger(__name__)
+
+# Where several Ray clusters share a machine, Train's clean-up after a stopped trial finds its own by this.
+ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def search(experiment: Experiment, prepared: Path) -> None:
@@ -36,6 +40,7 @@ def search(experiment: Experiment, prepared: Path) -> None:
                 max_concurrent=settings.concurrent, random_state=settings.seed
             ),
             scheduler=_scheduler(settings),
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -118,18 +123,32 @@ def describe(folder: Path) -> str:
 
 
 def summarize(experiment: Experiment) -> dict:
-    """The results of all trials, the best of each size and the best of all."""
-    search = _settings(experiment)
+    """The finished trials, the best first by `search.metric`, and the names of those that failed."""
+    search, root = _settings(experiment), trials_folder(experiment)
+    trials, failed = [], []
+    for folder in sorted(path.parent for path in root.glob("*/values.json")):
+        entries = read(folder)[0]
+        if (folder / "result.json").exists():
+            result = json.loads((folder / "result.json").read_text())
+            about = {"trial": folder.name, "folder": str(folder), "state": result["state"]}
+            trials.append(about | json.loads((folder / "values.json").read_text()) | result["metrics"])
+        elif entries and entries[-1]["kind"] == "end":
+            failed.append(f"{folder.name}: {entries[-1]['reason']}")
     sign = 1 if search.mode == "min" else -1
-    trials = [
-        json.loads((path.parent / "values.json").read_text())
-        | {"trial": path.parent.name, "folder": str(path.parent)}
-        | {"state": (result := json.loads(path.read_text()))["state"]}
-        | result["metrics"]
-        for path in sorted(trials_folder(experiment).glob("*/result.json"))
+    trials.sort(key=lambda trial: sign * trial[search.metric])
+    return {"best": trials[0] if trials else None, "trials": trials, "failed": failed}
+
+
+def render(summary: dict) -> str:
+    """The trials as a table, the best first."""
+    width = max(len(trial["trial"]) for trial in summary["trials"])
+    lines = [f"{'trial':<{width}}  state     eval/loss  accuracy  blind"]
+    lines += [
+        f"{trial['trial']:<{width}}  {trial['state']:<8}  {trial['eval/loss']:9.4f}  "
+        f"{trial['eval/accuracy']:8.1%}  {trial['eval/accuracy_blind']:5.1%}"
+        for trial in summary["trials"]
     ]
-    ranked = sorted(trials, key=lambda trial: sign * trial[search.metric])
-    return {"trials": ranked, "best": ranked[0] if ranked else None}
+    return "\n".join([*lines, *(f"failed: {failure}" for failure in summary["failed"])])
 
 
 class Peers(FIFOScheduler):

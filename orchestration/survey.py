@@ -18,8 +18,8 @@ import pyarrow as pa
 from dsvl.data.blend import Links, assign_split
 from dsvl.data.encode import Encoder, load_tokenizer
 from dsvl.data.images import BadImage, ImageProcessor, StoredImage, load
-from dsvl.data.store import Sample, Writer
 from dsvl.data.types import Conversation, Example, Reason, Rejected
+from dsvl.data.writer import Sample, Writer
 from orchestration.config import Experiment
 
 BLOCK = 32

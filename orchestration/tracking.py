@@ -110,6 +110,14 @@ class Store:
             self.client.log_batch(run.id, params=params[first : first + BATCH // 10], tags=tags)
 
 
+def attach(experiment: Experiment, folder: Path, path: Path) -> None:
+    """Keep a file with the MLflow run of a folder; without the store, the file is there all the same."""
+    try:
+        Store(experiment).attach(folder, path)
+    except (MlflowException, OSError) as error:
+        log.warning("tracking store %s: %s; %s is not in it", experiment.tracking_uri, error, path)
+
+
 class Shipper:
     """Ships journals in the background while a `with` block runs, and what is left when it ends."""
 

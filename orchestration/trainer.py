@@ -1,6 +1,7 @@
 """One training: a TorchTrainer made from an Experiment, and what it left in the run's folder."""
 
 import json
+import sys
 from pathlib import Path
 
 import ray.train
@@ -40,6 +41,8 @@ def fit(
 
 def work(config: dict) -> None:
     """What Ray calls on each worker; the model's modules are imported there, as the driver needs none of them."""
+    # DeepSpeed's autotuner imports MLflow (1.4 s) to see whether it is there; no worker needs it.
+    sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
     from orchestration.worker import work as run
 
     run(config)

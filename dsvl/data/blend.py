@@ -43,7 +43,7 @@ def assign_split(
     sides, or a training sample linked to one that is held out, `straddles_split`.
     """
     sides: list[Side] = [
-        "train" if declared[s.source] == "auto" else declared[s.source] for s in samples
+        "eval" if declared[sample.source] == "eval" else "train" for sample in samples
     ]
     automatic = [i for i, sample in enumerate(samples) if declared[sample.source] == "auto"]
     sizes = Counter(samples[i].source for i in automatic)
@@ -58,9 +58,9 @@ def assign_split(
         percolates = len(group) > 1 and any(2 * n > sizes[source] for source, n in held.items())
         shared = side(min(key for member in members for key in member.group_keys))
         for i, member in zip(group, members, strict=True):
-            found = {side(key) for key in member.images or (member.record,)}
-            own = found.pop() if len(found) == 1 else "straddles_split"
-            sides[automatic[i]] = own if percolates else shared
+            keys = member.images or (member.record,)
+            found: set[Side] = {side(key) for key in keys} if percolates else {shared}
+            sides[automatic[i]] = found.pop() if len(found) == 1 else "straddles_split"
 
     held_out = {
         key

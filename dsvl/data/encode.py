@@ -26,7 +26,8 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The id that fills padding and image positions: never read, as `kinds` tells them apart."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next(token for token in candidates if isinstance(token, int))
 
 
 class Encoder:

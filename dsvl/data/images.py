@@ -1,5 +1,6 @@
 """Open, check, decode and resize one image, safely: what an annotation names is not trusted."""
 
+import builtins
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 
 from dsvl.data.types import Reason
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:", re.IGNORECASE)
 
 
@@ -33,7 +34,7 @@ class StoredImage:
 
     key: str
     """sha256 of the bytes, in hexadecimal."""
-    bytes: bytes = field(repr=False)
+    bytes: builtins.bytes = field(repr=False)
     path: str
     """As the annotation has it, relative to the image folder."""
     width: int
@@ -65,7 +66,8 @@ class ImageProcessor:
         edge = size.get("shortest_edge") if isinstance(size, dict) else size
         if isinstance(crop, int):
             crop = {"height": crop, "width": crop}
-        if crop != {"height": edge, "width": edge} or settings.get("resample", 3) != 3:
+        square = {"height": edge, "width": edge}
+        if not isinstance(edge, int) or crop != square or settings.get("resample", 3) != 3:
             raise ValueError(
                 f"{path}: size={size}, crop_size={crop}, resample={settings.get('resample')}: must "
                 "resize the shortest edge with resample=3 (bicubic) to a square crop of that size"
@@ -79,7 +81,7 @@ class ImageProcessor:
         # blow up to P times P * 50,000,000: only their middle is resized.
         image = _centre(image, *(min(edge, 16 * short) for edge in image.size))
         resized = [int(self.size * edge / short) for edge in image.size]
-        image = image.resize(tuple(resized), Image.Resampling.BICUBIC)
+        image = image.resize(resized, Image.Resampling.BICUBIC)
         return np.asarray(_centre(image, self.size, self.size)).transpose(2, 0, 1)
 
     def normalise(self, fitted: np.ndarray) -> np.ndarray:
@@ -109,7 +111,7 @@ def load(root: str | Path, ref: str, *, processor: ImageProcessor, max_pixels: i
         path=ref,
         width=image.width,
         height=image.height,
-        mime=Image.MIME[image.format],
+        mime=FORMATS[str(image.format)],
         fitted=processor.fit(_decode(image)),
     )
 
@@ -117,10 +119,9 @@ def load(root: str | Path, ref: str, *, processor: ImageProcessor, max_pixels: i
 def pixels(data: bytes, processor: ImageProcessor) -> np.ndarray:
     """(3, P, P) float32 pixels of an encoded image, as the tower takes them.
 
-    Raises BadImage where the bytes are no image.
+    Raises BadImage where the bytes are no image, or one of over 178 million pixels.
     """
-    image = _open(data, max_pixels=Image.MAX_IMAGE_PIXELS)
-    return processor.normalise(processor.fit(_decode(image)))
+    return processor.normalise(processor.fit(_decode(_open(data))))
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -145,19 +146,19 @@ def _resolve(root: Path, ref: str) -> Path:
     return path
 
 
-def _open(data: bytes, *, max_pixels: int) -> Image.Image:
+def _open(data: bytes, *, max_pixels: int | None = None) -> Image.Image:
     if not data:
         raise BadImage("undecodable_image", "the file is empty")
     with warnings.catch_warnings():
         # Its own limit is applied on opening; ours, which is lower and a setting, comes below.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
         except Image.DecompressionBombError as error:
             raise BadImage("image_too_large", str(error)) from error
         except Exception as error:
             raise _undecodable(data, error) from error
-    if image.width * image.height > max_pixels:
+    if max_pixels is not None and image.width * image.height > max_pixels:
         detail = f"{image.width} x {image.height} pixels, more than {max_pixels} in all"
         raise BadImage("image_too_large", detail)
     return image

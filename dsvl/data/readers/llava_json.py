@@ -22,7 +22,8 @@ class _Fault(Exception):  # noqa: N818
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        self.reason: Reason = reason
+        self.detail = detail
 
 
 def read(
@@ -137,12 +138,10 @@ def _message(index: int, message: Any) -> tuple[str, str]:
     if role is None:
         raise _Fault("bad_roles", f"message {index} is from {ascii(speaker)[:100]}")
     # A lone surrogate, which JSON can spell, is no text that could be stored or tokenised.
-    valid = isinstance(text, str) and not _SURROGATE.search(text)
-    if not valid and role == "assistant":
-        raise _Fault("empty_answer", f"message {index} has no valid text")
-    if not valid:
-        raise _Fault("unpaired_round", f"message {index}: the question has no valid text")
-    return role, text
+    if isinstance(text, str) and not _SURROGATE.search(text):
+        return role, text
+    reason = "empty_answer" if role == "assistant" else "unpaired_round"
+    raise _Fault(reason, f"message {index}, from the {role}, has no valid text")
 
 
 def _pieces(question: str) -> list[str]:

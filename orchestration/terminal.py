@@ -1,0 +1,103 @@
+"""Talking to a trained model in a terminal."""
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from dsvl import checkpoint
+from dsvl.chat import Chat
+from dsvl.data.encode import load_tokenizer
+from dsvl.data.images import BadImage, ImageProcessor, load
+from dsvl.model import VisualChat
+from orchestration.config import Experiment
+from orchestration.search import summarize, trials_folder
+
+log = logging.getLogger(__name__)
+
+HELP = """A line is a question. `/image PATH [PATH ...]` shows images with the next question,
+`/clear` begins anew, `/quit` (or Ctrl-D) ends."""
+
+
+def best_run(experiment: Experiment) -> tuple[Experiment, Path]:
+    """The best finished trial of the experiment's sweep, else its training, and its folder."""
+    if experiment.search and trials_folder(experiment).exists():
+        best = summarize(experiment)["best"]
+        if best:
+            values = {path: best[path] for path in experiment.search.space}
+            return experiment.trial(values), Path(best["folder"])
+    return experiment, experiment.run_folder
+
+
+def open_chat(experiment: Experiment) -> Chat:
+    """A conversation with the experiment's best model.
+
+    Raises:
+        FileNotFoundError: if nothing has been trained yet.
+    """
+    chosen, folder = best_run(experiment)
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        raise FileNotFoundError(f"{folder}/checkpoints: no checkpoint yet; train or sweep first")
+    log.info("loading %s", found.folder)
+    model = VisualChat(chosen.model, precision=chosen.train.precision, seed=chosen.train.seed)
+    checkpoint.load_parameters(model, found.folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Chat(
+        model.to(device).eval(),
+        load_tokenizer(chosen.model.language.checkpoint),
+        device=device,
+        max_tokens=chosen.data.max_tokens,
+    )
+
+
+def talk(experiment: Experiment, *, out: TextIO) -> dict:
+    """Answer the lines of standard input, on `out`, until it ends; returns how many."""
+    chat = open_chat(experiment)
+    processor = ImageProcessor.from_checkpoint(experiment.model.vision.checkpoint)
+    images: list[Path] = []
+    answered = 0
+    print(HELP, file=sys.stderr)
+    while (line := _read_line(len(chat.images), len(images))) is not None:
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            break
+        if command == "/clear":
+            chat.clear()
+            images = []
+        elif command == "/image":
+            images += [Path(path).expanduser().resolve() for path in shlex.split(rest)]
+        elif command.startswith("/"):
+            print(f"no command {command}. {HELP}", file=sys.stderr)
+        elif line:
+            try:
+                shown = [
+                    processor.normalise(
+                        load(
+                            path.parent,
+                            path.name,
+                            processor=processor,
+                            max_pixels=experiment.data.max_image_pixels,
+                        ).fitted
+                    )
+                    for path in images
+                ]
+                answer = chat.ask(line, images=shown)
+            except (BadImage, ValueError) as error:
+                print(error, file=sys.stderr)
+            else:
+                print(answer, file=out, flush=True)
+                answered += 1
+            images = []
+    return {"answered": answered}
+
+
+def _read_line(shown: int, waiting: int) -> str | None:
+    """The next line, or None at the end; the prompt tells how many images there are."""
+    try:
+        return input(f"[{shown}+{waiting} images] > " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
