@@ -12,6 +12,8 @@ from orchestration.config import Experiment
 
 # A training polls its workers every 2 s by default, which short ones spend most of their time waiting for.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# Tune's own tables and banners; the ledger of a sweep says what there is to say.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 # Paths of an experiment are relative to where the command was typed, on every process.
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 

@@ -5,6 +5,7 @@ One process writes at a time. A line is one of
 and `{"kind": "end", "time", "state", "reason"}` with state finished, stopped (by a scheduler) or failed.
 """
 
+import fcntl
 import json
 import os
 import time
@@ -18,9 +19,13 @@ class Journal:
     """Appends lines to a run's journal; each is on its way to the disk before the call returns."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the journal of a run, after removing a line that a killed writer left half done."""
+        """Open the journal of a run, after removing a line that a killed writer left half done.
+
+        Waits for a writer that has it open: the last process of a killed run may still be dying.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / NAME).open("ab")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
         whole = read(folder)[1]
         if self._file.tell() > whole:
             self._file.truncate(whole)

@@ -81,14 +81,15 @@ font-size:.9rem;max-width:30rem;margin-top:.4rem}
 .right{color:var(--good);font-weight:600}
 .wrong{color:var(--bad);font-weight:600;text-decoration:underline dotted;
 text-underline-offset:3px}
-@media (min-width:64.01rem){.trials td:first-child{white-space:nowrap}}
-@media (max-width:40rem){body{padding:1rem .9rem 3rem}.trials thead{display:none}
-.trials tr{display:grid;grid-template-columns:repeat(3,1fr);padding:.5rem 0;
-border-bottom:1px solid var(--line)}
-.trials td{border:0;padding:.1rem .5rem .1rem 0;text-align:left;white-space:normal}
+@media (min-width:60.01rem){.trials td:first-child{white-space:nowrap}}
+@media (max-width:60rem){.trials thead{display:none}
+.trials tr{display:grid;grid-template-columns:repeat(auto-fill,minmax(6rem,1fr));
+padding:.5rem 0;border-bottom:1px solid var(--line)}
+.trials td{border:0;padding:.1rem .5rem .1rem 0;text-align:left;white-space:normal;min-width:0}
 .trials td:nth-child(-n+2){grid-column:1/-1}
 .trials td:nth-child(n+3)::before{content:attr(data-label);display:block;color:var(--soft);
-font-size:.78rem;font-weight:400}
+font-size:.78rem;font-weight:400}}
+@media (max-width:40rem){body{padding:1rem .9rem 3rem}
 .facts th,.facts td{display:block;padding:0}.facts td{padding-bottom:.5rem}}
 """
 
@@ -231,7 +232,7 @@ def bars(title: str, shares: Sequence[tuple[str, float, str]], *, caption: str) 
     """(name, share, look) as horizontal bars over 0..1, each with its number."""
     lines = []
     for name, share, look in shares:
-        bar = "<b>–</b>"
+        bar = "<b>—</b>"
         if math.isfinite(share):
             bar = f'<i style="width:{78 * share:.1f}%"></i><b>{share:.1%}</b>'
         lines.append(f'<span>{escape(name)}</span><div class="{look}">{bar}</div>')
@@ -281,7 +282,7 @@ def _heat_cell(cell: Cell, where: str, scale: Sequence[float]) -> str:
         return f'<td class="blank"{where}>{note}</td>'
     far = scale.index(cell.value) / (len(scale) - 1) if len(scale) > 1 else 1.0
     colour = [round(a + (b - a) * far) for a, b in zip((226, 238, 249), (8, 48, 107), strict=True)]
-    ink = "#fff" if far > 0.5 else "#111"
+    ink = "#fff" if far > 0.62 else "#111"
     style = f' style="background:rgb{tuple(colour)};color:{ink}"'
     best = ' class="best"' if cell.best else ""
     return f"<td{best}{where}{style}>{cell.value:.3f}{note}</td>"

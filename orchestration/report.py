@@ -25,7 +25,7 @@ import yaml
 
 from orchestration import journal, plots
 from orchestration.config import Experiment
-from orchestration.plan import language_parameters
+from orchestration.plan import language_parameters, prepared_folder
 from orchestration.plots import Cell, Mark, Series, attributes, chart, short, thin
 
 SIZE = "model.size"
@@ -153,16 +153,6 @@ def read(folder: Path, *, name: str) -> Run:
     )
 
 
-def prepared_folder(experiment: Experiment) -> Path | None:
-    """Where the data of an experiment lie prepared, if they do."""
-    ours = experiment.prepared_identity()
-    for path in sorted(Path(experiment.storage.path, "prepared").glob("*/manifest.json")):
-        identity = _json(path).get("identity")
-        if ours == identity or (isinstance(identity, dict) and ours in identity.values()):
-            return path.parent
-    return None
-
-
 def read_images(folder: Path, keys: set[str]) -> dict[str, dict[str, Any]]:
     """Prepared images by key, each with bytes, mime, width and height; row group by row group."""
     found = {}
@@ -201,7 +191,7 @@ class _Page:
         self.ranked = sorted(comparable, key=self._rank)
         alone = training if training and training.counts else None
         self.best = self.ranked[0] if self.ranked else alone
-        runs = sorted([*self.ranked, *([alone] if alone else [])], key=self._rank)
+        runs = [*self.ranked, *([alone] if alone else [])]
         self.speaker = next((r for r in runs if (r.folder / "chats.json").exists()), None)
         tried = {trial.size for trial in trials}
         self.sizes = [size for size in experiment.model.languages if size in tried]
@@ -442,8 +432,7 @@ class _Page:
                 _duration(trial.seconds),
             )
             written = "".join(
-                f"<td{attributes({'data-label': label, **number})}>"
-                f"{escape(text).replace(',', ',<wbr>')}</td>"
+                f"<td{attributes({'data-label': label, **number})}>{escape(text)}</td>"
                 for label, number, text in zip(head, numbers, cells, strict=True)
             )
             row = attributes({"data-trial": trial.name, "data-state": trial.state, **best})
@@ -454,7 +443,8 @@ class _Page:
         )
         return (
             f"<h3>All trials, by {escape(self.metric)}</h3>"
-            f'<table class="trials"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+            f'<table class="trials"><thead><tr>{top}</tr></thead>'
+            f"<tbody>{''.join(lines)}</tbody></table>"
         )
 
     def chats(self) -> str:
@@ -529,9 +519,9 @@ def _found(run: Run) -> str:
     if not run.epochs:
         return "It has not been evaluated yet."
     return (
-        f"It answers {right} of the held-out questions exactly, against {majority} by always giving "
-        f"the most frequent answer and {blind} by the same model with its images zeroed; its "
-        f"held-out loss is {_number(run.last('eval/loss'))} nats a token."
+        f"It answers {right} of the held-out questions exactly, against {majority} by always "
+        f"giving the most frequent answer and {blind} by the same model with its images zeroed; "
+        f"its held-out loss is {_number(run.last('eval/loss'))} nats a token."
     )
 
 
@@ -587,11 +577,11 @@ def _leaf(path: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if isfinite(value) else "–"
+    return f"{value:.3f}" if isfinite(value) else "—"
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %" if isfinite(value) else "–"
+    return f"{100 * value:.1f} %" if isfinite(value) else "—"
 
 
 def _count(number: float) -> str:

@@ -26,10 +26,12 @@ def search(experiment: Experiment, prepared: Path) -> None:
     """Try every trial of `search.space` that has no result yet, on the data prepared in a folder.
 
     Run again after any interruption, it proposes the same trials: those with a result are not trained
-    again, the others go on from their checkpoints.
+    again, the others go on from their checkpoints. A trial that fails leaves the others alone.
     """
     root, settings = trials_folder(experiment), _settings(experiment)
-    tune.Tuner(
+    space = {path: str(domain.model_dump()) for path, domain in settings.space.items()}
+    Journal(root).start(identity=experiment.identity(), params=space, step=0)
+    tuner = tune.Tuner(
         tune.with_resources(trainable(experiment, root, prepared), {"CPU": 0.1}),
         param_space={path: _tune_domain(domain) for path, domain in settings.space.items()},
         tune_config=tune.TuneConfig(
@@ -48,7 +50,13 @@ def search(experiment: Experiment, prepared: Path) -> None:
             verbose=0,
             callbacks=[Ledger(experiment, root)],
         ),
-    ).fit()
+    )
+    try:
+        tuner.fit()
+    except BaseException as error:
+        Journal(root).end("failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    Journal(root).end("finished")
 
 
 def _settings(experiment: Experiment) -> SearchConfig:
@@ -100,19 +108,30 @@ def evaluations(folder: Path) -> list[dict[str, float]]:
 
 
 class Ledger(tune.Callback):
-    """Writes down, in the driver, how the trials ended that could not do so themselves."""
+    """Writes down, in the driver, how trials ended, and the best so far into the sweep's journal."""
 
     def __init__(self, experiment: Experiment, root: Path) -> None:
+        """`root` holds the trials and the sweep's own journal."""
         self.experiment, self.root = experiment, root
+        self.total = experiment.search.trials if experiment.search else 0
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
-        """A trial that the scheduler stopped has no result of its own yet."""
+        """A trial that the scheduler stopped could not write its result itself."""
         folder = self.root / trial_name(trial.config)
         chosen = self.experiment.trial(trial.config)
         if finished(chosen, folder) is None:
             Journal(folder).end("stopped", reason="scheduler")
             write_result(chosen, folder, state="stopped")
-        log.info("%s: %s", folder.name, describe(folder))
+        summary = summarize(self.experiment)
+        done, best = len(summary["trials"]), summary["best"]
+        Journal(self.root).metrics(
+            done, {f"best/{name}": best[name] for name in ("eval/loss", "eval/accuracy")}
+        )
+        log.info("trial %d of %d: %s: %s", done, self.total, folder.name, describe(folder))
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
+        """A failed trial has written its cause; the search goes on."""
+        log.warning("trial %s failed", trial_name(trial.config))
 
 
 def describe(folder: Path) -> str:

@@ -136,13 +136,9 @@ class Shipper:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Ship the rest; a sweep that was left by an exception counts as failed."""
+        """Ship the rest."""
         self._closing.set()
         self._thread.join()
-        for folder in self._sweeps:
-            if self._store and folder in self._runs:
-                reason = f"{type(error).__name__}: {error}" if error else ""
-                self._store.end(self._runs[folder], "failed" if error else "finished", reason=reason)
 
     def follow(self, folder: Path, *, name: str) -> None:
         """Ship the journal of one run."""

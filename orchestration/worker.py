@@ -29,6 +29,8 @@ def work(config: dict) -> None:
     folder, prepared = Path(config["folder"]), open_store(config["prepared"])
     torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
     join(backend="nccl" if experiment.cluster.gpus_per_worker else "gloo")
+    # Before anything is read: a killed run's last process may still be writing.
+    journal = Journal(folder) if torch.distributed.get_rank() == 0 else None
     train = experiment.train
     model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
     engine = Engine(model, engine=experiment.engine, train=train, optim_config=experiment.optim)
@@ -38,7 +40,6 @@ def work(config: dict) -> None:
     }
     start = resume(engine, experiment, folder, frozen=frozen)
     plan = Plan(len(prepared.train), train)
-    journal = Journal(folder) if engine.rank == 0 else None
     if journal:
         journal.start(identity=experiment.identity(), params=experiment.identity_fields(), step=start)
     majority = majority_accuracy(prepared) if engine.rank == 0 else 0.0

@@ -78,7 +78,12 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._making, ignore_errors=True)
+        try:
+            for column in self._columns.values():
+                column.file.close()
+            self._shards.close()
+        finally:
+            shutil.rmtree(self._making, ignore_errors=True)
 
     def image(self, image: StoredImage, *, source_id: str) -> None:
         """Store an image, unless one with these bytes is stored already."""
@@ -118,8 +123,8 @@ class Writer:
         """
         counts = self._write_samples(samples)
         for column in self._columns.values():
-            column.close()
-        self._shards.close()
+            column.finish()
+        self._shards.finish()
         write_quarantine(self._making / "quarantine.jsonl", quarantine)
         manifest = {
             "schema_version": SCHEMA_VERSION,
@@ -198,21 +203,21 @@ class _Column:
     """An .npy file that grows along its first axis, so that nothing is held in memory."""
 
     def __init__(self, path: Path, *, dtype: str, shape: tuple[int, ...] = ()) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
+        self.file = open(path, "wb")  # noqa: SIM115 - closed by the Writer
         self._dtype, self._shape, self.length = np.dtype(dtype), shape, 0
         self._write_header()
 
     def append(self, rows: np.ndarray) -> None:
         """Add rows, of shape (n, *shape)."""
-        self._file.write(np.ascontiguousarray(rows, self._dtype).data)
+        self.file.write(np.ascontiguousarray(rows, self._dtype).data)
         self.length += len(rows)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Write the final length into the header."""
         # numpy pads headers so that any length fits in the same room.
-        self._file.seek(0)
+        self.file.seek(0)
         self._write_header()
-        self._file.close()
+        self.file.close()
 
     def _write_header(self) -> None:
         header = {
@@ -220,7 +225,7 @@ class _Column:
             "fortran_order": False,
             "shape": (self.length, *self._shape),
         }
-        np.lib.format.write_array_header_1_0(self._file, header)
+        np.lib.format.write_array_header_1_0(self.file, header)
 
 
 class _Shards:
@@ -239,12 +244,17 @@ class _Shards:
         if self._group_bytes >= GROUP_BYTES:
             self._flush()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Write what is left; there is always one file, so that readers find the schema."""
         if self._rows or not self._files:
             self._flush()
+        self.close()
+
+    def close(self) -> None:
+        """Close the file that is being written."""
         if self._parquet:
             self._parquet.close()
+            self._parquet = None
 
     def _flush(self) -> None:
         if self._parquet is None:
@@ -255,8 +265,8 @@ class _Shards:
         self._shard_bytes += self._group_bytes
         self._rows, self._group_bytes = [], 0
         if self._shard_bytes >= SHARD_BYTES:
-            self._parquet.close()
-            self._parquet, self._shard_bytes = None, 0
+            self.close()
+            self._shard_bytes = 0
 
 
 def _row(sample: Sample) -> dict[str, Any]:

@@ -28,11 +28,11 @@ PARITY = (
 )
 LARGER = (
     "Which digit is larger, image {i} or image {j}?",
-    "Which image shows the larger digit, image {i} or image {j}?",
+    "What is the larger digit of image {i} and image {j}?",
 )
 SMALLER = (
     "Which digit is smaller, image {i} or image {j}?",
-    "Which image shows the smaller digit, image {i} or image {j}?",
+    "What is the smaller digit of image {i} and image {j}?",
 )
 SAME = (
     "Do image {i} and image {j} show the same digit?",
@@ -106,9 +106,7 @@ def in_words(chat: list[Round], repeat: int = 4) -> list[str]:
 
     A digit's word is written `repeat` times, as a tower of four patches gives four features.
     """
-    return [
-        " ".join([WORDS[labels()[index]]] * repeat) for turn in chat for index in turn.images
-    ]
+    return [" ".join([WORDS[labels()[index]]] * repeat) for turn in chat for index in turn.images]
 
 
 def write(folder: Path, *, train: int = 1500, evaluation: int = 300, seed: int = 0) -> None:
@@ -191,8 +189,11 @@ def _ask(
     i, j = rng.sample((i, j), 2)
     if digits[i] == digits[j]:
         return rng.choice(SAME).format(i=i + 1, j=j + 1), "yes"
-    kind = rng.choice((LARGER, SMALLER, SAME))
-    if kind is SAME:
-        return rng.choice(SAME).format(i=i + 1, j=j + 1), "no"
-    best = (max if kind is LARGER else min)(i, j, key=digits.__getitem__)
-    return rng.choice(kind).format(i=i + 1, j=j + 1), f"image {best + 1}"
+    kind, answer = rng.choice(
+        (
+            (LARGER, WORDS[max(digits[i], digits[j])]),
+            (SMALLER, WORDS[min(digits[i], digits[j])]),
+            (SAME, "no"),
+        )
+    )
+    return rng.choice(kind).format(i=i + 1, j=j + 1), answer

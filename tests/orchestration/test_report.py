@@ -136,8 +136,11 @@ def make_prepared(experiment: Experiment) -> list[str]:
     lost = {"source": "chats", "record": "chats.json:3", "reason": "bad_roles", "detail": HOSTILE}
     (folder / "quarantine.jsonl").write_text(json.dumps(lost) + "\n")
     source = {"raw": 36, "used": 35, "merged": 0, "dropped": {"bad_roles": 1}, "held_out": 0}
-    manifest = {"identity": experiment.prepared_identity(), "sources": {"chats": source}}
-    write_json(folder / "manifest.json", manifest)
+    data = experiment.as_dict()["data"]
+    del data["sets"]["chats"]["records"]
+    tokens, seed = experiment.model.vision.tokens, experiment.train.seed
+    identity = {"data": data, "image_tokens": tokens, "seed": seed}
+    write_json(folder / "manifest.json", {"identity": identity, "sources": {"chats": source}})
     return keys
 
 

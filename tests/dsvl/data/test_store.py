@@ -1,0 +1,193 @@
+"""The prepared format."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from dsvl.data.encode import Encoder
+from dsvl.data.images import ImageProcessor, load
+from dsvl.data.readers import llava_json
+from dsvl.data.store import open_store, verify
+from dsvl.data.types import Rejected
+from dsvl.data.writer import Sample, Writer, conservation
+
+PROCESSOR = ImageProcessor(8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+BAD = Rejected("set", "bad.json:0", "bad_roles", "message 0 is from 'robot'")
+
+
+class Made:
+    """What `good.json` holds, encoded."""
+
+    def __init__(self, llava_set, tokenizer):
+        paths = {"good.json": llava_set / "good.json"}
+        encoder = Encoder(tokenizer, image_tokens=4, max_tokens=999)
+        self.images, self.samples, self.examples = {}, [], []
+        for number, chat in enumerate(llava_json.read("set", paths=paths, max_images=8)):
+            keys = []
+            for ref in chat.images:
+                image = load(llava_set / "images", ref.path, processor=PROCESSOR, max_pixels=999)
+                self.images[image.key] = image
+                keys.append(image.key)
+            split = "eval" if number % 4 == 0 else "train"
+            self.samples.append(Sample(chat, tuple(keys), split, (*keys, chat.meta["key"])))
+            self.examples.append(encoder.encode(chat, keys))
+
+    def write(self, folder, samples=None, quarantine=(BAD,)):
+        with Writer(folder, processor=PROCESSOR, image_tokens=4, pad_id=2) as writer:
+            for image in [*self.images.values(), *self.images.values()]:
+                writer.image(image, source_id=f"set/{image.path}")
+            for example in self.examples:
+                writer.example(example)
+            samples = self.samples if samples is None else samples
+            raw = {"set": len(samples) + len(quarantine)}
+            return writer.finish(samples, quarantine=quarantine, raw=raw, identity={"seed": 1})
+
+
+@pytest.fixture
+def made(llava_set, tokenizer):
+    return Made(llava_set, tokenizer)
+
+
+def assert_same(found, example):
+    assert (found.id, found.images) == (example.id, example.images)
+    for name in ("ids", "labels", "kinds"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(example, name))
+
+
+def test_samples_come_back_by_index_in_the_order_of_their_records(made, tmp_path):
+    made.write(tmp_path / "set")
+    prepared = open_store(tmp_path / "set")
+    for split, examples in (("train", prepared.train), ("eval", prepared.eval)):
+        wanted = [
+            example
+            for sample, example in zip(made.samples, made.examples, strict=True)
+            if sample.split == split
+        ]
+        assert len(examples) == len(wanted) > 0
+        for index, example in enumerate(wanted):
+            assert_same(examples[index], example)
+        assert examples.lengths.tolist() == [len(example.ids) for example in wanted]
+        counted = [int((example.labels[1:] != -100).sum()) for example in wanted]
+        assert examples.targets.tolist() == counted
+        assert prepared.samples(split)["id"].to_pylist() == [example.id for example in wanted]
+        assert [name for name, _, _ in prepared.conversations(split)] == [e.id for e in wanted]
+    with pytest.raises(IndexError):
+        prepared.train[len(prepared.train)]
+
+
+def test_conversations_come_back_as_they_were(made, tmp_path):
+    made.write(tmp_path / "set")
+    prepared = open_store(tmp_path / "set")
+    for split in ("train", "eval"):
+        kept = [sample for sample in made.samples if sample.split == split]
+        for sample, (_, keys, turns) in zip(kept, prepared.conversations(split), strict=True):
+            assert (keys, turns) == (sample.images, sample.conversation.turns)
+        table = prepared.samples(split).to_pylist()
+        assert [tuple(row["group_keys"]) for row in table] == [s.group_keys for s in kept]
+        assert json.loads(table[0]["meta"])["record"] == kept[0].conversation.record
+
+
+def test_images_come_back_as_bytes_and_as_pixels_once_each(made, tmp_path):
+    manifest = made.write(tmp_path / "set")
+    prepared = open_store(tmp_path / "set")
+    assert manifest["images"] == len(made.images) == 4
+    for key, image in made.images.items():
+        assert prepared.image(key) == image.bytes
+        np.testing.assert_array_equal(prepared.pixels(key), PROCESSOR.normalise(image.fitted))
+
+
+def test_images_are_found_across_shards_and_row_groups(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsvl.data.writer.GROUP_BYTES", 1)
+    monkeypatch.setattr("dsvl.data.writer.SHARD_BYTES", 100)
+    made.write(tmp_path / "set")
+    assert len(list((tmp_path / "set/images").iterdir())) > 1
+    prepared = open_store(tmp_path / "set")
+    assert all(prepared.image(key) == image.bytes for key, image in made.images.items())
+
+
+def test_the_manifest_accounts_for_every_record_and_file(made, tmp_path):
+    manifest = made.write(tmp_path / "set")
+    assert manifest["sources"]["set"] == {
+        "raw": 9,
+        "used": 8,
+        "merged": 0,
+        "dropped": {"bad_roles": 1},
+        "held_out": 0,
+    }
+    assert manifest["splits"] == {"train": 6, "eval": 2}
+    assert manifest["mix"] == {"set": 1.0}
+    files = {str(p.relative_to(tmp_path / "set")) for p in (tmp_path / "set").rglob("*.*")}
+    assert files == {*manifest["files"], "manifest.json"}
+    (line,) = (tmp_path / "set/quarantine.jsonl").read_text().splitlines()
+    assert Rejected(**json.loads(line)) == BAD
+
+
+def test_a_lost_record_is_never_published(made, tmp_path):
+    with pytest.raises(AssertionError, match="records were lost"):
+        conservation({"set": 10}, used={"set": 8}, quarantine=[BAD])
+    held = Rejected("set", "r", "held_out", "")
+    table = conservation({"set": 10}, used={"set": 8}, quarantine=[BAD, held])
+    assert (table["set"]["held_out"], table["set"]["dropped"]) == (1, {"bad_roles": 1})
+
+
+def test_nothing_is_left_of_an_interrupted_write(made, tmp_path):
+    with pytest.raises(KeyError):
+        made.write(tmp_path / "out/set", samples=[*made.samples, missing(made.samples[0])])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def missing(sample):
+    from dataclasses import replace
+
+    return replace(sample, conversation=replace(sample.conversation, id="set/never-encoded"))
+
+
+def test_writing_again_replaces_the_set_and_gives_the_same_bytes(made, tmp_path):
+    first = made.write(tmp_path / "set")
+    assert made.write(tmp_path / "set") == first
+    assert [path.name for path in tmp_path.iterdir() if "set" in path.name] == ["set"]
+
+
+def test_verify_names_every_damaged_or_missing_file(made, tmp_path):
+    made.write(tmp_path / "set")
+    assert verify(tmp_path / "set") == []
+    with open(tmp_path / "set/encoded/ids.npy", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    (tmp_path / "set/encoded/kinds.npy").unlink()
+    damaged, gone = sorted(verify(tmp_path / "set"))
+    assert "ids.npy: differs" in damaged
+    assert "kinds.npy: is missing" in gone
+    (tmp_path / "set/manifest.json").write_text("{")
+    assert "manifest.json: is damaged" in verify(tmp_path / "set")[0]
+    assert "has no manifest.json" in verify(tmp_path / "nowhere")[0]
+
+
+def test_a_set_of_another_version_is_refused(made, tmp_path):
+    made.write(tmp_path / "set")
+    path = tmp_path / "set/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    with pytest.raises(ValueError, match="schema_version=99"):
+        open_store(tmp_path / "set")
+
+
+def test_a_set_without_images_can_be_written_and_read(made, tmp_path):
+    texts = [i for i, sample in enumerate(made.samples) if not sample.images]
+    made.images = {}
+    made.examples = [made.examples[i] for i in texts]
+    made.write(tmp_path / "set", samples=[made.samples[i] for i in texts])
+    prepared = open_store(tmp_path / "set")
+    everything = [*prepared.train, *prepared.eval]
+    assert [example.images for example in everything] == [()]
+
+
+def test_samples_are_read_by_index_in_microseconds(made, tmp_path):
+    made.write(tmp_path / "set")
+    train = open_store(tmp_path / "set").train
+    order = np.arange(len(train)).repeat(2000)
+    began = time.process_time()
+    for index in order:
+        train[index]
+    assert len(order) / (time.process_time() - began) > 50_000

@@ -1,0 +1,231 @@
+"""Raw datasets -> a prepared set, on Ray."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsvl.data.collate import collate
+from dsvl.data.encode import load_tokenizer, show
+from dsvl.data.store import open_store, verify
+from orchestration.config import validated
+from orchestration.prepare import REMEDIES, check, prepare
+from tests.conftest import COLOURS, raw_records
+
+pytestmark = pytest.mark.ray
+
+SAID: list[str] = []
+
+
+@pytest.fixture
+def experiment(settings, llava_set, tokenizer_folder, tmp_path):
+    """Make an experiment over files of `llava_set`: name -> its settings."""
+    vision = tmp_path / "vision"
+    vision.mkdir()
+    (vision / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "size": {"shortest_edge": 8},
+                "crop_size": {"height": 8, "width": 8},
+                "resample": 3,
+                "image_mean": [0.5, 0.5, 0.5],
+                "image_std": [0.5, 0.5, 0.5],
+            }
+        )
+    )
+
+    def make(sets, *, storage="runs", preparers=1, tokenizer=tokenizer_folder, **data):
+        settings["model"]["languages"]["small"]["checkpoint"] = str(tokenizer)
+        settings["model"]["vision"]["checkpoint"] = str(vision)
+        base = {"reader": "llava_json", "images": "images", "split": "auto"}
+        data = {"max_tokens": 600, "max_dropped": 1.0, "eval_fraction": 0.5} | data
+        settings["data"] = data | {"sets": {name: base | own for name, own in sets.items()}}
+        settings["storage"] = {"path": str(tmp_path / storage), "data": str(llava_set)}
+        settings["cluster"] = {"preparers": preparers}
+        return validated(settings)
+
+    return make
+
+
+BOTH = {
+    "good": {"annotations": ["good.json"], "split": "eval"},
+    "broken": {"annotations": ["broken.json", "copies.json"], "split": "train"},
+}
+
+
+@pytest.fixture
+def with_copies(llava_set):
+    """Beside the broken records, training records whose images are not held out."""
+    shutil.copy(llava_set / "images/green.png", llava_set / "images/unused.png")
+    with open(llava_set / "images/unused.png", "ab") as file:
+        file.write(b"other bytes, another key")
+    chat = [
+        {"from": "human", "value": "<image>\nColour?"},
+        {"from": "gpt", "value": "Green."},
+    ]
+    records = [{"id": f"copy {i}", "image": "unused.png", "conversations": chat} for i in range(40)]
+    (llava_set / "copies.json").write_text(json.dumps(records))
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_every_broken_record_is_quarantined_with_its_reason_and_none_is_lost(experiment):
+    result = prepare(experiment(BOTH), progress=SAID.append)
+    folder = Path(result["folder"])
+    expected = raw_records("broken.json")
+    lines = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["record"], line["reason"]) for line in lines] == [
+        (f"broken.json:{i} ({record['id']})", record["expect"]) for i, record in enumerate(expected)
+    ]
+    assert all(line["source"] == "broken" and line["detail"] for line in lines)
+    assert result["sources"]["broken"] == {
+        "raw": len(expected) + 40,
+        "used": 40,
+        "merged": 0,
+        "dropped": dict(sorted(Counter(record["expect"] for record in expected).items())),
+        "held_out": 0,
+    }
+    assert result["sources"]["good"]["used"] == result["splits"]["eval"] == 8
+    assert verify(folder) == []
+    assert "Traceback" not in "".join(SAID)
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_images_arrive_in_their_own_slots_by_pixel(experiment):
+    prepared = open_store(prepare(experiment(BOTH))["folder"])
+    colours = {}
+    for sample in map(prepared.eval.__getitem__, range(len(prepared.eval))):
+        batch = collate([sample], pixels=prepared.pixels, image_tokens=4, pad_id=prepared.pad_id)
+        shown = (batch.pixels.mean((2, 3)) * 127.5 + 127.5).round().int().tolist()
+        colours[sample.id] = [tuple(int(v > 128) * 255 for v in colour) for colour in shown]
+    named = {f"good/{record['id']}": record["image"] for record in raw_records("good.json")[1:4]}
+    for name, paths in named.items():
+        assert colours[name] == [COLOURS[path] for path in paths]
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_one_and_two_actors_write_the_same_bytes(experiment):
+    one = prepare(experiment(BOTH, storage="one", preparers=1))
+    two = prepare(experiment(BOTH, storage="two", preparers=2))
+    manifests = [json.loads(Path(r["folder"], "manifest.json").read_text()) for r in (one, two)]
+    assert manifests[0] == manifests[1]
+    assert manifests[0]["images"] == 5
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_prepared_data_is_used_again_and_repaired_if_damaged(experiment):
+    first = prepare(experiment(BOTH))
+    folder = Path(first["folder"])
+    stamp = os.stat(folder).st_mtime_ns
+    again = prepare(experiment(BOTH))
+    assert (again["reused"], first["reused"]) == (True, False)
+    assert {**again, "reused": 0, "seconds": 0} == {**first, "reused": 0, "seconds": 0}
+    assert os.stat(folder).st_mtime_ns == stamp
+    (folder / "encoded/ids.npy").write_bytes(b"damaged")
+    assert prepare(experiment(BOTH))["reused"] is False
+    assert verify(folder) == []
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_the_folder_follows_what_decides_a_sample_and_nothing_else(
+    experiment, tokenizer_folder, llava_set, tmp_path
+):
+    folder = Path(prepare(experiment(BOTH))["folder"])
+    assert folder.name.startswith("good-broken-")
+    same = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer-of-another-size")
+    assert prepare(experiment(BOTH, tokenizer=same))["reused"]
+    hinted = {name: own | {"records": 48} for name, own in BOTH.items()}
+    assert prepare(experiment(hinted))["reused"]
+    (llava_set / "good.json").write_text((llava_set / "good.json").read_text() + "\n")
+    assert not prepare(experiment(BOTH))["reused"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_auto_split_keeps_every_image_on_one_side(experiment, llava_set):
+    chat = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    (llava_set / "texts.json").write_text(json.dumps([{"conversations": chat}] * 30))
+    sets = {"good": {"annotations": ["good.json"]}, "texts": {"annotations": ["texts.json"]}}
+    result = prepare(experiment(sets))
+    prepared = open_store(result["folder"])
+    train, held_out = (
+        prepared.samples(split)["group_keys"].to_pylist() for split in ("train", "eval")
+    )
+    assert {*chain(*train)}.isdisjoint(chain(*held_out))
+    for own in result["sources"].values():
+        assert own["raw"] == own["used"] + sum(own["dropped"].values())
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_too_many_drops_fail_with_the_top_reasons_and_leave_the_quarantine(experiment, tmp_path):
+    with pytest.raises(ValueError, match=r"37 of 77 records dropped \(48\.1%\)") as caught:
+        prepare(experiment(BOTH, max_dropped=0.05))
+    message = str(caught.value)
+    assert "data.sets.broken" in message
+    assert "10 forbidden_path (broken.json:6 (traversal)" in message
+    (left,) = (tmp_path / "runs/prepared").iterdir()
+    assert str(left) in message
+    assert len(left.read_text().splitlines()) == 37
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_empty_side_of_the_split_is_refused(experiment):
+    with pytest.raises(ValueError, match="no sample is on the eval side"):
+        prepare(experiment({"good": {"annotations": ["good.json"], "split": "train"}}))
+
+
+def test_missing_annotations_are_named_before_ray_starts(experiment):
+    with pytest.raises(FileNotFoundError, match=r"data\.sets\.good\.annotations: .*absent\.json"):
+        prepare(experiment({"good": {"annotations": ["absent.json"]}}))
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_check_finds_every_problem_and_stores_nothing(experiment, llava_set, tmp_path):
+    (llava_set / "garbage.json").write_text("[\n{,}]")
+    sets = BOTH | {"garbage": {"annotations": ["garbage.json"]}}
+    found = check(experiment(sets))
+    assert found["ok"] is False
+    assert found["errors"] == [
+        f"{llava_set}/garbage.json:2: is not JSON: "
+        "Expecting property name enclosed in double quotes"
+    ]
+    expected = Counter(record["expect"] for record in raw_records("broken.json"))
+    assert {problem["reason"]: problem["count"] for problem in found["problems"]} == expected
+    assert found["sets"]["broken"]["used"] == 40
+    assert all(problem["examples"] and problem["remedy"] for problem in found["problems"])
+    assert not (tmp_path / "runs").exists()
+    assert check(experiment(BOTH))["ok"] is True
+    assert check(experiment(BOTH, max_dropped=0.1))["ok"] is False
+
+
+def test_every_reason_has_a_remedy():
+    from typing import get_args
+
+    from dsvl.data.types import Reason
+
+    assert set(REMEDIES) == set(get_args(Reason))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_digits_prepare_and_read_back(experiment, llava_set):
+    chats = pytest.importorskip("dsvl.digits.chats")
+    pytest.importorskip("sklearn")
+    small = Path(chats.__file__).parent / "checkpoints/small"
+    chats.write(llava_set / "digits", train=40, evaluation=10)
+    sets = {
+        split: {"annotations": [f"digits/{split}.json"], "images": "digits/images", "split": split}
+        for split in ("train", "eval")
+    }
+    prepared = open_store(prepare(experiment(sets, tokenizer=small, max_dropped=0.0))["folder"])
+    assert (len(prepared.train), len(prepared.eval)) == (40, 10)
+    tokenizer = load_tokenizer(str(small))
+    raw = json.loads((llava_set / "digits/train.json").read_text())
+    for index, record in enumerate(raw):
+        shown = show(prepared.train[index], tokenizer)
+        for answer in record["conversations"][1::2]:
+            assert f"⟦{answer['value']}{tokenizer.eos_token}⟧" in shown
+        assert len(prepared.train[index].images) == len(record["image"])
+    assert np.isfinite(prepared.pixels(prepared.train[0].images[0])).all()
