@@ -45,7 +45,9 @@ def attend(
         ValueError: on an unknown scheme, or shapes that do not fit together.
     """
     if scheme not in SCHEMES:
-        raise ValueError(f"attention scheme {scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        raise ValueError(
+            f"attention scheme {scheme!r} is unknown; choose one of {', '.join(SCHEMES)}"
+        )
     rows, positions, groups = query.shape[2], key.shape[2], key.shape[1]
     if kinds.shape != (key.shape[0], positions) or query.shape[1] % groups:
         raise ValueError(
@@ -97,14 +99,18 @@ def _hook(scheme: str):
         **others: object,
     ) -> tuple[torch.Tensor, None]:
         # Keywords that would change the mathematics are refused rather than ignored.
-        unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+        unknown = [
+            name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None
+        ]
         if others.get("sliding_window") is not None or unknown or dropout:
             raise ValueError(
                 f"attention scheme {scheme!r} supports neither dropout nor "
                 f"{', '.join(unknown) or 'a sliding window'}; use a decoder without it"
             )
         if kinds is None or attention_mask is not None:
-            raise ValueError("pass kinds=(B, S) of PAD, TEXT and IMAGE to the decoder and no attention_mask")
+            raise ValueError(
+                "pass kinds=(B, S) of PAD, TEXT and IMAGE to the decoder and no attention_mask"
+            )
         if abs(scaling - query.shape[-1] ** -0.5) > 1e-6:
             raise ValueError(f"scaling={scaling}: the schemes are defined for 1/sqrt(head size)")
         start = kinds.shape[1] - query.shape[2]

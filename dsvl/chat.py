@@ -31,7 +31,9 @@ class Chat:
     ) -> None:
         """Begin an empty conversation of at most `max_tokens` positions, answers included."""
         self.model, self.device = model, device
-        self.encoder = Encoder(tokenizer, image_tokens=model.config.vision.tokens, max_tokens=max_tokens)
+        self.encoder = Encoder(
+            tokenizer, image_tokens=model.config.vision.tokens, max_tokens=max_tokens
+        )
         self.max_new_tokens = max_new_tokens
         self.clear()
 
@@ -41,14 +43,17 @@ class Chat:
         self.images: list[np.ndarray] = []
 
     def ask(self, question: str, *, images: Sequence[np.ndarray] = ()) -> str:
-        """Ask about new images, each (3, P, P) as the tower wants it, and all earlier ones; returns the answer.
+        """Ask about new images, each (3, P, P) as the tower wants it, and all earlier ones.
 
         Raises:
             ValueError: if the conversation would become longer than `max_tokens`; it is left as it was.
         """
         first = len(self.images)
         shown = [*self.images, *images]
-        content = (*(Part("image", image=i) for i in range(first, len(shown))), Part("text", text=question))
+        content = (
+            *(Part("image", image=i) for i in range(first, len(shown))),
+            Part("text", text=question),
+        )
         turns = [*self.turns, Turn("user", content)]
         ids, kinds = self.encoder.prompt(turns)
         if len(ids) + self.max_new_tokens > self.encoder.max_tokens:
@@ -64,14 +69,13 @@ class Chat:
             image_tokens=self.encoder.image_tokens,
             pad_id=self.encoder.pad_id,
         )
-        tokenizer = self.encoder.tokenizer
         (new,) = greedy(
             self.model,
             to_device(batch, self.device),
-            end=tokenizer.eos_token_id,
+            end=self.encoder.end,
             max_new_tokens=self.max_new_tokens,
         )
-        answer = tokenizer.decode(new)
+        answer = self.encoder.decode(new)
         self.turns = [*turns, Turn("assistant", (Part("text", text=answer),))]
         self.images = shown
         return answer

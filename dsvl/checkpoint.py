@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -26,11 +27,11 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from deepspeed.runtime.zero import GatheredParameters
 from safetensors.torch import load_file, save_file
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from dsvl.engine import Engine
+from dsvl.model import VisualChat
 
 SCHEMA_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -80,12 +81,22 @@ def save(
     if engine.rank == 0:
         unfinished = folder / f".{target.name}.{os.getpid()}"
         unfinished.mkdir(parents=True)
-        save_file({name: value for name, (value, _) in tensors.items()}, unfinished / "parameters.safetensors")
         save_file(
-            {f"{key}/{name}": moments[key] for name, (_, moments) in tensors.items() for key in MOMENTS},
+            {name: value for name, (value, _) in tensors.items()},
+            unfinished / "parameters.safetensors",
+        )
+        save_file(
+            {
+                f"{key}/{name}": moments[key]
+                for name, (_, moments) in tensors.items()
+                for key in MOMENTS
+            },
             unfinished / "optimizer.safetensors",
         )
-        save_file({f"rank{r}": state for r, state in enumerate(generators)}, unfinished / "rng.safetensors")
+        save_file(
+            {f"rank{r}": state for r, state in enumerate(generators)},
+            unfinished / "rng.safetensors",
+        )
         state = {
             "step": step,
             "position": {"epoch": position[0], "index": position[1]},
@@ -155,39 +166,46 @@ def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> N
         )
     _create_optimizer_state(engine, step=checkpoint.step)
     _link_moments(engine)
-    base = engine.deepspeed.basic_optimizer
     for name, parameter in engine.parameters.items():
         value = values[name].to(engine.device)
-        if _is_partitioned(engine):
+        if engine.stage > 0:
             safe_set_full_fp32_param(parameter, value)
             for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, moments[f"{key}/{name}"].to(engine.device), key)
+                safe_set_full_optimizer_state(
+                    parameter, moments[f"{key}/{name}"].to(engine.device), key
+                )
         else:
-            base.state[parameter].update({k: moments[f"{k}/{name}"].to(engine.device) for k in MOMENTS})
+            engine.optimizer.state[parameter].update(
+                {k: moments[f"{k}/{name}"].to(engine.device) for k in MOMENTS}
+            )
         # The working copy too: without it the first forward uses stale weights and the run silently diverges.
-        with GatheredParameters([parameter], modifier_rank=0, enabled=engine.deepspeed.zero_optimization_stage() == 3):
+        with GatheredParameters([parameter], modifier_rank=0, enabled=engine.stage == 3):
             parameter.data.copy_(value)
     state = json.loads((checkpoint.folder / "state.json").read_text())
     if state["loss_scale"] is not None:
-        vars(engine.deepspeed.optimizer.loss_scaler).update(state["loss_scale"])
+        vars(engine.wrapped.loss_scaler).update(state["loss_scale"])
     generators = load_file(checkpoint.folder / "rng.safetensors")
     if f"rank{engine.rank}" in generators:
         torch.set_rng_state(generators[f"rank{engine.rank}"])
 
 
-def load_parameters(model: torch.nn.Module, folder: Path) -> None:
+def load_parameters(model: VisualChat, folder: Path) -> None:
     """Put the trained values of a checkpoint into a model outside an engine, strictly by name."""
     values = load_file(folder / "parameters.safetensors")
     trainable = model.trainable()
     if values.keys() != trainable.keys():
-        raise ValueError(f"{folder}: holds {sorted(values)}, but the model trains {sorted(trainable)}")
+        raise ValueError(
+            f"{folder}: holds {sorted(values)}, but the model trains {sorted(trainable)}"
+        )
     for name, parameter in trainable.items():
         parameter.data.copy_(values[name])
 
 
 def digest(checkpoint: str) -> str:
     """sha256 over the weights of a frozen part, by the names and bytes of its safetensors files."""
-    folder = Path(cached_file(checkpoint, "config.json")).parent
+    config = cached_file(checkpoint, "config.json")
+    assert config is not None, "a missing file raises"
+    folder = Path(config).parent
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         total.update(path.name.encode())
@@ -195,42 +213,40 @@ def digest(checkpoint: str) -> str:
     return total.hexdigest()
 
 
-def _is_partitioned(engine: Engine) -> bool:
-    """Whether DeepSpeed keeps master values apart from the parameters (ZeRO 1-3)."""
-    return engine.deepspeed.zero_optimization_stage() > 0
-
-
 def _gather(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """name -> (float32 value, moments) of every trainable parameter, whole, on the CPU; a collective."""
+    """Name -> (float32 value, moments) of every trainable parameter, whole, on the CPU; a collective."""
     _link_moments(engine)
     gathered = {}
     for name, parameter in engine.parameters.items():
-        if _is_partitioned(engine):
+        if engine.stage > 0:
             value = safe_get_full_fp32_param(parameter)
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
         else:
-            state = engine.deepspeed.basic_optimizer.state[parameter]
+            state = engine.optimizer.state[parameter]
             value, moments = parameter.data, {key: state[key] for key in MOMENTS}
-        gathered[name] = (
-            value.float().cpu().contiguous(),
-            {key: moment.float().cpu().contiguous() for key, moment in moments.items()},
-        )
+        whole = {key: _on_cpu(moment) for key, moment in moments.items()}
+        gathered[name] = (_on_cpu(value), whole)
     return gathered
+
+
+def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None, "every trainable parameter has a master value and moments"
+    return tensor.float().cpu().contiguous()
 
 
 def _create_optimizer_state(engine: Engine, *, step: int) -> None:
     """Zero moments for each tensor that this rank's AdamW updates, as its first step would make them."""
-    wrapper, base = engine.deepspeed.optimizer, engine.deepspeed.basic_optimizer
-    stage = engine.deepspeed.zero_optimization_stage()
-    if stage == 3:
-        masters = wrapper.fp32_partitioned_groups_flat
-    elif stage > 0:
-        masters = wrapper.single_partition_of_fp32_groups
+    if engine.stage == 3:
+        masters = engine.wrapped.fp32_partitioned_groups_flat
+    elif engine.stage > 0:
+        masters = engine.wrapped.single_partition_of_fp32_groups
     else:
         masters = list(engine.parameters.values())
     for master in masters:
-        base.state[master] = {"step": torch.tensor(float(step))}
-        base.state[master] |= {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
+        engine.optimizer.state[master] = {"step": torch.tensor(float(step))}
+        engine.optimizer.state[master] |= {
+            key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS
+        }
 
 
 def _link_moments(engine: Engine) -> None:
@@ -239,19 +255,21 @@ def _link_moments(engine: Engine) -> None:
     DeepSpeed does so once, after the first step of its first parameter group, when those of the other
     groups do not exist yet.
     """
-    if engine.deepspeed.zero_optimization_stage() in (1, 2):
-        wrapper, state = engine.deepspeed.optimizer, engine.deepspeed.basic_optimizer.state
-        for group, master in zip(
-            wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, strict=True
-        ):
-            lazy_init_hp_params_optimizer_state(group, master, state)
+    if engine.stage in (1, 2):
+        groups = zip(
+            engine.wrapped.bit16_groups,
+            engine.wrapped.single_partition_of_fp32_groups,
+            strict=True,
+        )
+        for group, master in groups:
+            lazy_init_hp_params_optimizer_state(group, master, engine.optimizer.state)
 
 
 def _loss_scale(engine: Engine) -> dict | None:
     """The dynamic loss scaler's counters in fp16, else None."""
     if not engine.deepspeed.fp16_enabled():
         return None
-    scaler = engine.deepspeed.optimizer.loss_scaler
+    scaler = engine.wrapped.loss_scaler
     return {name: vars(scaler)[name] for name in LOSS_SCALE}
 
 

@@ -88,7 +88,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.size in self.languages, "size", self.size, f"must be one of {', '.join(self.languages)}"
+            self.size in self.languages,
+            "size",
+            self.size,
+            f"must be one of {', '.join(self.languages)}",
         )
 
     @property
@@ -113,7 +116,12 @@ class SetConfig:
     """How many records the set is known to have: lets `plan` count steps before `prepare` has run."""
 
     def __post_init__(self) -> None:
-        require(len(self.annotations) > 0, "annotations", self.annotations, "must name at least one file")
+        require(
+            len(self.annotations) > 0,
+            "annotations",
+            self.annotations,
+            "must name at least one file",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +142,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.sets) > 0, "sets", self.sets, "must name at least one dataset")
-        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "must lie in (0, 1)")
+        require(
+            0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "must lie in (0, 1)"
+        )
         require(0 <= self.max_dropped <= 1, "max_dropped", self.max_dropped, "must lie in [0, 1]")
         for name in ("max_images", "max_tokens", "max_image_pixels"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
@@ -165,9 +175,17 @@ class OptimConfig:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
         require(self.clip > 0, "clip", self.clip, "must be positive")
         require(
-            0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "must lie in [0, 1)"
+            0 <= self.warmup_fraction < 1,
+            "warmup_fraction",
+            self.warmup_fraction,
+            "must lie in [0, 1)",
         )
-        require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "must lie in (0, 1]")
+        require(
+            0 < self.decay_fraction <= 1,
+            "decay_fraction",
+            self.decay_fraction,
+            "must lie in (0, 1]",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,4 +242,6 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.batch > 0, "batch", self.batch, "must be positive")
-        require(self.samples is None or self.samples > 0, "samples", self.samples, "must be positive")
+        require(
+            self.samples is None or self.samples > 0, "samples", self.samples, "must be positive"
+        )

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import deepspeed
 import torch
@@ -58,13 +59,25 @@ class Engine:
     """A model, its AdamW and the ranks that share its work."""
 
     def __init__(
-        self, model: VisualChat, *, engine: EngineConfig, train: TrainConfig, optim_config: OptimConfig
+        self,
+        model: VisualChat,
+        *,
+        engine: EngineConfig,
+        train: TrainConfig,
+        optim_config: OptimConfig,
     ) -> None:
         """Hand the model to DeepSpeed; `join` comes first."""
         self.optim_config = optim_config
-        self.workers = dist.get_world_size()
-        self.rank = dist.get_rank()
+        self.stage = engine.zero_stage
+        self.workers, self.rank = dist.get_world_size(), dist.get_rank()
+        self.model = model
         self.parameters = model.trainable()
+        self.optimizer = torch.optim.AdamW(
+            optim.groups(self.parameters, optim_config),
+            lr=optim_config.lr,
+            betas=optim_config.betas,
+            eps=optim_config.eps,
+        )
         config = deepspeed_config(
             engine,
             train,
@@ -72,27 +85,16 @@ class Engine:
             workers=self.workers,
             trainable=sum(p.numel() for p in self.parameters.values()),
         )
-        optimizer = torch.optim.AdamW(
-            optim.groups(self.parameters, optim_config),
-            lr=optim_config.lr,
-            betas=optim_config.betas,
-            eps=optim_config.eps,
+        self.deepspeed, wrapped, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=config, dist_init_required=False
         )
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        self.wrapped: Any = wrapped
+        """What ZeRO makes of the optimizer: master values and moments live there (stage 0: itself)."""
+        self.device: torch.device = torch.device(self.deepspeed.device or "cpu")
 
-    @property
-    def model(self) -> VisualChat:
-        """The model inside the engine."""
-        return self.deepspeed.module
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches have to be."""
-        return self.deepspeed.device
-
-    def update(self, micro_batches: Sequence[Batch], *, targets: int, lr: float) -> tuple[float, float]:
+    def update(
+        self, micro_batches: Sequence[Batch], *, targets: int, lr: float
+    ) -> tuple[float, float]:
         """One optimiser update from this rank's share of a global batch.
 
         Args:
@@ -103,20 +105,23 @@ class Engine:
         Returns:
             The loss of the global batch in nats a token, and the norm of its gradient before clipping.
         """
-        for group in self.deepspeed.optimizer.param_groups:
+        for group in self.wrapped.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=self.device)
+        total, norm = torch.zeros((), device=self.device), None
         # DeepSpeed averages over ranks and accumulation steps; the loss is a sum over tokens.
         share = self.workers * len(micro_batches) / targets
         for batch in micro_batches:
             loss = self.deepspeed(batch)
             total += loss.detach().float()
             self.deepspeed.backward(loss * share)
-            if self.deepspeed.zero_optimization_stage() == 0:
-                # Without ZeRO DeepSpeed clips and forgets; after the last pass these are the averaged gradients.
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values()])
+            if self.stage == 0:
+                # Without ZeRO DeepSpeed clips and forgets the norm; after the last pass these
+                # are the averaged gradients.
+                gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+                norm = torch.nn.utils.get_total_norm(gradients)
             self.deepspeed.step()
-        if self.deepspeed.zero_optimization_stage() > 0:
+        if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
+        assert norm is not None, "ZeRO measures the norm in every update"
         dist.all_reduce(total)
         return total.item() / targets, float(norm)

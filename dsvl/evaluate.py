@@ -64,7 +64,9 @@ def evaluate(
     model.train()
     if workers == 1:
         return tally
-    sums = torch.tensor([float(getattr(tally, n)) for n in Tally.__slots__], dtype=torch.float64, device=device)
+    sums = torch.tensor(
+        [float(getattr(tally, n)) for n in Tally.__slots__], dtype=torch.float64, device=device
+    )
     dist.all_reduce(sums)
     loss, *counts = sums.tolist()
     return Tally(loss, *(round(count) for count in counts))

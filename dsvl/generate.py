@@ -31,7 +31,9 @@ def greedy(model: VisualChat, batch: Batch, *, end: int, max_new_tokens: int) ->
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        hidden_BD = hidden_BTD.gather(1, last_B1[..., None].expand(-1, -1, hidden_BTD.shape[-1]))[:, 0]
+        hidden_BD = hidden_BTD.gather(1, last_B1[..., None].expand(-1, -1, hidden_BTD.shape[-1]))[
+            :, 0
+        ]
         next_B = model.language.lm_head(hidden_BD).argmax(-1)
         finished_B = finished_B | (next_B == end)
         if finished_B.all():

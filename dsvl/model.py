@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class VisualChat(nn.Module):
-    """Frozen vision tower + trained projection + frozen decoder with a trained input embedding (paper, section 3)."""
+    """Frozen tower + trained projection + frozen decoder, its input embedding trained (section 3)."""
 
     def __init__(self, config: ModelConfig, *, precision: str, seed: int) -> None:
         """Load the frozen parts and draw the projection from the seed.
@@ -43,11 +43,14 @@ class VisualChat(nn.Module):
     @property
     def embedding(self) -> nn.Embedding:
         """The one table that prompts and generated tokens are looked up in."""
-        return self.language.get_input_embeddings()
+        table = self.language.get_input_embeddings()
+        assert isinstance(table, nn.Embedding)
+        return table
 
     def _untie(self) -> None:
-        """Give the frozen head weights of its own where it shares them with the embedding, which is trained."""
+        """Give the frozen head its own weights where it shares those of the embedding, which is trained."""
         head = self.language.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
         if head.weight is self.embedding.weight:
             head.weight = nn.Parameter(head.weight.detach().clone())
             self.language.config.tie_word_embeddings = False
@@ -56,7 +59,9 @@ class VisualChat(nn.Module):
         """The trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def embed(self, ids: torch.Tensor, pixels: torch.Tensor, image_positions: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self, ids: torch.Tensor, pixels: torch.Tensor, image_positions: torch.Tensor
+    ) -> torch.Tensor:
         """(B, S) ids and (I, 3, P, P) pixels -> (B, S, D), the k-th image in the k-th run of image positions.
 
         Raises:
@@ -75,7 +80,11 @@ class VisualChat(nn.Module):
         features_FD = self.projection(self.vision(seen)).flatten(0, 1).to(embedded_BSD.dtype)
         if not len(pixels):
             return embedded_BSD + 0.0 * features_FD.sum()
-        return embedded_BSD.flatten(0, 1).index_copy(0, image_positions, features_FD).view_as(embedded_BSD)
+        return (
+            embedded_BSD.flatten(0, 1)
+            .index_copy(0, image_positions, features_FD)
+            .view_as(embedded_BSD)
+        )
 
     def logits(self, batch: Batch, supervised_BS: torch.Tensor) -> torch.Tensor:
         """(B, S) bool -> (n, V) float32 logits at the marked positions, row by row."""
@@ -93,7 +102,9 @@ class VisualChat(nn.Module):
         """
         labels_BS = next_labels(batch.labels)
         supervised_BS = labels_BS != IGNORED
-        return cross_entropy(self.logits(batch, supervised_BS), labels_BS[supervised_BS], reduction="sum")
+        return cross_entropy(
+            self.logits(batch, supervised_BS), labels_BS[supervised_BS], reduction="sum"
+        )
 
 
 def next_labels(labels: torch.Tensor) -> torch.Tensor:

@@ -63,10 +63,16 @@ class Plan:
         return step // self.steps_per_epoch
 
     def indices(self, step: int) -> np.ndarray:
-        """(batch,) sample indices of update `step`. The rest of an epoch, less than a batch, waits for the next draw."""
+        """(batch,) sample indices of update `step`.
+
+        What is left of an epoch, less than a batch, is not trained in it; another epoch draws it anew.
+        """
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, blend.order(self.samples, seed=self.train.seed, epoch=epoch)
+            self._epoch, self._order = (
+                epoch,
+                blend.order(self.samples, seed=self.train.seed, epoch=epoch),
+            )
         return self._order[index * self.train.batch : (index + 1) * self.train.batch]
 
 

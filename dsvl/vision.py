@@ -14,7 +14,9 @@ class VisionTower(nn.Module):
         """Load the frozen weights; raises ValueError where checkpoint and configuration disagree."""
         super().__init__()
         self.config = config
-        self.encoder = CLIPVisionModel.from_pretrained(config.checkpoint, dtype=dtype).requires_grad_(False)
+        self.encoder = CLIPVisionModel.from_pretrained(
+            config.checkpoint, dtype=dtype
+        ).requires_grad_(False)
         check_shape(config, self.encoder.config, section="model.vision")
 
     @torch.no_grad()

@@ -30,7 +30,9 @@ def connect(experiment: Experiment) -> Iterator[None]:
         settings["include_dashboard"] = True
         # Nobody takes this machine away at a minute's notice: one process less a training.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    ray.init(**settings, log_to_driver=False, configure_logging=False, logging_level=logging.WARNING)
+    ray.init(
+        **settings, log_to_driver=False, configure_logging=False, logging_level=logging.WARNING
+    )
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     try:
         yield

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 NAME = "journal.jsonl"
@@ -26,15 +26,13 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / NAME).open("ab")
         fcntl.flock(self._file, fcntl.LOCK_EX)
-        whole = read(folder)[1]
-        if self._file.tell() > whole:
-            self._file.truncate(whole)
+        self._file.truncate(read(folder)[1])
 
-    def start(self, *, identity: str, params: dict[str, object], step: int) -> None:
+    def start(self, *, identity: str, params: Mapping[str, object], step: int) -> None:
         """The run begins, or goes on after `step` updates."""
         self._append({"kind": "start", "identity": identity, "params": params, "step": step})
 
-    def metrics(self, step: int, metrics: dict[str, float]) -> None:
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """What was measured after update `step`."""
         self._append({"kind": "metrics", "step": step, "metrics": metrics})
 
@@ -50,7 +48,7 @@ class Journal:
 
 
 def read(folder: Path, offset: int = 0) -> tuple[list[dict], int]:
-    """The whole lines from a byte offset on, and the offset after them; a torn last line is left for later."""
+    """The whole lines from a byte offset on, and the offset after them; a torn one is left for later."""
     path = folder / NAME
     if not path.exists():
         return [], offset
@@ -62,7 +60,10 @@ def read(folder: Path, offset: int = 0) -> tuple[list[dict], int]:
 
 
 def points(entries: list[dict]) -> Iterator[tuple[str, int, float, float]]:
-    """(metric, step, value, time) once a metric and step: where a resumed run repeats a step, the later line counts."""
+    """(metric, step, value, time), once a metric and step.
+
+    Where a resumed run repeats a step, the later line counts.
+    """
     latest = {
         (key, entry["step"]): (value, entry["time"])
         for entry in entries

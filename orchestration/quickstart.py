@@ -36,7 +36,9 @@ def run(experiment: Experiment) -> dict:
     with connect(experiment):
         with phase(3, "prepare", "Ray Data checks, encodes and splits them"):
             prepared = prepare(experiment)
-        with phase(4, "train", f"DeepSpeed on {experiment.cluster.workers} workers under Ray Train"):
+        with phase(
+            4, "train", f"DeepSpeed on {experiment.cluster.workers} workers under Ray Train"
+        ):
             trained = train(experiment)
         with phase(5, "sweep", "Ray Tune searches learning rate and epochs at three sizes"):
             swept = sweep(experiment)
@@ -65,11 +67,11 @@ def phase(number: int, name: str, what: str) -> Iterator[None]:
 
 def render(result: dict) -> str:
     """What was found, and what to try next."""
-    best = result["best"]
+    best, samples = result["best"], result["samples"]
     return f"""
-{result["trials"]} trials and a training on {result["samples"]["train"]} chats in {result["minutes"]:.1f} minutes.
+{result["trials"]} trials and a training on {samples["train"]} chats in {result["minutes"]:.1f} minutes.
 Best: {best["trial"]}
-  answers right             {best["eval/accuracy"]:6.1%}  of the rounds in {result["samples"]["eval"]} held-out chats
+  answers right             {best["eval/accuracy"]:6.1%}  of the rounds in {samples["eval"]} held-out chats
   the same, images zeroed   {best["eval/accuracy_blind"]:6.1%}  so it really looks
   most frequent answer      {best["eval/accuracy_majority"]:6.1%}
 

@@ -4,11 +4,12 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.experiment import Trial
+from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 
@@ -74,7 +75,9 @@ def trials_folder(experiment: Experiment) -> Path:
 def trial_name(values: dict[str, object]) -> str:
     """A trial's name and folder, from its values alone: `size=small,lr=0.01,epochs=2`."""
     shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values.values())
-    return ",".join(f"{path.rpartition('.')[2]}={text}" for path, text in zip(values, shown, strict=True))
+    return ",".join(
+        f"{path.rpartition('.')[2]}={text}" for path, text in zip(values, shown, strict=True)
+    )
 
 
 def trainable(experiment: Experiment, root: Path, prepared: Path) -> Callable[[dict], None]:
@@ -150,7 +153,9 @@ def summarize(experiment: Experiment) -> dict:
         if (folder / "result.json").exists():
             result = json.loads((folder / "result.json").read_text())
             about = {"trial": folder.name, "folder": str(folder), "state": result["state"]}
-            trials.append(about | json.loads((folder / "values.json").read_text()) | result["metrics"])
+            trials.append(
+                about | json.loads((folder / "values.json").read_text()) | result["metrics"]
+            )
         elif entries and entries[-1]["kind"] == "end":
             failed.append(f"{folder.name}: {entries[-1]['reason']}")
     sign = 1 if search.mode == "min" else -1
@@ -179,10 +184,11 @@ class Peers(FIFOScheduler):
 
     def __init__(self, make: Callable[[], TrialScheduler]) -> None:
         super().__init__()
-        self._make, self._properties = make, {}
+        self._make = make
+        self._properties: dict[str, Any] = {}
         self._schedulers: dict[tuple, TrialScheduler] = {}
 
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: object) -> bool:
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Remember what is optimised, for every scheduler to come."""
         self._properties = {"metric": metric, "mode": mode} | spec
         return True
@@ -194,20 +200,24 @@ class Peers(FIFOScheduler):
             self._schedulers[peers].set_search_properties(**self._properties)
         return self._schedulers[peers]
 
-    def on_trial_add(self, tune_controller: object, trial: Trial) -> None:
-        """Hand on to the trial's scheduler, as all methods below."""
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Hand on to the scheduler of the trial's peers."""
         self._of(trial).on_trial_add(tune_controller, trial)
 
-    def on_trial_result(self, tune_controller: object, trial: Trial, result: dict) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
+        """Hand on to the scheduler of the trial's peers."""
         return self._of(trial).on_trial_result(tune_controller, trial, result)
 
-    def on_trial_complete(self, tune_controller: object, trial: Trial, result: dict) -> None:
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
+        """Hand on to the scheduler of the trial's peers."""
         self._of(trial).on_trial_complete(tune_controller, trial, result)
 
-    def on_trial_error(self, tune_controller: object, trial: Trial) -> None:
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Hand on to the scheduler of the trial's peers."""
         self._of(trial).on_trial_error(tune_controller, trial)
 
-    def on_trial_remove(self, tune_controller: object, trial: Trial) -> None:
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        """Hand on to the scheduler of the trial's peers."""
         self._of(trial).on_trial_remove(tune_controller, trial)
 
 
@@ -217,7 +227,10 @@ def _scheduler(search: SearchConfig) -> TrialScheduler:
         return FIFOScheduler()
     return Peers(
         lambda: AsyncHyperBandScheduler(
-            time_attr="epoch", grace_period=chosen.grace, reduction_factor=chosen.reduction, max_t=1000
+            time_attr="epoch",
+            grace_period=chosen.grace,
+            reduction_factor=chosen.reduction,
+            max_t=1000,
         )
     )
 

@@ -55,6 +55,7 @@ class Task:
 class Outcome:
     """What became of a task; the example's images are still paths."""
 
+    record: str
     example: Example | Rejected
     images: dict[str, StoredImage]
     faults: dict[str, Fault]
@@ -84,8 +85,11 @@ class Preparer:
 
     def outcome(self, task: Task) -> Outcome:
         """Open the task's images and encode its conversation."""
-        paths = [image.path for image in task.conversation.images]
-        outcome = Outcome(self._encoder.encode(task.conversation, paths), {}, {})
+        conversation = task.conversation
+        paths = [image.path for image in conversation.images]
+        outcome = Outcome(
+            conversation.record, self._encoder.encode(conversation, paths), images={}, faults={}
+        )
         for path in task.paths:
             try:
                 outcome.images[path] = load(
@@ -120,6 +124,7 @@ def survey(
             seen.quarantine.append(record)
             continue
         folder, outcome = _image_folder(experiment, record.source), next(outcomes)
+        assert outcome.record == record.record, f"{outcome.record} came for {record.record}"
         for path, image in outcome.images.items():
             keys[folder, path] = image.key
             if writer:

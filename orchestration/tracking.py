@@ -65,7 +65,9 @@ class Store:
             run_id = json.loads(record.read_text())["run_id"]
             keys = self.client.get_run(run_id).data.metrics
             history = {key: self.client.get_metric_history(run_id, key) for key in keys}
-            return Run(folder, run_id, shipped={k: max(p.step for p in v) for k, v in history.items()})
+            return Run(
+                folder, run_id, shipped={k: max(p.step for p in v) for k, v in history.items()}
+            )
         tags = {"mlflow.parentRunId": parent} if parent else {}
         run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
         journal.write_json(record, {"run_id": run_id})
@@ -135,7 +137,9 @@ class Shipper:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Ship the rest."""
         self._closing.set()
         self._thread.join()
@@ -156,7 +160,11 @@ class Shipper:
             try:
                 self._ship()
             except (MlflowException, OSError) as error:
-                log.warning("tracking store %s: %s; the journals keep what it misses", self._experiment.tracking_uri, error)
+                log.warning(
+                    "tracking store %s: %s; the journals keep what it misses",
+                    self._experiment.tracking_uri,
+                    error,
+                )
 
     def _ship(self) -> None:
         self._store = self._store or Store(self._experiment)
@@ -167,6 +175,8 @@ class Shipper:
             for path in sorted(sweep.glob(f"*/{journal.NAME}")):
                 trial = path.parent
                 if trial not in self._runs:
-                    self._runs[trial] = self._store.run(trial, name=trial.name, parent=self._runs[sweep].id)
+                    self._runs[trial] = self._store.run(
+                        trial, name=trial.name, parent=self._runs[sweep].id
+                    )
         for run in list(self._runs.values()):
             self._store.ship(run)

@@ -13,7 +13,12 @@ from orchestration.journal import Journal, points, read, write_json
 
 
 def fit(
-    experiment: Experiment, folder: Path, prepared: Path, *, workers: int, callbacks: list[UserCallback] | None = None
+    experiment: Experiment,
+    folder: Path,
+    prepared: Path,
+    *,
+    workers: int,
+    callbacks: list[UserCallback] | None = None,
 ) -> None:
     """Run Ray Train to the end of the training; a failure is journaled with its cause and raised."""
     use_gpu = experiment.cluster.gpus_per_worker > 0
@@ -22,9 +27,15 @@ def fit(
         resources["GPU"] = experiment.cluster.gpus_per_worker
     trainer = TorchTrainer(
         work,
-        train_loop_config={"experiment": experiment.as_dict(), "folder": str(folder), "prepared": str(prepared)},
+        train_loop_config={
+            "experiment": experiment.as_dict(),
+            "folder": str(folder),
+            "prepared": str(prepared),
+        },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
         run_config=RunConfig(
             name="train",
             storage_path=str((folder / "ray").absolute()),
@@ -40,7 +51,7 @@ def fit(
 
 
 def work(config: dict) -> None:
-    """What Ray calls on each worker; the model's modules are imported there, as the driver needs none of them."""
+    """What Ray calls on each worker: the model's modules are imported there, the driver needs none."""
     # DeepSpeed's autotuner imports MLflow (1.4 s) to see whether it is there; no worker needs it.
     sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
     from orchestration.worker import work as run

@@ -41,7 +41,9 @@ def work(config: dict) -> None:
     start = resume(engine, experiment, folder, frozen=frozen)
     plan = Plan(len(prepared.train), train)
     if journal:
-        journal.start(identity=experiment.identity(), params=experiment.identity_fields(), step=start)
+        journal.start(
+            identity=experiment.identity(), params=experiment.identity_fields(), step=start
+        )
     majority = majority_accuracy(prepared) if engine.rank == 0 else 0.0
 
     for step in steps(engine, prepared, train=train, config=experiment.engine, start=start):

@@ -66,6 +66,7 @@ def llava_set(tmp_path: Path) -> Path:
         outside.parent.mkdir(exist_ok=True)
         shutil.copy(images / "red.png", outside)
     (images / "link.png").symlink_to(root / "secret.png")
+    (images / "evil-link.png").symlink_to(root / "images-evil/secret.png")
     jpeg = (images / "blue.jpg").read_bytes()
     (images / "truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     (images / "page.jpg").write_text("<!DOCTYPE html><html>404</html>")

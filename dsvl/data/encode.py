@@ -66,6 +66,19 @@ class Encoder:
         ids, _, kinds = self._positions(list(template.prompt(turns)))
         return ids, kinds
 
+    @property
+    def end(self) -> int:
+        """The id that closes an answer."""
+        end = self.tokenizer.eos_token_id
+        assert isinstance(end, int)
+        return end
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids."""
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
     def _positions(
         self, pieces: Sequence[template.Piece]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

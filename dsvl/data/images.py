@@ -61,6 +61,8 @@ class ImageProcessor:
         to the size of the crop; FileNotFoundError where there is none.
         """
         path = Path(folder) / "preprocessor_config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; name a folder that holds a checkpoint")
         settings = json.loads(path.read_text(encoding="utf-8"))
         size, crop = settings.get("size"), settings.get("crop_size")
         edge = size.get("shortest_edge") if isinstance(size, dict) else size

@@ -5,7 +5,6 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from dsvl.config import LanguageConfig, ModelConfig, VisionConfig
-from dsvl.data.types import Example
 from dsvl.model import VisualChat
 
 SHAPE = {
@@ -30,8 +29,12 @@ def checkpoints(tmp_path_factory):
     """A folder with a decoder in `language` and a tower in `vision`, random but fixed."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.2)).save_pretrained(folder / "language")
-    CLIPVisionModel(CLIPVisionConfig(**VISION, num_attention_heads=2)).save_pretrained(folder / "vision")
+    LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.2)).save_pretrained(
+        folder / "language"
+    )
+    CLIPVisionModel(CLIPVisionConfig(**VISION, num_attention_heads=2)).save_pretrained(
+        folder / "vision"
+    )
     return folder
 
 

@@ -27,12 +27,16 @@ def golden():
 @pytest.mark.parametrize("case", golden_cases())
 def test_outputs_and_gradients_equal_the_golden_vectors(golden, case, scheme):
     query, key, value = (
-        torch.from_numpy(golden[f"{case}/{name}"]).requires_grad_() for name in ("query", "key", "value")
+        torch.from_numpy(golden[f"{case}/{name}"]).requires_grad_()
+        for name in ("query", "key", "value")
     )
     kinds = torch.from_numpy(golden[f"{case}/kinds"])
     output = attend(query, key, value, kinds, scheme=scheme)
     output.backward(torch.from_numpy(golden[f"{case}/grad_output"]))
-    expected = {name: golden[f"{case}/{scheme}/{name}"] for name in ("output", "grad_query", "grad_key", "grad_value")}
+    expected = {
+        name: golden[f"{case}/{scheme}/{name}"]
+        for name in ("output", "grad_query", "grad_key", "grad_value")
+    }
     np.testing.assert_allclose(output.detach().numpy(), expected["output"], rtol=0, atol=1e-10)
     for tensor, name in ((query, "grad_query"), (key, "grad_key"), (value, "grad_value")):
         np.testing.assert_allclose(tensor.grad.numpy(), expected[name], rtol=0, atol=1e-9)
@@ -71,7 +75,8 @@ def test_text_adds_two_softmaxes_with_weights_of_their_own():
     scores = query[0] @ key[0].transpose(-1, -2) / 2.0
     row, text, images = 4, [0, 2, 4], [1, 3]
     expected = sum(
-        torch.softmax(scores[:, row, seen], -1)[:, None] @ value[0][:, seen] for seen in (text, images)
+        torch.softmax(scores[:, row, seen], -1)[:, None] @ value[0][:, seen]
+        for seen in (text, images)
     )
     output = attend(query, key, value, kinds, scheme="mmca")
     torch.testing.assert_close(output[0, :, row], expected[:, 0], rtol=0, atol=1e-12)
@@ -99,5 +104,7 @@ def test_a_cached_chunk_equals_the_whole(scheme):
 
 
 def test_an_unknown_scheme_names_the_known_ones():
-    with pytest.raises(ValueError, match="'cross' is unknown; choose one of causal, causal_cross, mmca"):
+    with pytest.raises(
+        ValueError, match="'cross' is unknown; choose one of causal, causal_cross, mmca"
+    ):
         attend(*random_row([T]), scheme="cross")

@@ -6,7 +6,12 @@ from dsvl.data.types import Kind
 from dsvl.generate import greedy
 from tests.dsvl.test_model import batch_of, example
 
-PROMPTS = [example("tt1ttt"), example("t", seed=3), example("t1t1ttttt", seed=4), example("ttt", seed=5)]
+PROMPTS = [
+    example("tt1ttt"),
+    example("t", seed=3),
+    example("t1t1ttttt", seed=4),
+    example("ttt", seed=5),
+]
 
 
 def greedy_without_cache(model, prompt, count):

@@ -12,7 +12,9 @@ from dsvl.data.types import IGNORED, Example, Kind
 from dsvl.model import VisualChat
 
 TOKENS = 4
-PIXELS = {str(k): np.random.default_rng(k).normal(size=(3, 8, 8)).astype(np.float32) for k in range(6)}
+PIXELS = {
+    str(k): np.random.default_rng(k).normal(size=(3, 8, 8)).astype(np.float32) for k in range(6)
+}
 
 
 def example(layout: str, *, images: str = "0123", seed: int = 0) -> Example:
@@ -57,10 +59,15 @@ def test_two_images_land_in_their_own_slots(model):
 
 
 def test_images_of_a_batch_stay_in_their_rows(model):
-    alone = [hidden(model, batch_of(e)) for e in (example("t1T", images="3"), example("ttt1tT", images="1"))]
+    alone = [
+        hidden(model, batch_of(e))
+        for e in (example("t1T", images="3"), example("ttt1tT", images="1"))
+    ]
     both = hidden(model, batch_of(example("t1T", images="3"), example("ttt1tT", images="1")))
     for row, expected in enumerate(alone):
-        torch.testing.assert_close(both[row, : expected.shape[1]], expected[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            both[row, : expected.shape[1]], expected[0], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_placeholders_and_images_that_disagree_are_refused_with_both_counts(model):
@@ -134,7 +141,9 @@ def test_a_tied_head_stays_frozen_when_the_embedding_is_trained(model_config, tm
     stock.tie_weights()
     stock.save_pretrained(tmp_path)
     language = replace(model_config.language, checkpoint=str(tmp_path))
-    model = VisualChat(replace(model_config, languages={"tiny": language}), precision="fp32", seed=0)
+    model = VisualChat(
+        replace(model_config, languages={"tiny": language}), precision="fp32", seed=0
+    )
     head = model.language.lm_head.weight.detach().clone()
     assert torch.equal(head, model.embedding.weight)
     with torch.no_grad():

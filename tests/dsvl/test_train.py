@@ -1,4 +1,4 @@
-"""Training with real DeepSpeed engines on gloo: equal to plain PyTorch, and to itself however it is cut up."""
+"""Real DeepSpeed engines on gloo train as plain PyTorch does, and alike however a run is cut up."""
 
 import math
 import os
@@ -67,7 +67,14 @@ def _worker(rank, world, port, config, folder, options):
         records.append((step.loss, step.grad_norm, step.lr))
         if step.number in options.get("save", ()):
             checkpoint.save(
-                engine, folder, step=step.number, position=(0, 0), identity="i", fields={}, frozen={}, keep=9
+                engine,
+                folder,
+                step=step.number,
+                position=(0, 0),
+                identity="i",
+                fields={},
+                frozen={},
+                keep=9,
             )
         if step.number == options.get("stop"):
             break
@@ -92,7 +99,9 @@ def plain(config):
     """The same training as a plain PyTorch loop on whole batches."""
     model = VisualChat(config, precision="fp32", seed=0)
     parameters = model.trainable()
-    optimizer = torch.optim.AdamW(groups(parameters, OPTIM), lr=1.0, betas=OPTIM.betas, eps=OPTIM.eps)
+    optimizer = torch.optim.AdamW(
+        groups(parameters, OPTIM), lr=1.0, betas=OPTIM.betas, eps=OPTIM.eps
+    )
     plan, prepared, records = Plan(len(Prepared.train), TRAIN), Prepared(), []
     for step in range(plan.steps):
         batch = batch_of(*(prepared.train[int(i)] for i in plan.indices(step)))
@@ -116,7 +125,9 @@ def reference(model_config):
 @pytest.mark.parametrize(
     ("stage", "world", "micro"), [(0, 1, 4), (0, 2, 1), (1, 2, 2), (2, 2, 1), (3, 2, 2), (2, 4, 1)]
 )
-def test_every_way_of_sharding_trains_as_a_plain_loop_does(model_config, reference, tmp_path, stage, world, micro):
+def test_every_way_of_sharding_trains_as_a_plain_loop_does(
+    model_config, reference, tmp_path, stage, world, micro
+):
     records = run(model_config, tmp_path, stage=stage, world=world, micro=micro, save=(12,))
     np.testing.assert_allclose(records, reference[0], rtol=2e-5, atol=2e-6)
     values = checkpoint.load_file(tmp_path / "step-000012/parameters.safetensors")
@@ -135,11 +146,17 @@ def test_killed_and_resumed_is_bit_identical_to_unbroken(model_config, tmp_path,
     second = run(model_config, tmp_path / "broken", **options)
     assert first + second[3:] == unbroken
     assert files_of(tmp_path / "unbroken/step-000012") == files_of(tmp_path / "broken/step-000012")
-    assert files_of(tmp_path / "unbroken/step-000012") != files_of(tmp_path / "unbroken/step-000005")
+    assert files_of(tmp_path / "unbroken/step-000012") != files_of(
+        tmp_path / "unbroken/step-000005"
+    )
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 2), (3, 2)), ((3, 2), (0, 1)), ((2, 2), (2, 1)), ((0, 1), (2, 4))])
-def test_a_checkpoint_resumes_at_another_stage_and_world_size(model_config, reference, tmp_path, before, after):
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 2), (3, 2)), ((3, 2), (0, 1)), ((2, 2), (2, 1)), ((0, 1), (2, 4))]
+)
+def test_a_checkpoint_resumes_at_another_stage_and_world_size(
+    model_config, reference, tmp_path, before, after
+):
     run(model_config, tmp_path, stage=before[0], world=before[1], save=(5,), stop=5)
     records = run(model_config, tmp_path, stage=after[0], world=after[1])
     np.testing.assert_allclose(records, reference[0][5:], rtol=2e-5, atol=2e-6)
@@ -176,7 +193,9 @@ def test_samples_of_an_epoch_are_each_taken_once_in_an_order_of_their_own():
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(ValueError, match="train.batch=32: must not exceed the 18 training samples"):
+    with pytest.raises(
+        ValueError, match=r"train.batch=32: must not exceed the 18 training samples"
+    ):
         Plan(18, TrainConfig(epochs=1, batch=32))
 
 

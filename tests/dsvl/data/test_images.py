@@ -56,8 +56,16 @@ def test_pixels_are_those_of_the_clip_processor_of_transformers(tmp_path, size, 
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_strip_within_the_pixel_cap_is_fitted_without_blowing_it_up():
-    assert PROCESSOR.fit(Image.new("RGB", (3_000_000, 1))).shape == (3, 8, 8)
+def test_a_strip_within_the_pixel_cap_is_fitted_without_blowing_it_up(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+
+    def spy(image, size, *rest):
+        sizes.append(tuple(size))
+        return resize(image, size, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    assert PROCESSOR.fit(Image.new("RGB", (100_000, 1))).shape == (3, 8, 8)
+    assert sizes == [(128, 8)]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +82,11 @@ def test_a_processor_of_another_kind_is_refused(tmp_path, change):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match="shortest edge with resample=3"):
+        ImageProcessor.from_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_without_a_processor_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json: no such file"):
         ImageProcessor.from_checkpoint(tmp_path)
 
 
