@@ -75,7 +75,7 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids."""
-        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
