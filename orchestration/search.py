@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def summarize(experiment: Experiment) -> dict:
         elif entries and entries[-1]["kind"] == "end":
             failed.append(f"{folder.name}: {entries[-1]['reason']}")
     sign = 1 if search.mode == "min" else -1
-    trials.sort(key=lambda trial: sign * trial[search.metric])
+    # A trial that diverged has no number to compare: last.
+    trials.sort(key=lambda t: (math.isnan(t[search.metric]), sign * t[search.metric]))
     return {"best": trials[0] if trials else None, "trials": trials, "failed": failed}
 
 

@@ -69,7 +69,10 @@ def talk(experiment: Experiment, *, out: TextIO) -> dict:
             chat.clear()
             images = []
         elif command == "/image":
-            images += [Path(path).expanduser().resolve() for path in shlex.split(rest)]
+            try:
+                images += [Path(path).expanduser().resolve() for path in shlex.split(rest)]
+            except ValueError as error:  # a quotation without its end
+                print(f"{line}: {error}", file=sys.stderr)
         elif command.startswith("/"):
             print(f"no command {command}. {HELP}", file=sys.stderr)
         elif line:

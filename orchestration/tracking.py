@@ -6,6 +6,7 @@ same experiment ships the rest into the same MLflow run.
 
 import json
 import logging
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,17 +15,22 @@ from typing import Self
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.registry import resolve_tags
 
 from orchestration import journal
-from orchestration.config import Experiment
+from orchestration.config import Experiment, SearchConfig
 
 log = logging.getLogger(__name__)
+
+# MLflow's own seven retries would hold a finished command up for minutes; the shipper itself tries again.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 PERIOD_SECONDS = 2.0
 BATCH = 1000
 """Most metrics that MLflow takes at once; a tenth of it for parameters."""
 STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
+DERIVED = "model.language."
+"""Of a trial these follow from `model.size`; MLflow's comparison would show them before what was searched."""
 RECORD = "mlflow.json"
 """Beside a journal: the id of its MLflow run, so that every resume goes on in the same run."""
 
@@ -39,6 +45,7 @@ class Run:
     """Bytes of the journal that have been shipped."""
     shipped: dict[str, int] = field(default_factory=dict)
     """The last step of each metric that the store has."""
+    trial: bool = False
 
 
 class Store:
@@ -46,6 +53,7 @@ class Store:
 
     def __init__(self, experiment: Experiment) -> None:
         """Open the store, and make the MLflow experiment if it is not there."""
+        self.experiment = experiment
         self.client = MlflowClient(experiment.tracking_uri)
         name = experiment.tracking.experiment
         found = self.client.get_experiment_by_name(name)
@@ -65,14 +73,21 @@ class Store:
             run_id = json.loads(record.read_text())["run_id"]
             keys = self.client.get_run(run_id).data.metrics
             history = {key: self.client.get_metric_history(run_id, key) for key in keys}
-            return Run(
-                folder, run_id, shipped={k: max(p.step for p in v) for k, v in history.items()}
-            )
-        tags = {"mlflow.parentRunId": parent} if parent else {}
-        run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+            steps = {key: max(point.step for point in points) for key, points in history.items()}
+            return Run(folder, run_id, shipped=steps, trial=parent is not None)
+        page = self.experiment.run_folder / "report.html"
+        tags = {"mlflow.note.content": f"Files: `{folder}`. Report: `{page}`."}
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+        # The journal knows when it began; user, program and commit are found as by MLflow itself.
+        began = next((milliseconds(entry) for entry in journal.read(folder)[0]), None)
+        made = self.client.create_run(
+            self.experiment_id, start_time=began, tags=resolve_tags(tags), run_name=name
+        )
+        run_id = made.info.run_id
         journal.write_json(record, {"run_id": run_id})
         self.attach(folder, folder / "experiment.json")
-        return Run(folder, run_id)
+        return Run(folder, run_id, trial=parent is not None)
 
     def attach(self, folder: Path, path: Path) -> None:
         """Keep a file with the MLflow run of a folder."""
@@ -91,32 +106,54 @@ class Store:
             if entry["kind"] == "start":
                 self._start(run, entry)
         for first in range(0, len(metrics), BATCH):
-            self.client.log_batch(run.id, metrics=metrics[first : first + BATCH])
-        run.shipped |= {metric.key: metric.step for metric in metrics}
+            batch = metrics[first : first + BATCH]
+            self.client.log_batch(run.id, metrics=batch)
+            run.shipped |= {metric.key: metric.step for metric in batch}
         if entries and entries[-1]["kind"] == "end":
-            self.end(run, entries[-1]["state"], reason=entries[-1]["reason"])
+            self._end(run, entries[-1])
         run.offset = offset
 
-    def end(self, run: Run, state: str, *, reason: str = "") -> None:
+    def mark_best(self, sweep: Run, search: SearchConfig) -> None:
+        """Tag a sweep with the name of its best trial so far."""
+        found = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.mlflow.parentRunId = '{sweep.id}' and attributes.status = 'FINISHED'",
+            order_by=[f"metrics.`{search.metric}` {'ASC' if search.mode == 'min' else 'DESC'}"],
+            max_results=1,
+        )
+        for best in found:
+            self.client.set_tag(sweep.id, "best_trial", best.info.run_name)
+
+    def _end(self, run: Run, entry: dict) -> None:
         """Set the run's final state; the reason why it was stopped or failed becomes a tag."""
+        state, reason = entry["state"], entry["reason"]
         if reason:
             self.client.set_tag(run.id, "stopped_by" if state == "stopped" else "failure", reason)
-        self.client.set_terminated(run.id, STATUS[state])
+        self.client.set_terminated(run.id, STATUS[state], end_time=milliseconds(entry))
 
     def _start(self, run: Run, entry: dict) -> None:
         self.client.update_run(run.id, status="RUNNING")
         known = self.client.get_run(run.id).data.params
-        params = [Param(k, str(v)) for k, v in entry["params"].items() if k not in known]
+        params = [
+            Param(name, str(value))
+            for name, value in entry["params"].items()
+            if name not in known and not (run.trial and name.startswith(DERIVED))
+        ]
         tags = [RunTag("dsvl.identity", entry["identity"])]
         for first in range(0, max(len(params), 1), BATCH // 10):
             self.client.log_batch(run.id, params=params[first : first + BATCH // 10], tags=tags)
+
+
+def milliseconds(entry: dict) -> int:
+    """When a line of a journal was written, as MLflow counts time."""
+    return int(1000 * entry["time"])
 
 
 def attach(experiment: Experiment, folder: Path, path: Path) -> None:
     """Keep a file with the MLflow run of a folder; without the store, the file is there all the same."""
     try:
         Store(experiment).attach(folder, path)
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # as in Shipper
         log.warning("tracking store %s: %s; %s is not in it", experiment.tracking_uri, error, path)
 
 
@@ -154,17 +191,20 @@ class Shipper:
         self._single.append((folder, name))
 
     def _work(self) -> None:
-        closing = False
+        closing = said = False
         while not closing:
             closing = self._closing.wait(PERIOD_SECONDS)
             try:
                 self._ship()
-            except (MlflowException, OSError) as error:
-                log.warning(
-                    "tracking store %s: %s; the journals keep what it misses",
-                    self._experiment.tracking_uri,
-                    error,
-                )
+                said = False
+            except Exception as error:  # each kind of store has its own; none may end the shipping
+                if not said:
+                    log.warning(
+                        "tracking store %s: %s; the journals keep what it misses",
+                        self._experiment.tracking_uri,
+                        error,
+                    )
+                said = True
 
     def _ship(self) -> None:
         self._store = self._store or Store(self._experiment)
@@ -178,5 +218,9 @@ class Shipper:
                     self._runs[trial] = self._store.run(
                         trial, name=trial.name, parent=self._runs[sweep].id
                     )
-        for run in list(self._runs.values()):
+        search = self._experiment.search
+        for folder in sorted(self._runs, key=self._sweeps.count):  # trials before their sweep
+            run, before = self._runs[folder], self._runs[folder].offset
             self._store.ship(run)
+            if search and folder in self._sweeps and run.offset > before:
+                self._store.mark_best(run, search)

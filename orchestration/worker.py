@@ -32,6 +32,7 @@ def work(config: dict) -> None:
     # Before anything is read: a killed run's last process may still be writing.
     journal = Journal(folder) if torch.distributed.get_rank() == 0 else None
     train = experiment.train
+    torch.manual_seed(train.seed + torch.distributed.get_rank())  # Ray leaves it to chance
     model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
     engine = Engine(model, engine=experiment.engine, train=train, optim_config=experiment.optim)
     frozen = {

@@ -26,6 +26,10 @@ PARITY = (
     "Is the digit in image {i} even or odd?",
     "Does image {i} show an even or an odd digit?",
 )
+FIND = (
+    "Which image shows the digit {digit}?",
+    "Where is the digit {digit}?",
+)
 LARGER = (
     "Which digit is larger, image {i} or image {j}?",
     "What is the larger digit of image {i} and image {j}?",
@@ -67,25 +71,27 @@ def draw(
     number: int,
     seed: int = 0,
     *,
-    most_rounds: int = 3,
-    kinds: tuple[int, int, int] = (50, 15, 35),
+    images: tuple[int, int] = (2, 3),
+    rounds: tuple[int, int] = (2, 3),
+    kinds: tuple[int, int, int, int] = (40, 15, 15, 30),
 ) -> list[Round]:
     """Chat `number` of `split` ("train" or "eval"): a pure function of its arguments.
 
-    It has 2 to `most_rounds` rounds; `kinds` weighs questions to read, for parity, to compare.
+    `images` and `rounds` bound their numbers; `kinds` weighs questions to read one, for its parity,
+    to find a digit and to compare two.
     """
     rng = random.Random(f"{seed}/{split}/{number}")
-    rounds = rng.randint(2, most_rounds)
-    images = _images(rng, _pool(split), count=rng.randint(2, 3))
-    digits = [labels()[index] for index in images]
-    # The first image opens the chat; each other one appears in a round of its own choosing.
-    opens = [0, *sorted(rng.randrange(rounds) for _ in images[1:])]
+    turns = rng.randint(*rounds)
+    shown = _images(rng, _pool(split), count=rng.randint(*images))
+    digits = [labels()[index] for index in shown]
+    # The first image opens the chat; each other one appears in one of the first three rounds.
+    opens = [0, *sorted(rng.randrange(min(turns, 3)) for _ in shown[1:])]
     chat = []
-    for turn in range(rounds):
+    for turn in range(turns):
         seen = [i for i, first in enumerate(opens) if first <= turn]
-        last = turn == rounds - 1
+        last = turn == turns - 1
         subject = rng.choice([i for i in seen if opens[i] < turn] if last else seen)
-        new = tuple(images[i] for i in seen if opens[i] == turn)
+        new = tuple(shown[i] for i in seen if opens[i] == turn)
         chat.append(Round(new, *_ask(rng, kinds, digits, seen, subject)))
     return chat
 
@@ -174,26 +180,28 @@ def _images(rng: random.Random, pool: list[list[int]], count: int) -> list[int]:
 
 
 def _ask(
-    rng: random.Random, kinds: tuple[int, int, int], digits: list[int], seen: list[int], i: int
+    rng: random.Random, kinds: tuple[int, ...], digits: list[int], seen: list[int], i: int
 ) -> tuple[str, str]:
     """A question about image `i` (from 0), alone or with another one seen, and its answer."""
     others = [j for j in seen if j != i]
-    read, parity, compare = kinds
-    weights = (read, parity, compare if others else 0)
-    kind = rng.choices(("read", "parity", "compare"), weights)[0]
+    unique = all(digits[i] != digits[j] for j in others)
+    possible = (True, True, bool(others) and unique, bool(others))
+    weights = [weight * can for weight, can in zip(kinds, possible, strict=True)]
+    kind = rng.choices(("read", "parity", "find", "compare"), weights)[0]
     if kind == "read":
         return rng.choice(READ).format(i=i + 1), WORDS[digits[i]]
     if kind == "parity":
         return rng.choice(PARITY).format(i=i + 1), ("even", "odd")[digits[i] % 2]
-    j = rng.choice(others)
-    i, j = rng.sample((i, j), 2)
+    if kind == "find":
+        return rng.choice(FIND).format(digit=WORDS[digits[i]]), f"image {i + 1}"
+    i, j = rng.sample((i, rng.choice(others)), 2)
     if digits[i] == digits[j]:
         return rng.choice(SAME).format(i=i + 1, j=j + 1), "yes"
-    kind, answer = rng.choice(
+    phrasings, answer = rng.choice(
         (
             (LARGER, WORDS[max(digits[i], digits[j])]),
             (SMALLER, WORDS[min(digits[i], digits[j])]),
             (SAME, "no"),
         )
     )
-    return rng.choice(kind).format(i=i + 1, j=j + 1), answer
+    return rng.choice(phrasings).format(i=i + 1, j=j + 1), answer

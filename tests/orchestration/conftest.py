@@ -1,9 +1,19 @@
-"""A small experiment as settings, so that tests do not depend on the shipped configurations."""
+"""Small experiments: as settings, independent of the shipped ones, and on the shipped digits."""
 
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+from dsvl.digits import chats
+from orchestration.compose import load
+from orchestration.journal import curve
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 LANGUAGE = {
     "checkpoint": "language",
@@ -56,3 +66,63 @@ def settings() -> dict[str, Any]:
 def search() -> dict[str, Any]:
     """A small, legal search over them."""
     return deepcopy(SEARCH)
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with few chats about digits, and all that is made of them: see `digits`."""
+    folder = tmp_path_factory.mktemp("digits")
+    chats.write(folder / "raw/digits", train=96, evaluation=8)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(storage: Path, cluster: None) -> Path:
+    """The file of an experiment that was trained on two workers without a break."""
+    from orchestration.commands import train
+
+    path = digits(storage, "unbroken")
+    train(load(path))
+    return path
+
+
+def digits(storage: Path, name: str, **sections: Any) -> Path:
+    """Write an experiment on the chats in `storage`, of 48 updates on two workers; returns its file."""
+    parts = ("model/digits.yaml", "data/digits.yaml", "cluster/laptop.yaml")
+    settings = {
+        "extends": [str(CONFIGS / part) for part in parts],
+        "name": name,
+        "optim": {"lr": 1e-2},
+        "train": {"batch": 8, "epochs": 4, "precision": "fp32"},
+        "engine": {"micro_batch": 4},
+        "checkpoint": {"every": 5},
+        "evaluation": {"chats": 1},
+        "storage": {"path": str(storage / "runs"), "data": str(storage / "raw")},
+    }
+    path = storage / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings | sections))
+    return path
+
+
+def dsvl(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """Start the real command."""
+    command = [sys.executable, "-m", "orchestration.cli", *map(str, arguments)]
+    return subprocess.Popen(command, text=True, **options)
+
+
+def run_folder(path: Path) -> Path:
+    """Where the run of an experiment's file keeps its files."""
+    return load(path).run_folder
+
+
+def steps_done(folder: Path) -> int:
+    """How many updates the journal of a run tells of."""
+    return max((step for step, _ in curve(folder, "train/loss")), default=0)
+
+
+def histories(client: Any, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """Every metric of an MLflow run as (step, value) by step, all that were ever logged."""
+    return {
+        key: sorted((point.step, point.value) for point in client.get_metric_history(run_id, key))
+        for key in client.get_run(run_id).data.metrics
+    }

@@ -108,8 +108,9 @@ def test_images_arrive_in_their_own_slots_by_pixel(experiment):
 
 
 @pytest.mark.usefixtures("cluster", "with_copies")
-def test_one_and_two_actors_write_the_same_bytes(experiment):
+def test_one_and_two_actors_write_the_same_bytes(experiment, monkeypatch):
     one = prepare(experiment(BOTH, storage="one", preparers=1))
+    monkeypatch.setattr("orchestration.survey.BLOCK", 3)
     two = prepare(experiment(BOTH, storage="two", preparers=2))
     manifests = [json.loads(Path(r["folder"], "manifest.json").read_text()) for r in (one, two)]
     assert manifests[0] == manifests[1]

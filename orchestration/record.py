@@ -1,0 +1,204 @@
+"""A run folder read back: a training, the trials of a sweep, and the prepared data beneath them.
+
+A file of its own because it changes with what workers and sweeps write down, and not with what a page says.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf, isfinite, nan
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from orchestration import journal
+from orchestration.config import Experiment
+from orchestration.plan import prepared_folder
+
+SIZE = "model.size"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training or a trial, as its folder tells of it."""
+
+    name: str
+    folder: Path
+    values: dict[str, Any]
+    """The searched fields of a trial."""
+    fields: dict[str, Any]
+    """What was trained."""
+    state: str
+    """finished, stopped, failed, unfinished (running or interrupted) or waiting."""
+    reason: str
+    curves: dict[str, list[tuple[int, float]]]
+    seconds: float
+    """Spent training, over all resumes."""
+    ended: float
+    """When its last line was written."""
+
+    @property
+    def size(self) -> str:
+        """Which of the model's sizes was trained."""
+        return self.values.get(SIZE) or self.fields[SIZE]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done."""
+        return len(self.curve("eval/loss"))
+
+    @property
+    def counts(self) -> bool:
+        """Whether it came to an end that tells something."""
+        return self.state in ("finished", "stopped")
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) by step."""
+        return self.curves.get(metric, [])
+
+    def last(self, metric: str) -> float:
+        """The latest value of a metric; nan where there is none."""
+        return next((value for _, value in self.curve(metric)[-1:]), nan)
+
+
+def read(folder: Path, *, name: str) -> Run:
+    """What the files of a run's folder tell, whatever state it is in."""
+    entries, _ = journal.read(folder)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for metric, step, value, _ in journal.points(entries):
+        curves.setdefault(metric, []).append((step, value))
+    result = read_json(folder / "result.json")
+    last = next((e for e in reversed(entries) if e["kind"] in ("start", "end")), {})
+    return Run(
+        name=name,
+        folder=folder,
+        values=read_json(folder / "values.json"),
+        fields=read_json(folder / "experiment.json").get("fields", {}),
+        state=result.get("state") or last.get("state") or ("unfinished" if entries else "waiting"),
+        reason=last.get("reason", ""),
+        curves=curves,
+        seconds=sum(b["time"] - a["time"] for a, b in pairwise(entries) if b["kind"] != "start"),
+        ended=entries[-1]["time"] if entries else inf,
+    )
+
+
+class Record:
+    """The training of an experiment, the trials of its sweep with the best first, or both."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        """Read the experiment's run folder.
+
+        Raises:
+            FileNotFoundError: if there is neither a training nor a trial in it.
+            ValueError: if it holds the run of another experiment; the fields are named.
+        """
+        folder, search = experiment.run_folder, experiment.search
+        for path in (folder / "experiment.json", folder / "trials/experiment.json"):
+            before = read_json(path)
+            if before and before["identity"] != experiment.identity():
+                changes = "; ".join(experiment.differences(before["fields"]))
+                raise ValueError(
+                    f"{path} tells of another experiment: {changes}; report on that one"
+                )
+        self.experiment = experiment
+        self.metric = search.metric if search else "eval/loss"
+        self.sign = -1 if search and search.mode == "max" else 1
+        training = read(folder, name=experiment.name)
+        self.training = None if training.state == "waiting" else training
+        paths = (folder / "trials").glob("*/values.json")
+        trials = (read(path.parent, name=path.parent.name) for path in paths)
+        self.trials = sorted(trials, key=self._order)
+        if not (self.training or self.trials):
+            raise FileNotFoundError(
+                f"{folder} holds no training and no trial; train or sweep first"
+            )
+        self.ranked = [trial for trial in self.trials if self._comparable(trial)]
+        """The trials that have a result."""
+        ended = [*self.ranked, *([training] if training.counts else [])]
+        self.best = ended[0] if ended else None
+        self.speaker = next((run for run in ended if (run.folder / "chats.json").exists()), None)
+        """The best run that has chatted."""
+        tried = {trial.size for trial in self.trials}
+        self.sizes = [size for size in experiment.model.languages if size in tried]
+        self.prepared = prepared_folder(experiment)
+
+    def best_of(self, size: str) -> Run | None:
+        """The best trial of a size."""
+        return next((run for run in self.ranked if run.size == size), None)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """At most two searched fields that are numbers, the most varied first."""
+        distinct = {
+            path: {trial.values.get(path) for trial in self.trials}
+            for path in dict.fromkeys(path for trial in self.trials for path in trial.values)
+        }
+        numbers = [
+            path
+            for path, values in distinct.items()
+            if len(values) > 1 and all(type(value) in (int, float) for value in values)
+        ]
+        return tuple(sorted(numbers, key=lambda path: -len(distinct[path]))[:2])
+
+    def numbers(self, path: str) -> list[float]:
+        """The numbers that were tried for a field, and those that a grid asks to try."""
+        search = self.experiment.search
+        domain = search.space.get(path) if search else None
+        asked = domain.values if domain and domain.kind == "grid" else ()
+        return sorted({*(trial.values[path] for trial in self.trials), *asked})
+
+    def _comparable(self, run: Run) -> bool:
+        return run.counts and isfinite(run.last(self.metric))
+
+    def _order(self, run: Run) -> tuple[bool, float, str]:
+        value = self.sign * run.last(self.metric)
+        return not self._comparable(run), value if isfinite(value) else inf, run.name
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a folder of prepared data holds."""
+
+    splits: Counter[str]
+    """Samples to train and held out."""
+    images: int
+    sources: dict[str, dict[str, Any]]
+    """What the manifest says of each set."""
+    lost: dict[str, Counter[str]]
+    """Why records of each set were quarantined."""
+
+
+def read_data(folder: Path) -> Data:
+    """Count prepared data without reading the images."""
+    sources = read_json(folder / "manifest.json")["sources"]
+    lost = {name: Counter[str]() for name in sources}
+    for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        lost[record["source"]][record["reason"]] += 1
+    splits = pq.read_table(folder / "samples", columns=["split"])["split"]
+    images = sum(file.metadata.num_rows for file in _image_files(folder))
+    return Data(Counter(splits.to_pylist()), images, sources, lost)
+
+
+def read_images(folder: Path, keys: set[str]) -> dict[str, dict[str, Any]]:
+    """Prepared images by key, each with bytes, mime, width and height; row group by row group."""
+    columns = ["key", "bytes", "mime", "width", "height"]
+    found = {}
+    for file in _image_files(folder):
+        for group in range(file.num_row_groups):
+            if keys & set(file.read_row_group(group, columns=["key"])["key"].to_pylist()):
+                rows = file.read_row_group(group, columns=columns).to_pylist()
+                found |= {row["key"]: row for row in rows if row["key"] in keys}
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """The document in a file, or an empty mapping where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _image_files(folder: Path) -> Iterator[pq.ParquetFile]:
+    yield from (pq.ParquetFile(path) for path in sorted((folder / "images").glob("*.parquet")))

@@ -1,0 +1,245 @@
+"""Sweeps: what a trial is, who competes with whom, and that no finished trial is ever repeated."""
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from ray.tune.schedulers import TrialScheduler
+
+from orchestration import search
+from orchestration.compose import load
+from orchestration.config import Asha, SearchConfig, validated
+from orchestration.journal import Journal, read, write_json
+from orchestration.search import summarize, trial_name, trials_folder
+from tests.orchestration.conftest import SEARCH, SETTINGS, digits, dsvl, histories
+
+ASHA = SearchConfig(
+    space={"optim.lr": {"kind": "grid", "values": [1e-3]}}, scheduler=Asha(kind="asha")
+)
+
+
+def grid(*rates: float) -> dict[str, Any]:
+    return {"optim.lr": {"kind": "grid", "values": list(rates)}}
+
+
+def test_a_trial_is_named_by_its_values_alone():
+    values = {"model.size": "small", "optim.lr": 0.01, "train.epochs": 2}
+    assert trial_name(values) == "size=small,lr=0.01,epochs=2"
+    assert trial_name({"optim.lr": 0.000123456}) == "lr=0.0001235"
+    assert trial_name({"train.epochs": 2}) != trial_name({"train.batch": 2})
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """Make a sweep's folder from trials: lr -> (state, metrics or reason)."""
+
+    def make(trials: dict[float, tuple[str, Any]], **settings: Any):
+        chosen = SEARCH | settings
+        made = SETTINGS | {"search": chosen, "storage": {"path": str(tmp_path)}}
+        experiment = validated(made)
+        for lr, (state, said) in trials.items():
+            values = {"model.size": "small", "optim.lr": lr}
+            folder = trials_folder(experiment) / trial_name(values)
+            journal = Journal(folder)
+            write_json(folder / "values.json", values)
+            if state in ("finished", "stopped"):
+                write_json(folder / "result.json", {"state": state, "metrics": said})
+            if state != "running":
+                journal.end(state, reason=said if state == "failed" else "")
+        return experiment
+
+    return make
+
+
+def test_the_best_trial_comes_first_and_those_without_a_result_are_told_apart(swept):
+    experiment = swept(
+        {
+            1e-4: ("finished", {"eval/loss": 0.5, "eval/accuracy": 0.7}),
+            2e-4: ("stopped", {"eval/loss": 0.9, "eval/accuracy": 0.1}),
+            3e-4: ("finished", {"eval/loss": 0.4, "eval/accuracy": 0.6}),
+            4e-4: ("failed", "ValueError: no such file"),
+            5e-4: ("running", None),
+        }
+    )
+    summary = summarize(experiment)
+    assert [trial["optim.lr"] for trial in summary["trials"]] == [3e-4, 1e-4, 2e-4]
+    assert [trial["state"] for trial in summary["trials"]] == ["finished", "finished", "stopped"]
+    assert summary["best"] == summary["trials"][0]
+    assert Path(summary["best"]["folder"], "values.json").exists()
+    assert summary["failed"] == ["size=small,lr=0.0004: ValueError: no such file"]
+
+
+def test_a_metric_may_be_the_better_the_higher(swept):
+    trials = {
+        1e-4: ("finished", {"eval/loss": 0.5, "eval/accuracy": 0.7}),
+        3e-4: ("finished", {"eval/loss": 0.4, "eval/accuracy": 0.6}),
+    }
+    experiment = swept(trials, metric="eval/accuracy", mode="max")
+    assert summarize(experiment)["best"]["optim.lr"] == 1e-4
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_trial_that_diverged_is_never_the_best(swept, mode):
+    trials = {
+        1e-4: ("finished", {"eval/loss": math.nan}),
+        2e-4: ("finished", {"eval/loss": 0.5}),
+        3e-4: ("finished", {"eval/loss": math.nan}),
+        4e-4: ("finished", {"eval/loss": 0.5}),
+    }
+    summary = summarize(swept(trials, mode=mode))
+    assert [trial["eval/loss"] for trial in summary["trials"][:2]] == [0.5, 0.5]
+    assert len(summary["trials"]) == 4
+
+
+def test_a_sweep_without_results_has_no_best_trial(swept):
+    assert summarize(swept({})) == {"best": None, "trials": [], "failed": []}
+
+
+def decisions(reports: list[tuple[dict[str, Any], list[float]]]) -> list[str]:
+    """What ASHA decides on each trial's losses: trials report one after another."""
+    scheduler = search._scheduler(ASHA)
+    scheduler.set_search_properties("eval/loss", "min")
+    decided = []
+    for number, (values, losses) in enumerate(reports):
+        trial = SimpleNamespace(trial_id=str(number), config=values)
+        scheduler.on_trial_add(None, trial)
+        for epoch, loss in enumerate(losses, start=1):
+            result = {"epoch": epoch, "eval/loss": loss}
+            action = scheduler.on_trial_result(None, trial, result)
+            if action == TrialScheduler.STOP:
+                scheduler.on_trial_complete(None, trial, result)
+                break
+        else:
+            scheduler.on_trial_complete(None, trial, result)
+        decided.append(action)
+    return decided
+
+
+def test_asha_stops_a_trial_that_does_worse_than_its_peers():
+    peers = [({"model.size": "small", "train.epochs": 2}, losses) for losses in ([1, 1], [2, 2])]
+    assert decisions(peers) == [TrialScheduler.CONTINUE, TrialScheduler.STOP]
+    better = [peers[1], peers[0]]
+    assert decisions(better) == [TrialScheduler.CONTINUE] * 2
+
+
+@pytest.mark.parametrize("other", [{"model.size": "large"}, {"train.epochs": 4}])
+def test_asha_compares_no_trials_of_different_sizes_or_epochs(other):
+    values = {"model.size": "small", "train.epochs": 2, "optim.lr": 0.1}
+    assert decisions([(values, [1, 1]), (values | other, [9, 9])]) == [TrialScheduler.CONTINUE] * 2
+
+
+def test_asha_compares_trials_that_differ_in_nothing_else_but_the_rest():
+    values = {"model.size": "small", "train.epochs": 2, "optim.lr": 0.1}
+    decided = decisions([(values, [1, 1]), (values | {"optim.lr": 0.2}, [9, 9])])
+    assert decided == [TrialScheduler.CONTINUE, TrialScheduler.STOP]
+
+
+def test_without_a_scheduler_every_trial_runs_to_its_end():
+    scheduler = search._scheduler(SearchConfig(space=ASHA.space))
+    bad = SimpleNamespace(trial_id="bad", config={})
+    for loss in (1.0, 9.0):
+        result = {"epoch": 1, "eval/loss": loss}
+        assert scheduler.on_trial_result(None, bad, result) == TrialScheduler.CONTINUE
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_trains_no_finished_trial_again(storage):
+    """Four trials of one size, on one worker each; the driver dies after the first result."""
+    path = digits(
+        storage,
+        "swept",
+        train={"batch": 8, "epochs": 1, "precision": "fp32"},
+        search={"space": grid(1e-3, 3e-3, 1e-2, 3e-2), "concurrent": 2},
+    )
+    experiment = load(path)
+    root = trials_folder(experiment)
+    driver = dsvl("sweep", path)
+    while not list(root.glob("*/result.json")):
+        assert driver.poll() is None
+        time.sleep(0.01)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    done = {result: fingerprint(result) for result in root.glob("*/result.json")}
+    journals = {result.parent: (result.parent / "journal.jsonl").read_bytes() for result in done}
+    parent = mlflow_run(root)
+    assert len(done) < 4
+
+    again = dsvl("sweep", path, "--json", stdout=-1)
+    summary = json.loads(again.communicate()[0])
+    assert again.returncode == 0
+    assert summary["failed"] == []
+    assert sorted(trial["optim.lr"] for trial in summary["trials"]) == [1e-3, 3e-3, 1e-2, 3e-2]
+    losses = [trial["eval/loss"] for trial in summary["trials"]]
+    assert losses == sorted(losses)
+    assert {result: fingerprint(result) for result in done} == done
+    for folder, text in journals.items():
+        assert (folder / "journal.jsonl").read_bytes() == text
+        kinds = [entry["kind"] for entry in read(folder)[0]]
+        assert (kinds.count("start"), kinds.count("end")) == (1, 1)
+
+    client = MlflowClient(experiment.tracking_uri)
+    assert mlflow_run(root) == parent
+    (number,) = {client.get_run(parent).info.experiment_id}
+    children = client.search_runs([number], f"tags.mlflow.parentRunId = '{parent}'")
+    rates = {child.info.run_name: float(child.data.params["optim.lr"]) for child in children}
+    assert len(children) == 4
+    assert rates == {trial["trial"]: trial["optim.lr"] for trial in summary["trials"]}
+    for child in children:
+        assert child.info.status == "FINISHED"
+        found = histories(client, child.info.run_id)
+        assert [step for step, _ in found["train/loss"]] == list(range(1, 13))
+        assert [step for step, _ in found["eval/loss"]] == [12]
+    sweeps = client.search_runs([number], "attributes.run_name = 'swept sweep'")
+    assert [sweep.info.run_id for sweep in sweeps] == [parent]
+
+
+def fingerprint(path: Path) -> tuple[bytes, int]:
+    return path.read_bytes(), path.stat().st_mtime_ns
+
+
+def mlflow_run(folder: Path) -> str:
+    return json.loads((folder / "mlflow.json").read_text())["run_id"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_with_asha_ends_though_one_trial_is_stopped_and_another_fails(storage):
+    path = digits(
+        storage,
+        "halved",
+        train={"batch": 8, "epochs": 10, "precision": "fp32"},
+        cluster={"workers": 1, "cpus_per_worker": 0.75, "failures": 0},
+        # The second learns next to nothing; the third is more than a float32 can be.
+        search={"space": grid(1e-2, 1e-7, 1e300), "scheduler": {"kind": "asha"}},
+    )
+    sweep = dsvl("sweep", path, "--json", stdout=-1, stderr=-1)
+    out, err = sweep.communicate()
+    assert sweep.returncode == 0, err
+    summary = json.loads(out)
+    states = {trial["optim.lr"]: trial["state"] for trial in summary["trials"]}
+    assert states == {1e-2: "finished", 1e-7: "stopped"}
+    assert summary["best"]["optim.lr"] == 1e-2
+    (failure,) = summary["failed"]
+    assert failure.startswith("lr=1e+300: RuntimeError: ")
+    assert "overflow" in failure
+    assert failure in err
+
+    experiment = load(path)
+    root = trials_folder(experiment)
+    client = MlflowClient(experiment.tracking_uri)
+    ends = {
+        name: client.get_run(mlflow_run(root / name))
+        for name in ("lr=0.01", "lr=1e-07", "lr=1e+300")
+    }
+    assert [run.info.status for run in ends.values()] == ["FINISHED", "FINISHED", "FAILED"]
+    assert ends["lr=1e-07"].data.tags["stopped_by"] == "scheduler"
+    assert "overflow" in ends["lr=1e+300"].data.tags["failure"]
+    assert len(search.evaluations(root / "lr=0.01")) == 10
+    assert len(search.evaluations(root / "lr=1e-07")) < 10

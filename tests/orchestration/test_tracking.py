@@ -1,0 +1,276 @@
+"""A journal reaches MLflow whole and once, whatever happens to either of them on the way."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from orchestration import tracking
+from orchestration.config import Experiment, validated
+from orchestration.journal import Journal
+from orchestration.tracking import Shipper, Store
+from orchestration.trainer import begin
+from tests.orchestration.conftest import SETTINGS, histories
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    """One storage folder: MLflow takes seconds to make the tables of a store."""
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture
+def experiment(storage, request, monkeypatch) -> Experiment:
+    """An experiment with a run folder of its own, whose shipper has no time to lose."""
+    monkeypatch.setattr(tracking, "PERIOD_SECONDS", 0.05)
+    name = request.node.name.partition("[")[0][-90:].strip("_")
+    made = validated(SETTINGS | {"name": name, "storage": {"path": str(storage)}})
+    begin(made, made.run_folder)
+    return made
+
+
+@pytest.fixture
+def client(experiment) -> MlflowClient:
+    return MlflowClient(experiment.tracking_uri)
+
+
+def run_id(folder: Path) -> str:
+    return json.loads((folder / "mlflow.json").read_text())["run_id"]
+
+
+def ship(experiment: Experiment, *folders: Path) -> None:
+    """What a command does that follows run folders and ends at once."""
+    with Shipper(experiment) as shipper:
+        for folder in folders or (experiment.run_folder,):
+            shipper.follow(folder, name=folder.name)
+
+
+def write(journal: Journal, steps: Iterator[int] | range, offset: float = 0.0) -> None:
+    for step in steps:
+        metrics = {"train/loss": 100.0 - step + offset, "train/lr": 0.1 * step}
+        journal.metrics(step, metrics | ({"eval/loss": 2.0 * step} if step % 4 == 0 else {}))
+
+
+def expected(steps: range) -> dict[str, list[tuple[int, float]]]:
+    return {
+        "train/loss": [(step, 100.0 - step) for step in steps],
+        "train/lr": [(step, 0.1 * step) for step in steps],
+        "eval/loss": [(step, 2.0 * step) for step in steps if step % 4 == 0],
+    }
+
+
+def start(journal: Journal, experiment: Experiment, step: int = 0) -> None:
+    journal.start(identity=experiment.identity(), params=experiment.identity_fields(), step=step)
+
+
+def test_a_journal_reaches_mlflow_with_every_metric_and_step_once(experiment, client):
+    journal = Journal(experiment.run_folder)
+    start(journal, experiment)
+    write(journal, range(1, 1500))  # more than MLflow takes at once
+    journal.end("finished")
+    ship(experiment)
+    found = run_id(experiment.run_folder)
+    assert histories(client, found) == expected(range(1, 1500))
+    run = client.get_run(found)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == experiment.name
+    assert run.data.params == {k: str(v) for k, v in experiment.identity_fields().items()}
+    assert run.data.tags["dsvl.identity"] == experiment.identity()
+    assert [file.path for file in client.list_artifacts(found)] == ["experiment.json"]
+    assert client.get_experiment(run.info.experiment_id).name == "dsvl"
+
+
+def test_a_journal_is_shipped_while_it_grows(experiment, client):
+    folder = experiment.run_folder
+    journal = Journal(folder)
+    start(journal, experiment)
+    store = Store(experiment)
+    run = store.run(folder, name="x")
+    for first in (1, 4, 5, 11):
+        write(journal, range(first, first + 10))
+        store.ship(run)
+        store.ship(run)  # nothing new
+        assert histories(client, run.id) == expected(range(1, first + 10))
+    assert client.get_run(run.id).info.status == "RUNNING"
+
+
+def test_a_new_command_goes_on_in_the_same_mlflow_run(experiment, client):
+    folder = experiment.run_folder
+    journal = Journal(folder)
+    start(journal, experiment)
+    write(journal, range(1, 10))
+    ship(experiment)
+    before = run_id(folder)
+    write(journal, range(10, 20))
+    journal.end("finished")
+    ship(experiment)
+    ship(experiment)
+    assert run_id(folder) == before
+    assert histories(client, before) == expected(range(1, 20))
+    names = client.search_runs(["1"], f"attributes.run_name = '{experiment.name}'")
+    assert len(names) == 1
+
+
+@pytest.mark.parametrize("shipped_before", [True, False])
+def test_steps_that_a_resume_repeats_are_not_doubled(experiment, client, shipped_before, tmp_path):
+    folder = tmp_path / "run"
+    begin(experiment, folder)
+    journal = Journal(folder)
+    start(journal, experiment)
+    write(journal, range(1, 9), offset=0.0 if shipped_before else 0.5)
+    del journal  # killed
+    if shipped_before:
+        ship(experiment, folder)
+    resumed = Journal(folder)
+    start(resumed, experiment, step=5)
+    write(resumed, range(1, 5) if not shipped_before else range(0))  # from the very beginning
+    write(resumed, range(5, 13))
+    resumed.end("finished")
+    ship(experiment, folder)
+    assert histories(client, run_id(folder)) == expected(range(1, 13))
+
+
+def test_a_store_that_fails_between_two_batches_gets_the_rest_later(
+    experiment, client, monkeypatch, caplog
+):
+    folder = experiment.run_folder
+    journal = Journal(folder)
+    start(journal, experiment)
+    write(journal, range(1, 1500))
+    journal.end("finished")
+    log_batch, calls = MlflowClient.log_batch, []
+
+    def failing(self, run, metrics=(), **rest):
+        calls.append(len(metrics))
+        if calls.count(tracking.BATCH) == 2:
+            raise ConnectionError("gone for a moment")
+        log_batch(self, run, metrics=metrics, **rest)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", failing)
+    store = Store(experiment)
+    run = store.run(folder, name=experiment.name)
+    with pytest.raises(ConnectionError):
+        store.ship(run)
+    assert client.get_run(run.id).info.status == "RUNNING"
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    store.ship(run)
+    assert histories(client, run.id) == expected(range(1, 1500))
+    assert client.get_run(run.id).info.status == "FINISHED"
+
+
+def test_a_store_that_cannot_be_reached_is_told_once_and_gets_everything_later(
+    experiment, client, monkeypatch, caplog
+):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and never listening: every connection is refused
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+        _lost_and_found(experiment, client, {"tracking": {"uri": uri}}, caplog)
+
+
+def test_a_store_that_is_damaged_is_told_once_and_gets_everything_later(
+    experiment, client, tmp_path, caplog
+):
+    (tmp_path / "mlflow.db").write_text("this is no database" * 100)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    _lost_and_found(experiment, client, {"tracking": {"uri": uri}}, caplog)
+
+
+def _lost_and_found(experiment, client, broken, caplog):
+    folder = experiment.run_folder
+    journal = Journal(folder)
+    start(journal, experiment)
+    with Shipper(experiment.with_overrides(broken)) as shipper:
+        shipper.follow(folder, name=experiment.name)
+        write(journal, range(1, 10))
+        while shipper._thread.is_alive() and not caplog.messages:  # until it has failed
+            shipper._closing.wait(0.05)
+    journal.end("finished")
+    (message,) = [r.message for r in caplog.records if r.name == "orchestration.tracking"]
+    assert "tracking store" in message
+    assert "the journals keep what it misses" in message
+    assert not (folder / "mlflow.json").exists()
+    ship(experiment)
+    assert histories(client, run_id(folder)) == expected(range(1, 10))
+    assert client.get_run(run_id(folder)).info.status == "FINISHED"
+
+
+def test_trials_are_children_of_their_sweep_with_the_searched_values_as_parameters(
+    experiment, search, client
+):
+    experiment = experiment.with_overrides({"search": search})
+    root = experiment.run_folder / "trials"
+    begin(experiment, root)
+    sweep = Journal(root)
+    sweep.start(identity=experiment.identity(), params={"optim.lr": "what is searched"}, step=0)
+    rates = {"lr=0.002": 0.002, "lr=0.004": 0.004}
+    with Shipper(experiment) as shipper:
+        shipper.follow_sweep(root, name="tiny sweep")
+        for name, lr in rates.items():
+            trial = experiment.trial({"optim.lr": lr, "model.size": "large"})
+            begin(trial, root / name)
+            journal = Journal(root / name)
+            start(journal, trial)
+            write(journal, range(1, 5))
+            journal.end("finished")
+        sweep.metrics(2, {"best/eval/loss": 1.0})
+        sweep.end("finished")
+    parent = client.get_run(run_id(root))
+    assert parent.info.run_name == "tiny sweep"
+    assert "mlflow.parentRunId" not in parent.data.tags
+    assert parent.data.metrics == {"best/eval/loss": 1.0}
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    )
+    assert {child.info.run_name: child.data.params["optim.lr"] for child in children} == {
+        name: str(lr) for name, lr in rates.items()
+    }
+    for child in children:
+        assert child.data.params["model.size"] == "large"
+        assert histories(client, child.info.run_id) == expected(range(1, 5))
+        assert child.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "status", "tags"),
+    [
+        ("finished", "", "FINISHED", {}),
+        ("stopped", "scheduler", "FINISHED", {"stopped_by": "scheduler"}),
+        ("failed", "ValueError: no such file", "FAILED", {"failure": "ValueError: no such file"}),
+    ],
+)
+def test_how_a_run_ended_is_told_with_the_reason(
+    experiment, client, tmp_path, state, reason, status, tags
+):
+    folder = tmp_path / "run"
+    begin(experiment, folder)
+    journal = Journal(folder)
+    start(journal, experiment)
+    journal.end(state, reason=reason)
+    ship(experiment, folder)
+    run = client.get_run(run_id(folder))
+    assert run.info.status == status
+    assert {k: v for k, v in run.data.tags.items() if k in ("stopped_by", "failure")} == tags
+
+
+def test_a_failed_run_that_is_resumed_runs_again_and_then_is_finished(experiment, client):
+    folder = experiment.run_folder
+    first = Journal(folder)
+    start(first, experiment)
+    write(first, range(1, 4))
+    first.end("failed", reason="RuntimeError: lost")
+    ship(experiment)
+    assert client.get_run(run_id(folder)).info.status == "FAILED"
+    second = Journal(folder)
+    start(second, experiment, step=3)
+    ship(experiment)
+    assert client.get_run(run_id(folder)).info.status == "RUNNING"
+    write(second, range(4, 6))
+    second.end("finished")
+    ship(experiment)
+    assert client.get_run(run_id(folder)).info.status == "FINISHED"
+    assert histories(client, run_id(folder)) == expected(range(1, 6))

@@ -1,0 +1,182 @@
+"""Trainings on two gloo workers: killed in every way, they end with the bits of an unbroken one."""
+
+import json
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from orchestration import cli, commands
+from orchestration.compose import load
+from orchestration.config import Experiment
+from orchestration.journal import read
+from orchestration.trainer import first_cause
+from tests.orchestration.conftest import digits, dsvl, histories, run_folder, steps_done
+
+pytestmark = pytest.mark.ray
+
+STEPS = 48
+MOMENT = random.randint(7, 20)
+"""After which update processes are killed: anew in each session."""
+
+
+def wait_until(true: Callable[[], bool], *, running: Callable[[], bool]) -> None:
+    while not true():
+        assert running(), "it ended too early"
+        time.sleep(0.01)
+
+
+def starts(folder: Path) -> list[int]:
+    """After how many updates the run began, and went on each time."""
+    return [entry["step"] for entry in read(folder)[0] if entry["kind"] == "start"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def final_checkpoint(folder: Path) -> dict[str, bytes]:
+    """Parameters, optimizer, random numbers, state and manifest, byte by byte."""
+    return files(folder / f"checkpoints/step-{STEPS:06d}")
+
+
+def logged(experiment: Experiment) -> dict[str, list[tuple[int, float]]]:
+    """What MLflow has of a run, without what is measured in seconds."""
+    client = MlflowClient(experiment.tracking_uri)
+    found = histories(client, mlflow_run(experiment.run_folder))
+    return {key: points for key, points in found.items() if not key.startswith("throughput")}
+
+
+def mlflow_run(folder: Path) -> str:
+    return json.loads((folder / "mlflow.json").read_text())["run_id"]
+
+
+def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
+    experiment = load(trained_run)
+    folder = experiment.run_folder
+    assert starts(folder) == [0]
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert checkpoints == ["step-000045", "step-000048"]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["state"] == "finished"
+    assert result["identity"] == experiment.identity()
+    (chat,) = json.loads((folder / "chats.json").read_text())
+    assert all(turn["model"] for turn in chat["rounds"])
+    found = logged(experiment)
+    for metric in ("train/loss", "train/lr", "train/grad_norm"):
+        assert [step for step, _ in found[metric]] == list(range(1, STEPS + 1))
+    for metric in ("loss", "accuracy", "accuracy_blind", "accuracy_majority"):
+        assert [step for step, _ in found[f"eval/{metric}"]] == [12, 24, 36, 48]
+    assert result["metrics"]["eval/loss"] == found["eval/loss"][-1][1] < found["eval/loss"][0][1]
+
+
+def test_a_training_whose_driver_is_killed_goes_on_and_ends_with_the_same_bits(
+    storage, trained_run
+):
+    path = digits(storage, "killed")
+    experiment, folder = load(path), run_folder(path)
+    driver = dsvl("train", path)
+    record = folder / "mlflow.json"
+    wait_until(
+        lambda: steps_done(folder) >= MOMENT and record.exists(),
+        running=lambda: driver.poll() is None,
+    )
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    before = mlflow_run(folder)
+    commands.train(experiment)  # at once, while workers of the killed driver may still be dying
+    first, second = starts(folder)
+    assert first == 0
+    assert second >= 5
+    assert second % 5 == 0, f"killed after {MOMENT}"
+    assert final_checkpoint(folder) == final_checkpoint(run_folder(trained_run))
+    assert mlflow_run(folder) == before
+    assert logged(experiment) == logged(load(trained_run))
+
+
+def test_a_training_that_loses_a_worker_goes_on_by_itself_and_ends_with_the_same_bits(
+    storage, trained_run
+):
+    path = digits(storage, "maimed")
+    experiment, folder = load(path), run_folder(path)
+    ended = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        killing = pool.submit(kill_rank_1, folder, ended)
+        try:
+            commands.train(experiment)
+        finally:
+            ended.set()
+        killing.result()
+    first, second = starts(folder)
+    assert first == 0
+    assert second % 5 == 0, f"killed after {MOMENT}"
+    assert final_checkpoint(folder) == final_checkpoint(run_folder(trained_run))
+    assert logged(experiment) == logged(load(trained_run))
+
+
+def kill_rank_1(folder: Path, ended: threading.Event) -> None:
+    """Kill the process of this cluster that trains and has no journal open."""
+    wait_until(lambda: steps_done(folder) >= MOMENT, running=lambda: not ended.is_set())
+    workers = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    assert len(workers) == 2
+    (victim,) = [
+        worker
+        for worker in workers
+        if not any(file.path.endswith("journal.jsonl") for file in worker.open_files())
+    ]
+    victim.kill()
+
+
+def test_a_finished_run_that_is_typed_again_does_no_work(trained_run, monkeypatch, capsys):
+    experiment = load(trained_run)
+    before, told = files(experiment.run_folder), logged(experiment)
+    monkeypatch.setattr(commands, "connect", lambda _: pytest.fail("it asked for a cluster"))
+    assert cli.main(["train", str(trained_run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "finished"
+    assert files(experiment.run_folder) == before
+    assert logged(experiment) == told
+
+
+def test_a_run_folder_of_another_experiment_is_refused_with_the_fields_that_differ(
+    trained_run, capsys
+):
+    before = files(run_folder(trained_run))
+    assert cli.main(["train", str(trained_run), "optim.lr=0.02", "train.seed=1"]) == 2
+    said = capsys.readouterr().err
+    assert "optim.lr (0.01 before, 0.02 now); train.seed (1234 before, 1 now)" in said
+    assert str(run_folder(trained_run)) in said
+    assert "another name" in said
+    assert files(run_folder(trained_run)) == before
+
+
+def test_a_checkpoint_of_another_experiment_is_refused_by_the_worker(trained_run):
+    from orchestration.worker import resume
+
+    other = load(trained_run, ["train.epochs=8"])
+    with pytest.raises(ValueError, match=r"train\.epochs \(4 before, 8 now\)"):
+        resume(None, other, other.run_folder, frozen={})
+
+
+def test_the_cause_of_a_failure_is_its_innermost_exception_in_one_line():
+    try:
+        try:
+            raise ValueError("several lines\nthe last says it")
+        except ValueError as error:
+            raise RuntimeError("outside") from error
+    except RuntimeError as error:
+        assert first_cause(error) == "ValueError: the last says it"
