@@ -17,6 +17,10 @@ from dsvl.template import text
 from dsvl.train import to_device
 
 
+class TooLong(ValueError):
+    """The conversation has no room for another answer."""
+
+
 class Chat:
     """A multi-round conversation over any number of images; the whole of it is the prompt of every answer."""
 
@@ -46,7 +50,7 @@ class Chat:
         """Ask about new images, each (3, P, P) as the tower wants it, and all earlier ones.
 
         Raises:
-            ValueError: if the conversation would become longer than `max_tokens`; it is left as it was.
+            TooLong: if the conversation would become longer than `max_tokens`; it is left as it was.
         """
         first = len(self.images)
         shown = [*self.images, *images]
@@ -57,7 +61,7 @@ class Chat:
         turns = [*self.turns, Turn("user", content)]
         ids, kinds = self.encoder.prompt(turns)
         if len(ids) + self.max_new_tokens > self.encoder.max_tokens:
-            raise ValueError(
+            raise TooLong(
                 f"the conversation has {len(ids)} tokens and an answer may add {self.max_new_tokens}, "
                 f"but at most {self.encoder.max_tokens} fit; clear it to go on"
             )
@@ -92,7 +96,8 @@ def transcript(
 ) -> list[dict]:
     """The first `count` held-out conversations, with the model's own answers beside the true ones.
 
-    The model chats: its later answers follow its own earlier ones. Every rank must call it.
+    The model chats: its later answers follow its own earlier ones. A conversation ends early where there
+    is no room for another answer. Every rank must call it.
 
     Returns:
         A dict a conversation: `id`, `images` (sha256 keys) and `rounds`, each with the indices of the
@@ -108,7 +113,10 @@ def transcript(
                 continue
             shown = [part.image for part in turn.content if part.type == "image"]
             question, answer = text(turn.content), text(following.content)
-            said = chat.ask(question, images=[prepared.pixels(keys[k]) for k in shown])
+            try:
+                said = chat.ask(question, images=[prepared.pixels(keys[k]) for k in shown])
+            except TooLong:  # a finished training does not fail for an illustration
+                break
             rounds.append({"images": shown, "question": question, "answer": answer, "model": said})
         transcripts.append({"id": name, "images": list(keys), "rounds": rounds})
     model.train()

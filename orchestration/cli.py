@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="dsvl",
         description=f"Train and search multi-modal chat models.\n\nverbs:\n{verbs}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("verb", metavar="VERB")
     parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="a YAML file")

@@ -10,8 +10,9 @@ from orchestration import search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.prepare import prepare
+from orchestration.results import begin, finished
 from orchestration.tracking import Shipper
-from orchestration.trainer import begin, finished, fit
+from orchestration.trainer import fit
 
 log = logging.getLogger(__name__)
 

@@ -18,14 +18,15 @@ NAME = "journal.jsonl"
 class Journal:
     """Appends lines to a run's journal; each is on its way to the disk before the call returns."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, wait: bool = True) -> None:
         """Open the journal of a run, after removing a line that a killed writer left half done.
 
         Waits for a writer that has it open: the last process of a killed run may still be dying.
+        Without `wait` raises BlockingIOError while there is one.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / NAME).open("ab")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        fcntl.flock(self._file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._file.truncate(read(folder)[1])
 
     def start(self, *, identity: str, params: Mapping[str, object], step: int) -> None:

@@ -53,6 +53,7 @@ def run(experiment: Experiment) -> dict:
         "samples": prepared["splits"],
         "minutes": (time.monotonic() - began) / 60,
         "report": written["report"],
+        "tracking": experiment.tracking_uri,
     }
 
 
@@ -78,6 +79,6 @@ Best: {best["trial"]}
 Next:
   open {result["report"]}
   dsvl chat {COMMAND}
-  mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
-  dsvl plan configs/experiment/llava_7b.yaml model.size=70b
+  mlflow ui --backend-store-uri {result["tracking"]}
+  dsvl plan configs/experiment/llava_7b.yaml
 """

@@ -16,7 +16,8 @@ from ray.tune.search import BasicVariantGenerator
 
 from orchestration.config import Choice, Domain, Experiment, Grid, LogUniform, SearchConfig
 from orchestration.journal import Journal, read, write_json
-from orchestration.trainer import begin, finished, fit, write_result
+from orchestration.results import begin, evaluations, finished, write_result
+from orchestration.trainer import fit
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,9 @@ def search(experiment: Experiment, prepared: Path) -> None:
     again, the others go on from their checkpoints. A trial that fails leaves the others alone.
     """
     root, settings = trials_folder(experiment), _settings(experiment)
-    space = {path: str(domain.model_dump()) for path, domain in settings.space.items()}
+    space = {path: str(domain) for path, domain in settings.space.items()}
     Journal(root).start(identity=experiment.identity(), params=space, step=0)
+    ledger = Ledger(experiment, root)
     tuner = tune.Tuner(
         tune.with_resources(trainable(experiment, root, prepared), {"CPU": 0.1}),
         param_space={path: _tune_domain(domain) for path, domain in settings.space.items()},
@@ -44,17 +46,19 @@ def search(experiment: Experiment, prepared: Path) -> None:
                 max_concurrent=settings.concurrent, random_state=settings.seed
             ),
             scheduler=_scheduler(settings),
-            reuse_actors=True,
+            # The process of a stopped trial still waits for its training: only its end ends that.
+            reuse_actors=settings.scheduler.kind == "none",
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str((root / "ray").absolute()),
             verbose=0,
-            callbacks=[Ledger(experiment, root)],
+            callbacks=[ledger],
         ),
     )
     try:
         tuner.fit()
+        ledger.settle(wait=True)
     except BaseException as error:
         Journal(root).end("failed", reason=f"{type(error).__name__}: {error}")
         raise
@@ -101,16 +105,6 @@ def trainable(experiment: Experiment, root: Path, prepared: Path) -> Callable[[d
     return trial
 
 
-def evaluations(folder: Path) -> list[dict[str, float]]:
-    """The held-out metrics of a run, epoch by epoch, from its journal."""
-    latest = {
-        entry["step"]: entry["metrics"]
-        for entry in read(folder)[0]
-        if entry["kind"] == "metrics" and "eval/loss" in entry["metrics"]
-    }
-    return [latest[step] for step in sorted(latest)]
-
-
 class Ledger(tune.Callback):
     """Writes down, in the driver, how trials ended, and the best so far into the sweep's journal."""
 
@@ -118,14 +112,36 @@ class Ledger(tune.Callback):
         """`root` holds the trials and the sweep's own journal."""
         self.experiment, self.root = experiment, root
         self.total = experiment.search.trials if experiment.search else 0
+        self.stopped: list[dict] = []
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
-        """A trial that the scheduler stopped could not write its result itself."""
+        """A trial that the scheduler stopped cannot write its result itself."""
         folder = self.root / trial_name(trial.config)
-        chosen = self.experiment.trial(trial.config)
-        if finished(chosen, folder) is None:
-            Journal(folder).end("stopped", reason="scheduler")
-            write_result(chosen, folder, state="stopped")
+        if finished(self.experiment.trial(trial.config), folder):
+            self._tell(folder)
+        else:
+            # Tune ends its workers after this call; until then one of them has the journal open.
+            self.stopped.append(trial.config)
+
+    def on_step_end(self, iteration: int, trials: list, **info: object) -> None:
+        """Tune's loop went round: workers of a stopped trial may be gone by now."""
+        self.settle()
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Write the results of stopped trials whose workers are gone, or wait until they are."""
+        for values in list(self.stopped):
+            folder, chosen = self.root / trial_name(values), self.experiment.trial(values)
+            try:
+                journal = Journal(folder, wait=wait)
+            except BlockingIOError:
+                continue
+            if finished(chosen, folder) is None:  # else it was faster than its end
+                journal.end("stopped", reason="scheduler")
+                write_result(chosen, folder, state="stopped")
+            self.stopped.remove(values)
+            self._tell(folder)
+
+    def _tell(self, folder: Path) -> None:
         summary = summarize(self.experiment)
         done, best = len(summary["trials"]), summary["best"]
         Journal(self.root).metrics(

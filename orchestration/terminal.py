@@ -1,5 +1,6 @@
 """Talking to a trained model in a terminal."""
 
+import json
 import logging
 import shlex
 import sys
@@ -27,8 +28,8 @@ def best_run(experiment: Experiment) -> tuple[Experiment, Path]:
     if experiment.search and trials_folder(experiment).exists():
         best = summarize(experiment)["best"]
         if best:
-            values = {path: best[path] for path in experiment.search.space}
-            return experiment.trial(values), Path(best["folder"])
+            folder = Path(best["folder"])
+            return experiment.trial(json.loads((folder / "values.json").read_text())), folder
     return experiment, experiment.run_folder
 
 
@@ -37,11 +38,15 @@ def open_chat(experiment: Experiment) -> Chat:
 
     Raises:
         FileNotFoundError: if nothing has been trained yet.
+        ValueError: if the checkpoint is of another experiment; the differing fields are named.
     """
     chosen, folder = best_run(experiment)
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"{folder}/checkpoints: no checkpoint yet; train or sweep first")
+    if found.manifest["identity"] != chosen.identity():
+        differences = "; ".join(chosen.differences(found.manifest["fields"]))
+        raise ValueError(f"{found.folder} belongs to another run: {differences}")
     log.info("loading %s", found.folder)
     model = VisualChat(chosen.model, precision=chosen.train.precision, seed=chosen.train.seed)
     checkpoint.load_parameters(model, found.folder)

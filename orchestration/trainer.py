@@ -1,6 +1,5 @@
-"""One training: a TorchTrainer made from an Experiment, and what it left in the run's folder."""
+"""One training: a TorchTrainer made from an Experiment."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestration.config import Experiment
-from orchestration.journal import Journal, points, read, write_json
+from orchestration.journal import Journal
 
 
 def fit(
@@ -57,63 +56,6 @@ def work(config: dict) -> None:
     from orchestration.worker import work as run
 
     run(config)
-
-
-def finished(experiment: Experiment, folder: Path) -> dict | None:
-    """The result of a finished run, or None while there is none.
-
-    Raises:
-        ValueError: if it is the result of another experiment; the differing fields are named.
-    """
-    path = folder / "result.json"
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
-    _refuse_another(experiment, folder, result)
-    return result
-
-
-def write_result(experiment: Experiment, folder: Path, *, state: str) -> None:
-    """Write down that a run is over, with the last of each of its metrics; it is never trained again."""
-    latest = {key: value for key, _, value, _ in points(read(folder)[0])}
-    write_json(
-        folder / "result.json",
-        {
-            "state": state,
-            "identity": experiment.identity(),
-            "fields": experiment.identity_fields(),
-            "metrics": latest,
-        },
-    )
-
-
-def begin(experiment: Experiment, folder: Path) -> None:
-    """Leave the resolved experiment in its run folder.
-
-    Raises:
-        ValueError: if the folder holds the run of another experiment; the differing fields are named.
-    """
-    path = folder / "experiment.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        _refuse_another(experiment, folder, before)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        path,
-        {
-            "identity": experiment.identity(),
-            "fields": experiment.identity_fields(),
-            "experiment": experiment.as_dict(),
-        },
-    )
-
-
-def _refuse_another(experiment: Experiment, folder: Path, before: dict) -> None:
-    if before["identity"] != experiment.identity():
-        raise ValueError(
-            f"{folder} holds another run: {'; '.join(experiment.differences(before['fields']))}. "
-            "Give this one another name, or remove the folder"
-        )
 
 
 def first_cause(error: BaseException) -> str:

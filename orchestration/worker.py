@@ -16,7 +16,7 @@ from dsvl.model import VisualChat
 from dsvl.train import Plan, steps
 from orchestration.config import Experiment
 from orchestration.journal import Journal, write_json
-from orchestration.trainer import write_result
+from orchestration.results import write_result
 
 
 def work(config: dict) -> None:

@@ -63,7 +63,7 @@ def labels() -> tuple[int, ...]:
     """The digit (0 to 9) that each of the 1,797 images shows."""
     from sklearn.datasets import load_digits
 
-    return tuple(load_digits().target.tolist())
+    return tuple(load_digits().target.tolist())  # pyright: ignore
 
 
 def draw(
@@ -73,7 +73,7 @@ def draw(
     *,
     images: tuple[int, int] = (2, 3),
     rounds: tuple[int, int] = (2, 3),
-    kinds: tuple[int, int, int, int] = (40, 15, 15, 30),
+    kinds: tuple[int, int, int, int] = (50, 15, 0, 35),
 ) -> list[Round]:
     """Chat `number` of `split` ("train" or "eval"): a pure function of its arguments.
 
@@ -134,7 +134,7 @@ def write(folder: Path, *, train: int = 1500, evaluation: int = 300, seed: int =
             records = [_record(f"{split}-{number:04d}", chat) for number, chat in enumerate(chats)]
             text = json.dumps(records, indent=1) + "\n"
             (making / f"{split}.json").write_text(text, encoding="utf-8")
-        pictures = load_digits().images
+        pictures = load_digits().images  # pyright: ignore
         (making / "images").mkdir()
         for index in sorted(used):
             pixels = (pictures[index] * 15).astype("uint8")

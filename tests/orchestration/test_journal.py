@@ -75,7 +75,9 @@ def test_a_line_that_is_torn_while_the_next_writer_waits_is_removed_too(tmp_path
 
     def dying_writer(file, operation):
         with (tmp_path / NAME).open("ab") as other:
-            other.write(b'{"time": 0, "kind": "metrics", "step": 2, "metrics": {"train/loss": 2.5}}\n')
+            other.write(
+                b'{"time": 0, "kind": "metrics", "step": 2, "metrics": {"train/loss": 2.5}}\n'
+            )
             other.write(b'{"time": 0, "kind": "met')
         wait(file, operation)
 
@@ -96,6 +98,15 @@ def test_two_writers_never_interleave(tmp_path):
         block = entries[first : first + 2002]
         names = {entry["metrics"]["writer"] for entry in block[1:-1]}
         assert names == {int(block[0]["identity"])}
+
+
+def test_a_writer_that_will_not_wait_is_told_that_another_one_writes(tmp_path):
+    first = Journal(tmp_path)
+    with pytest.raises(BlockingIOError):
+        Journal(tmp_path, wait=False)
+    first.end("finished")
+    Journal(tmp_path, wait=False).start(identity="i", params={}, step=0)
+    assert [entry["kind"] for entry in read(tmp_path)[0]] == ["end", "start"]
 
 
 def test_a_killed_writer_leaves_a_journal_that_reads_to_its_last_whole_line(tmp_path):

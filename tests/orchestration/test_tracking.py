@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from orchestration import tracking
 from orchestration.config import Experiment, validated
 from orchestration.journal import Journal
+from orchestration.results import begin
 from orchestration.tracking import Shipper, Store
-from orchestration.trainer import begin
 from tests.orchestration.conftest import SETTINGS, histories
 
 
