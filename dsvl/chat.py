@@ -17,7 +17,7 @@ from dsvl.template import text
 from dsvl.train import to_device
 
 
-class TooLong(ValueError):
+class TooLongError(ValueError):
     """The conversation has no room for another answer."""
 
 
@@ -50,7 +50,7 @@ class Chat:
         """Ask about new images, each (3, P, P) as the tower wants it, and all earlier ones.
 
         Raises:
-            TooLong: if the conversation would become longer than `max_tokens`; it is left as it was.
+            TooLongError: if the conversation would become longer than `max_tokens`; it is left as it was.
         """
         first = len(self.images)
         shown = [*self.images, *images]
@@ -61,7 +61,7 @@ class Chat:
         turns = [*self.turns, Turn("user", content)]
         ids, kinds = self.encoder.prompt(turns)
         if len(ids) + self.max_new_tokens > self.encoder.max_tokens:
-            raise TooLong(
+            raise TooLongError(
                 f"the conversation has {len(ids)} tokens and an answer may add {self.max_new_tokens}, "
                 f"but at most {self.encoder.max_tokens} fit; clear it to go on"
             )
@@ -115,7 +115,7 @@ def transcript(
             question, answer = text(turn.content), text(following.content)
             try:
                 said = chat.ask(question, images=[prepared.pixels(keys[k]) for k in shown])
-            except TooLong:  # a finished training does not fail for an illustration
+            except TooLongError:  # a finished training does not fail for an illustration
                 break
             rounds.append({"images": shown, "question": question, "answer": answer, "model": said})
         transcripts.append({"id": name, "images": list(keys), "rounds": rounds})

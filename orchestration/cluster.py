@@ -30,8 +30,6 @@ def connect(experiment: Experiment) -> Iterator[None]:
         settings["include_dashboard"] = True
         # Nobody takes this machine away at a minute's notice: one process less a training.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Ray's own default for a local cluster, said aloud: unsaid, it warns that it is on.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray.init(
         **settings, log_to_driver=False, configure_logging=False, logging_level=logging.WARNING
     )

@@ -234,8 +234,11 @@ def _gib(size: float) -> str:
 
 
 def _cpus() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    """Cores that this process may use, or the container where that has fewer: whole ones, as Ray counts."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
+    return cores if quota == "max" else min(cores, int(quota) // int(period))
 
 
 def _memory() -> int:

@@ -173,6 +173,7 @@ def test_a_checkpoint_of_another_experiment_is_refused_by_the_worker(trained_run
 
 
 def test_the_cause_of_a_failure_is_its_innermost_exception_in_one_line():
-    failure = RuntimeError("outside")
-    failure.__cause__ = ValueError("several lines\nthe last says it")
-    assert first_cause(failure) == "ValueError: the last says it"
+    inner, outer = ValueError("several lines\nthe last says it"), RuntimeError("outside")
+    outer.__cause__ = inner
+    assert first_cause(outer) == "ValueError: the last says it"
+    assert first_cause(KeyError()) == "KeyError: "
