@@ -80,6 +80,8 @@ def save(
     target = folder / f"step-{step:06d}"
     if engine.rank == 0:
         unfinished = folder / f".{target.name}.{os.getpid()}"
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left)  # by a save that was killed
         unfinished.mkdir(parents=True)
         save_file(
             {name: value for name, (value, _) in tensors.items()},

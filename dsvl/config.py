@@ -201,6 +201,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "must be positive")
         require(self.batch > 0, "batch", self.batch, "must be positive")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,3 +246,4 @@ class EvaluationConfig:
         require(
             self.samples is None or self.samples > 0, "samples", self.samples, "must be positive"
         )
+        require(self.chats >= 0, "chats", self.chats, "must not be negative")

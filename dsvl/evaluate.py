@@ -97,16 +97,17 @@ def score(model: VisualChat, batch: Batch) -> Tally:
     )
 
 
-def majority_accuracy(prepared: Prepared) -> float:
-    """Exact accuracy, on held-out rounds, of giving each question its most frequent training answer.
+def majority_accuracy(prepared: Prepared, *, samples: int | None = None) -> float:
+    """Exact accuracy of giving each question its most frequent training answer.
 
-    A question never seen in training is given the most frequent answer of all.
+    Measured on the rounds of the first `samples` held-out conversations. A question never seen in
+    training is given the most frequent answer of all.
     """
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer in rounds(prepared, "train"):
         by_question[question][answer] += 1
     overall = sum(by_question.values(), Counter())
-    held_out = list(rounds(prepared, "eval"))
+    held_out = list(rounds(prepared, "eval", samples))
     right = sum(
         by_question.get(question, overall).most_common(1)[0][0] == answer
         for question, answer in held_out
@@ -114,9 +115,9 @@ def majority_accuracy(prepared: Prepared) -> float:
     return right / len(held_out)
 
 
-def rounds(prepared: Prepared, split: str) -> Iterator[tuple[str, str]]:
-    """(question, answer) of every round of a split, as texts."""
-    for _, _, turns in prepared.conversations(split):
+def rounds(prepared: Prepared, split: str, samples: int | None = None) -> Iterator[tuple[str, str]]:
+    """(question, answer) of every round of the first `samples` of a split, as texts."""
+    for _, _, turns in prepared.conversations(split, samples):
         for turn, following in pairwise(turns):
             if following.role == "assistant":
                 yield text(turn.content), text(following.content)

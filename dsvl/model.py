@@ -79,7 +79,7 @@ class VisualChat(nn.Module):
         seen = pixels if len(pixels) else pixels.new_zeros(1, 3, size, size)
         features_FD = self.projection(self.vision(seen)).flatten(0, 1).to(embedded_BSD.dtype)
         if not len(pixels):
-            return embedded_BSD + 0.0 * features_FD.sum()
+            return embedded_BSD + 0.0 * features_FD.mean()  # a sum may overflow in fp16
         return (
             embedded_BSD.flatten(0, 1)
             .index_copy(0, image_positions, features_FD)

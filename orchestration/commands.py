@@ -25,11 +25,13 @@ def train(experiment: Experiment) -> dict:
     """
     folder = experiment.run_folder
     begin(experiment, folder)
-    if finished(experiment, folder) is None:
-        with connect(experiment), Shipper(experiment) as shipper:
-            prepared = Path(prepare(experiment)["folder"])
-            shipper.follow(folder, name=experiment.name)
-            fit(experiment, folder, prepared, workers=experiment.cluster.workers)
+    # A finished run has its journal shipped all the same: the tracking store may have been away.
+    with Shipper(experiment) as shipper:
+        shipper.follow(folder, name=experiment.name)
+        if finished(experiment, folder) is None:
+            with connect(experiment):
+                prepared = Path(prepare(experiment)["folder"])
+                fit(experiment, folder, prepared, workers=experiment.cluster.workers)
     result = finished(experiment, folder)
     assert result is not None
     return {"folder": str(folder)} | result

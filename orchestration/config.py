@@ -58,7 +58,7 @@ class ClusterConfig(Section):
     workers: int = Field(default=1, gt=0)
     """Workers of a training."""
     cpus_per_worker: float = Field(default=1, gt=0)
-    gpus_per_worker: float = Field(default=0, ge=0)
+    gpus_per_worker: Literal[0, 1] = 0
     preparers: int = Field(default=1, gt=0)
     """Most actors that prepare data at once."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
@@ -180,8 +180,8 @@ class SearchConfig(Section):
     """Dotted field -> the values to try."""
     samples: int = Field(default=1, gt=0)
     """Draws from the space; a grid is tried whole at each."""
-    seed: int = 0
-    metric: str = "eval/loss"
+    seed: int = Field(0, ge=0)
+    metric: Literal["eval/loss", "eval/accuracy", "eval/accuracy_blind"] = "eval/loss"
     mode: Literal["min", "max"] = "min"
     scheduler: Annotated[NoScheduler | Asha, Field(discriminator="kind")] = NoScheduler(kind="none")
     concurrent: int = Field(default=1, gt=0)
@@ -234,6 +234,9 @@ class Experiment(Section):
         cls, engine: EngineConfig, info: ValidationInfo
     ) -> EngineConfig:
         train, cluster = info.data.get("train"), info.data.get("cluster")
+        if train and engine.zero_stage == 0 and train.precision != "fp32":
+            rule = f"0 keeps no float32 master values for train.precision={train.precision}"
+            raise ConfigError([Problem(("engine", "zero_stage"), f"{rule}; set it to 1, 2 or 3")])
         field = (info.context or {}).get("workers", "cluster.workers")
         unit = cluster.workers * engine.micro_batch if train and cluster else 1
         if train and cluster and train.batch % unit:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 NAME = "journal.jsonl"
+PATIENCE_SECONDS = 60
 
 
 class Journal:
@@ -23,10 +24,25 @@ class Journal:
 
         Waits for a writer that has it open: the last process of a killed run may still be dying.
         Without `wait` raises BlockingIOError while there is one.
+
+        Raises:
+            RuntimeError: if another process still writes after a minute.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / NAME).open("ab")
-        fcntl.flock(self._file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait:
+                    raise
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"{folder}: another process is training here; wait for its end, or stop it"
+                    ) from None
+                time.sleep(0.1)
         self._file.truncate(read(folder)[1])
 
     def start(self, *, identity: str, params: Mapping[str, object], step: int) -> None:

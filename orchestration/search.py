@@ -173,7 +173,7 @@ def summarize(experiment: Experiment) -> dict:
             trials.append(
                 about | json.loads((folder / "values.json").read_text()) | result["metrics"]
             )
-        elif entries and entries[-1]["kind"] == "end":
+        elif entries and entries[-1].get("state") == "failed":
             failed.append(f"{folder.name}: {entries[-1]['reason']}")
     sign = 1 if search.mode == "min" else -1
     # A trial that diverged has no number to compare: last.

@@ -1,5 +1,6 @@
 """One training: a TorchTrainer made from an Experiment."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def fit(
         work,
         train_loop_config={
             "experiment": experiment.as_dict(),
-            "folder": str(folder),
-            "prepared": str(prepared),
+            "folder": str(folder.absolute()),
+            "prepared": str(prepared.absolute()),
+            "directory": str(Path.cwd()),
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -45,12 +47,18 @@ def fit(
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        Journal(folder).end("failed", reason=first_cause(error))
-        raise
+        cause = first_cause(error)
+        Journal(folder).end("failed", reason=cause)
+        raise RuntimeError(cause) from error
 
 
 def work(config: dict) -> None:
     """What Ray calls on each worker: the model's modules are imported there, the driver needs none."""
+    os.chdir(config["directory"])  # what relative paths of the experiment start at
+    if not config["experiment"]["cluster"]["gpus_per_worker"]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # Ray leaves a GPU visible to who did not ask for one
+        )
     # DeepSpeed's autotuner imports MLflow (1.4 s) to see whether it is there; no worker needs it.
     sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
     from orchestration.worker import work as run
@@ -62,5 +70,7 @@ def first_cause(error: BaseException) -> str:
     """The innermost exception of a chain, as one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, ray.train.WorkerGroupError):
+        return lines[-1]  # the end of a worker's traceback
+    return f"{type(error).__name__}: {lines[-1]}"

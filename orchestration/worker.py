@@ -45,7 +45,11 @@ def work(config: dict) -> None:
         journal.start(
             identity=experiment.identity(), params=experiment.identity_fields(), step=start
         )
-    majority = majority_accuracy(prepared) if engine.rank == 0 else 0.0
+    majority = (
+        majority_accuracy(prepared, samples=experiment.evaluation.samples)
+        if engine.rank == 0
+        else 0.0
+    )
 
     for step in steps(engine, prepared, train=train, config=experiment.engine, start=start):
         metrics = step.metrics()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from transformers.utils.hub import cached_file
 
 from dsvl.data.types import Reason
 
@@ -61,6 +62,11 @@ class ImageProcessor:
         to the size of the crop; FileNotFoundError where there is none.
         """
         path = Path(folder) / "preprocessor_config.json"
+        if not Path(folder).is_dir() and str(folder).count("/") == 1:  # a name on the hub
+            try:
+                path = Path(str(cached_file(str(folder), path.name)))
+            except OSError as error:
+                raise FileNotFoundError(f"{folder}: neither a folder nor on the hub") from error
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; name a folder that holds a checkpoint")
         settings = json.loads(path.read_text(encoding="utf-8"))

@@ -51,9 +51,10 @@ def sweep_seconds(variant: str, raw: Path) -> float:
             "configs/experiment/quickstart.yaml",
             f"storage.path={storage}",
             f"storage.data={raw}",
-            "search.space={optim.lr: {kind: grid, values: [1e-3, 3e-3, 1e-2, 3e-2]}}",
+            "search.space.model.size.values=[small]",
+            "search.space.optim.lr.values=[1e-3, 3e-3, 1e-2, 3e-2]",
+            "search.space.train.epochs.values=[1]",
             "search.concurrent=1",
-            "train.epochs=1",
         ]
         command = [sys.executable, "-c", SWEEP, variant, *arguments]
         environment = os.environ | (DEFAULTS if variant == "defaults" else {})

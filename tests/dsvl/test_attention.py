@@ -1,5 +1,7 @@
 """The three schemes against golden vectors and against their definition, token by token."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from dsvl.attention import SCHEMES, attend
 from dsvl.data.types import Kind
 
-GOLDEN = "tests/data/attention.npz"
+GOLDEN = Path(__file__).parents[1] / "data/attention.npz"
 
 
 def golden_cases():

@@ -1,0 +1,101 @@
+"""Exact answers in one pass are what greedy decoding writes; blindness and majorities are as defined."""
+
+import numpy as np
+import pytest
+import torch
+
+from dsvl.config import OptimConfig
+from dsvl.data.types import IGNORED, Example, Part, Turn
+from dsvl.evaluate import evaluate, majority_accuracy, rounds, score
+from dsvl.generate import greedy
+from dsvl.optim import groups
+from tests.dsvl.test_model import batch_of, example
+from tests.dsvl.test_train import Prepared
+
+
+def taught(model, examples):
+    """The model, fitted to some of the answers, so that right and wrong ones occur."""
+    optimizer = torch.optim.AdamW(groups(model.trainable(), OptimConfig()), lr=0.02)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(batch_of(*examples)).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def answers(sample: Example) -> list[tuple[int, list[int]]]:
+    """Start and ids of every answer of an example."""
+    trained = np.flatnonzero(sample.labels != IGNORED)
+    runs = np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1)
+    return [(int(run[0]), sample.ids[run].tolist()) for run in runs]
+
+
+def prefix(sample: Example, end: int) -> Example:
+    images = tuple(sample.images[: int((sample.kinds[:end] == 2).sum()) // 4])
+    return Example(sample.id, sample.ids[:end], sample.labels[:end], sample.kinds[:end], images)
+
+
+def test_an_answer_is_right_where_greedy_decoding_after_the_true_history_writes_it(model):
+    samples = [
+        example(layout, seed=k) for k, layout in enumerate(("t1tTTtT", "tTtT1tTT", "11tTtTTT"))
+    ]
+    taught(model, samples)
+    expected = 0
+    for sample in samples:
+        for start, ids in answers(sample):
+            (written,) = greedy(
+                model, batch_of(prefix(sample, start)), end=-1, max_new_tokens=len(ids)
+            )
+            expected += written == ids
+    tally = score(model, batch_of(*samples))
+    assert tally.rounds == 6
+    assert 0 < tally.right == expected
+
+
+def test_blind_accuracy_is_that_of_zeroed_images(model):
+    samples = [example("t1tTTtT"), example("ttTT", seed=1)]
+    taught(model, samples)
+    zeroed = batch_of(*samples)
+    zeroed.pixels.zero_()
+    assert score(model, batch_of(*samples)).right_blind == score(model, zeroed).right
+
+
+@pytest.mark.parametrize("batch", [1, 4, 50])
+def test_a_tally_does_not_depend_on_the_batch(model, batch):
+    whole = evaluate(model, Prepared(), batch=18, samples=None, device=torch.device("cpu"))
+    part = evaluate(model, Prepared(), batch=batch, samples=None, device=torch.device("cpu"))
+    assert part.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert (part.targets, part.right, part.rounds) == (whole.targets, whole.right, whole.rounds)
+    first = evaluate(model, Prepared(), batch=batch, samples=5, device=torch.device("cpu"))
+    assert first.targets == sum(Prepared.eval.targets[:5])
+
+
+class Conversations:
+    """Conversations of a prepared set, as (question, answer) pairs."""
+
+    def __init__(self, **splits):
+        self.splits = splits
+
+    def conversations(self, split, count=None):
+        for pairs in self.splits[split][:count]:
+            turns = [
+                Turn(role, (Part("text", text=text),))
+                for pair in pairs
+                for role, text in zip(("user", "assistant"), pair, strict=True)
+            ]
+            yield "id", (), tuple(turns)
+
+
+def test_the_majority_answers_each_question_as_training_mostly_did():
+    prepared = Conversations(
+        train=[
+            [("a?", "x"), ("b?", "y")],
+            [("a?", "x")],
+            [("a?", "z"), ("b?", "y")],
+            [("c?", "y")],
+        ],
+        eval=[[("a?", "x"), ("b?", "x")], [("new?", "y"), ("a?", "z")]],
+    )
+    assert list(rounds(prepared, "eval", 1)) == [("a?", "x"), ("b?", "x")]
+    assert majority_accuracy(prepared) == 2 / 4
+    assert majority_accuracy(prepared, samples=1) == 1 / 2
