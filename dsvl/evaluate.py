@@ -72,6 +72,7 @@ def evaluate(
     return Tally(loss, *(round(count) for count in counts))
 
 
+@torch.no_grad()
 def score(model: VisualChat, batch: Batch) -> Tally:
     """The tally of one batch."""
     labels_BS = next_labels(batch.labels)
