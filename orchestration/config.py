@@ -291,12 +291,6 @@ class Experiment(Section):
             del dataset["records"]  # a hint for plans, which changes no sample
         return dict(_flat(what))
 
-    def prepared_identity(self) -> str:
-        """Names the prepared data that it reads: equal for all sizes and optimizers."""
-        reads = ("data.", "model.vision.", "train.seed")
-        fields = self.identity_fields().items()
-        return _digest({name: value for name, value in fields if name.startswith(reads)})
-
     def differences(self, fields: Mapping[str, object]) -> list[str]:
         """Where stored `identity_fields` differ from this experiment's, with both values."""
         ours = self.identity_fields()
@@ -406,6 +400,9 @@ def _search_problems(
         keys, where = path_keys(path), ("search", "space", path)
         if (unknown := unknown_field(schema, keys)) is not None:
             problems.append(Problem(where, unknown))
+        elif keys[0] == "data" or keys[:2] == ("model", "vision"):
+            text = "decides the prepared data, which all trials share; give each its own experiment"
+            problems.append(Problem(where, text))
         elif keys[0] not in WHAT:
             text = f"a search varies what is trained: fields of {', '.join(WHAT)}"
             problems.append(Problem(where, text))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,22 @@ def trained_run(storage: Path, cluster: None) -> Path:
     return path
 
 
+@pytest.fixture
+def dsvl() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the real command in a session of its own; what still runs after the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "orchestration.cli", *map(str, arguments)]
+        started.append(subprocess.Popen(command, text=True, start_new_session=True, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
 def digits(storage: Path, name: str, **sections: Any) -> Path:
     """Write an experiment on the chats in `storage`, of 48 updates on two workers; returns its file."""
     parts = ("model/digits.yaml", "data/digits.yaml", "cluster/laptop.yaml")
@@ -102,12 +119,6 @@ def digits(storage: Path, name: str, **sections: Any) -> Path:
     path = storage / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings | sections))
     return path
-
-
-def dsvl(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Start the real command."""
-    command = [sys.executable, "-m", "orchestration.cli", *map(str, arguments)]
-    return subprocess.Popen(command, text=True, **options)
 
 
 def run_folder(path: Path) -> Path:

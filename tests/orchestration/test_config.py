@@ -212,6 +212,7 @@ def test_rules_across_sections_are_told_beside_other_problems(settings, search):
     [
         ("optim.lrr", {"kind": "grid", "values": [1]}, "did you mean 'optim.lr'?"),
         ("optim", {"kind": "grid", "values": [1]}, "is a section; name one of its fields"),
+        ("data.max_images", {"kind": "grid", "values": [2]}, "decides the prepared data"),
         ("cluster.workers", {"kind": "grid", "values": [1]}, "a search varies what is trained"),
         ("optim.lr", {"kind": "choice", "values": [1, -1]}, "-1.0 must be positive"),
         ("optim.schedule", {"kind": "grid", "values": ["cosin"]}, "did you mean 'cosine'?"),

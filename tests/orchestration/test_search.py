@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from pathlib import Path
+from subprocess import PIPE
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from orchestration.compose import load
 from orchestration.config import Asha, SearchConfig, validated
 from orchestration.journal import Journal, read, write_json
 from orchestration.search import summarize, trial_name, trials_folder
-from tests.orchestration.conftest import SEARCH, SETTINGS, digits, dsvl, histories
+from tests.orchestration.conftest import SEARCH, SETTINGS, digits, histories
 
 ASHA = SearchConfig(
     space={"optim.lr": {"kind": "grid", "values": [1e-3]}}, scheduler=Asha(kind="asha")
@@ -150,7 +151,8 @@ def test_without_a_scheduler_every_trial_runs_to_its_end():
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_and_trains_no_finished_trial_again(storage):
+@pytest.mark.timeout(600)
+def test_a_killed_sweep_goes_on_and_trains_no_finished_trial_again(storage, dsvl):
     """Four trials of one size, on one worker each; the driver dies after the first result."""
     path = digits(
         storage,
@@ -171,7 +173,7 @@ def test_a_killed_sweep_goes_on_and_trains_no_finished_trial_again(storage):
     parent = mlflow_run(root)
     assert len(done) < 4
 
-    again = dsvl("sweep", path, "--json", stdout=-1)
+    again = dsvl("sweep", path, "--json", stdout=PIPE)
     summary = json.loads(again.communicate()[0])
     assert again.returncode == 0
     assert summary["failed"] == []
@@ -210,7 +212,8 @@ def mlflow_run(folder: Path) -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_with_asha_ends_though_one_trial_is_stopped_and_another_fails(storage):
+@pytest.mark.timeout(600)
+def test_a_sweep_with_asha_ends_though_one_trial_is_stopped_and_another_fails(storage, dsvl):
     path = digits(
         storage,
         "halved",
@@ -219,7 +222,7 @@ def test_a_sweep_with_asha_ends_though_one_trial_is_stopped_and_another_fails(st
         # The second learns next to nothing; the third is more than a float32 can be.
         search={"space": grid(1e-2, 1e-7, 1e300), "scheduler": {"kind": "asha"}},
     )
-    sweep = dsvl("sweep", path, "--json", stdout=-1, stderr=-1)
+    sweep = dsvl("sweep", path, "--json", stdout=PIPE, stderr=PIPE)
     out, err = sweep.communicate()
     assert sweep.returncode == 0, err
     summary = json.loads(out)

@@ -3,26 +3,27 @@
 import io
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import pytest
 
 from orchestration import cli
 from orchestration.compose import load
-from tests.orchestration.conftest import dsvl
 
 pytestmark = pytest.mark.ray
 
 
-def typed(path: Path, *lines: str) -> tuple[int, str, str]:
+def typed(dsvl: Any, path: Path, *lines: str) -> tuple[int, str, str]:
     """What `dsvl chat` makes of these lines and the end of its input: status, stdout, stderr."""
     chat = dsvl("chat", path, stdin=PIPE, stdout=PIPE, stderr=PIPE)
     out, err = chat.communicate("".join(f"{line}\n" for line in lines))
     return chat.returncode, out, err
 
 
-def test_a_conversation_answers_questions_and_survives_everything_else(storage, trained_run):
+def test_a_conversation_answers_questions_and_survives_everything_else(storage, trained_run, dsvl):
     one, two = sorted((storage / "raw/digits/images").iterdir())[:2]
     status, out, err = typed(
+        dsvl,
         trained_run,
         f"/image {one}",
         "What digit is in image 1?",

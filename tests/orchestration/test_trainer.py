@@ -18,7 +18,7 @@ from orchestration.compose import load
 from orchestration.config import Experiment
 from orchestration.journal import read
 from orchestration.trainer import first_cause
-from tests.orchestration.conftest import digits, dsvl, histories, run_folder, steps_done
+from tests.orchestration.conftest import digits, histories, run_folder, steps_done
 
 pytestmark = pytest.mark.ray
 
@@ -82,7 +82,7 @@ def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
 
 
 def test_a_training_whose_driver_is_killed_goes_on_and_ends_with_the_same_bits(
-    storage, trained_run
+    storage, trained_run, dsvl
 ):
     path = digits(storage, "killed")
     experiment, folder = load(path), run_folder(path)
