@@ -17,7 +17,7 @@ test: $(VENV)/test.installed check
 check: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/torch.installed:
 	$(PYTHON) -m venv $(VENV)
