@@ -98,8 +98,7 @@ def test_a_training_whose_driver_is_killed_goes_on_and_ends_with_the_same_bits(
     commands.train(experiment)  # at once, while workers of the killed driver may still be dying
     first, second = starts(folder)
     assert first == 0
-    assert second >= 5
-    assert second % 5 == 0, f"killed after {MOMENT}"
+    assert second in {*range(5, STEPS, 5), STEPS}, f"killed after {MOMENT}"  # orphans may finish
     assert final_checkpoint(folder) == final_checkpoint(run_folder(trained_run))
     assert mlflow_run(folder) == before
     assert logged(experiment) == logged(load(trained_run))
@@ -120,7 +119,7 @@ def test_a_training_that_loses_a_worker_goes_on_by_itself_and_ends_with_the_same
         killing.result()
     first, second = starts(folder)
     assert first == 0
-    assert second % 5 == 0, f"killed after {MOMENT}"
+    assert second in range(5, STEPS, 5), f"killed after {MOMENT}"
     assert final_checkpoint(folder) == final_checkpoint(run_folder(trained_run))
     assert logged(experiment) == logged(load(trained_run))
 
