@@ -5,7 +5,6 @@ wrong.
 """
 
 import argparse
-import json
 import logging
 import sys
 import tempfile
@@ -14,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
+
+from pydantic_core import to_json
 
 from orchestration.compose import load
 from orchestration.config import Experiment
@@ -128,14 +129,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = _experiment(request)
         with redirect_stdout(sys.stderr):  # what libraries print is no result
             result, text = VERBS[verb](experiment)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         return _fail(str(error), as_json=as_json, status=2)
     except KeyboardInterrupt:
         return _fail(f"{verb} was interrupted", as_json=as_json, status=1)
     except Exception as error:
+        if isinstance(error, ValueError) and _raised_by_us(error):
+            return _fail(str(error), as_json=as_json, status=2)
         cause = f"{verb} failed: {type(error).__name__}: {_first_line(error)}"
         return _fail(f"{cause}; see {_log(verb, experiment)}", as_json=as_json, status=1)
-    print(json.dumps(result, indent=2, default=str) if as_json else text)
+    print(_json(result) if as_json else text)
     return 0 if result.get("ok", True) else FAULTS_FOUND[verb]
 
 
@@ -177,9 +180,20 @@ def _experiment(request: argparse.Namespace) -> Experiment:
 
 def _fail(message: str, *, as_json: bool, status: int) -> int:
     if as_json:
-        print(json.dumps({"error": message.splitlines()}, indent=2))
+        print(_json({"error": message.splitlines()}))
     print(message, file=sys.stderr)
     return status
+
+
+def _json(document: dict[str, Any]) -> str:
+    """Strict JSON: what is no number becomes null."""
+    return to_json(document, indent=2, inf_nan_mode="null", fallback=str).decode()
+
+
+def _raised_by_us(error: ValueError) -> bool:
+    """Whether the project refused a request; a library's ValueError tells of failed work."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__package__"].partition(".")[0] in ("dsvl", "orchestration")
 
 
 def _log(verb: str, experiment: Experiment | None) -> Path:

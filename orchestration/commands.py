@@ -9,6 +9,7 @@ from pathlib import Path
 from orchestration import search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
+from orchestration.journal import sole
 from orchestration.prepare import prepare
 from orchestration.results import begin, finished
 from orchestration.tracking import Shipper
@@ -42,10 +43,11 @@ def sweep(experiment: Experiment) -> dict:
 
     Raises:
         ValueError: if there is no search section, or the trials' folder holds another search.
+        RuntimeError: if another process sweeps there.
     """
     folder = search.trials_folder(experiment)
     begin(experiment, folder)
-    with connect(experiment), Shipper(experiment) as shipper:
+    with sole(folder), connect(experiment), Shipper(experiment) as shipper:
         prepared = Path(prepare(experiment)["folder"])
         shipper.follow_sweep(folder, name=f"{experiment.name} sweep")
         search.search(experiment, prepared)

@@ -109,6 +109,10 @@ class _Listed(Section):
         """Values that must all be legal for the domain to be."""
         return self.values
 
+    def holds(self, value: object) -> bool:
+        """Whether the value is of the domain."""
+        return value in self.values
+
 
 class Grid(_Listed):
     """Every one of the values, combined with every value of the other grids."""
@@ -135,6 +139,10 @@ class _Range(Section):
         """Values that must all be legal for the domain to be."""
         between = self.low + (self.high - self.low) / 3**0.5  # a field of whole numbers refuses it
         return self.low, between, self.high
+
+    def holds(self, value: object) -> bool:
+        """Whether the value is of the domain."""
+        return isinstance(value, float) and self.low <= value <= self.high
 
 
 class Uniform(_Range):
@@ -181,13 +189,30 @@ class SearchConfig(Section):
     samples: int = Field(default=1, gt=0)
     """Draws from the space; a grid is tried whole at each."""
     seed: int = Field(0, ge=0)
-    metric: Literal["eval/loss", "eval/accuracy", "eval/accuracy_blind"] = "eval/loss"
-    mode: Literal["min", "max"] = "min"
+    metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
     scheduler: Annotated[NoScheduler | Asha, Field(discriminator="kind")] = NoScheduler(kind="none")
     concurrent: int = Field(default=1, gt=0)
     """Trials at the same time."""
     workers: int = Field(default=1, gt=0)
     """Workers of a trial."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if all(domain.kind == "grid" for domain in self.space.values()):
+            text = "must be 1 where every domain is a grid: a second draw would be the same trials"
+            require(self.samples == 1, "samples", self.samples, text)
+        return self
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Whether less or more of the metric is better."""
+        return "min" if self.metric == "eval/loss" else "max"
+
+    def proposes(self, values: Mapping[str, object]) -> bool:
+        """Whether these values of the searched fields are of this space."""
+        return values.keys() == self.space.keys() and all(
+            domain.holds(values[path]) for path, domain in self.space.items()
+        )
 
     @property
     def trials(self) -> int:

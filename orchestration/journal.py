@@ -10,10 +10,29 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 NAME = "journal.jsonl"
 PATIENCE_SECONDS = 60
+
+
+@contextmanager
+def sole(folder: Path) -> Iterator[None]:
+    """Be the only one at work in a folder, until the block or the process ends.
+
+    Raises:
+        RuntimeError: if another process is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = f"{folder}: another process is at work here; wait for its end, or stop it"
+            raise RuntimeError(text) from None
+        yield
 
 
 class Journal:
@@ -99,5 +118,20 @@ def curve(folder: Path, metric: str) -> list[tuple[int, float]]:
 def write_json(path: Path, document: object) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(document, indent=1))
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(document, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that `write_json` left.
+
+    Raises:
+        ValueError: if it is no JSON any more; the file is named.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or remove its folder") from None

@@ -70,13 +70,13 @@ def read(folder: Path, *, name: str) -> Run:
     curves: dict[str, list[tuple[int, float]]] = {}
     for metric, step, value, _ in journal.points(entries):
         curves.setdefault(metric, []).append((step, value))
-    result = read_json(folder / "result.json")
+    result = read_if_there(folder / "result.json")
     last = next((e for e in reversed(entries) if e["kind"] in ("start", "end")), {})
     return Run(
         name=name,
         folder=folder,
-        values=read_json(folder / "values.json"),
-        fields=read_json(folder / "experiment.json").get("fields", {}),
+        values=read_if_there(folder / "values.json"),
+        fields=read_if_there(folder / "experiment.json").get("fields", {}),
         state=result.get("state") or last.get("state") or ("unfinished" if entries else "waiting"),
         reason=last.get("reason", ""),
         curves=curves,
@@ -97,7 +97,7 @@ class Record:
         """
         folder, search = experiment.run_folder, experiment.search
         for path in (folder / "experiment.json", folder / "trials/experiment.json"):
-            before = read_json(path)
+            before = read_if_there(path)
             if before and before["identity"] != experiment.identity():
                 changes = "; ".join(experiment.differences(before["fields"]))
                 raise ValueError(
@@ -108,7 +108,11 @@ class Record:
         self.sign = -1 if search and search.mode == "max" else 1
         training = read(folder, name=experiment.name)
         self.training = None if training.state == "waiting" else training
-        paths = (folder / "trials").glob("*/values.json")
+        paths = (
+            path
+            for path in (folder / "trials").glob("*/values.json")
+            if not search or search.proposes(read_if_there(path))
+        )
         trials = (read(path.parent, name=path.parent.name) for path in paths)
         self.trials = sorted(trials, key=self._order)
         if not (self.training or self.trials):
@@ -173,7 +177,7 @@ class Data:
 
 def read_data(folder: Path) -> Data:
     """Count prepared data without reading the images."""
-    sources = read_json(folder / "manifest.json")["sources"]
+    sources = read_if_there(folder / "manifest.json")["sources"]
     lost = {name: Counter[str]() for name in sources}
     for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -195,9 +199,9 @@ def read_images(folder: Path, keys: set[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def read_json(path: Path) -> Any:
-    """The document in a file, or an empty mapping where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def read_if_there(path: Path) -> Any:
+    """What a JSON file holds, or an empty mapping where there is none."""
+    return journal.read_json(path) if path.exists() else {}
 
 
 def _image_files(folder: Path) -> Iterator[pq.ParquetFile]:

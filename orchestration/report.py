@@ -20,7 +20,7 @@ from orchestration.config import Experiment
 from orchestration.page import cards, chat, document, duration, facts, grid, note, number, percent
 from orchestration.plan import language_parameters
 from orchestration.plots import SHARES, Series, chart, figure, thin
-from orchestration.record import Record, Run, read_data, read_images, read_json
+from orchestration.record import Record, Run, read_data, read_if_there, read_images
 
 PACKAGES = ("ray", "deepspeed", "torch", "transformers", "mlflow", "numpy", "pyarrow", "pillow")
 TOLD = {
@@ -175,7 +175,7 @@ def chats(record: Record) -> str:
     """Held-out chats with the best model that has chatted."""
     if record.speaker is None:
         return ""
-    told = read_json(record.speaker.folder / "chats.json")
+    told = read_if_there(record.speaker.folder / "chats.json")
     keys = {key for one in told for key in one["images"]}
     images = read_images(record.prepared, keys) if record.prepared else {}
     return (

@@ -1,10 +1,9 @@
 """What a run leaves in its folder: whose it is, its result, and its evaluations."""
 
-import json
 from pathlib import Path
 
 from orchestration.config import Experiment
-from orchestration.journal import points, read, write_json
+from orchestration.journal import points, read, read_json, write_json
 
 
 def finished(experiment: Experiment, folder: Path) -> dict | None:
@@ -16,7 +15,7 @@ def finished(experiment: Experiment, folder: Path) -> dict | None:
     path = folder / "result.json"
     if not path.exists():
         return None
-    result = json.loads(path.read_text())
+    result = read_json(path)
     _refuse_another(experiment, folder, result)
     return result
 
@@ -43,7 +42,7 @@ def begin(experiment: Experiment, folder: Path) -> None:
     """
     path = folder / "experiment.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         _refuse_another(experiment, folder, before)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(

@@ -1,11 +1,11 @@
 """Ray Tune over any fields of an experiment; a trial is an Experiment like any other."""
 
-import json
 import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ray import tune
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
@@ -15,7 +15,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import BasicVariantGenerator
 
 from orchestration.config import Choice, Domain, Experiment, Grid, LogUniform, SearchConfig
-from orchestration.journal import Journal, read, write_json
+from orchestration.journal import Journal, read, read_json, write_json
 from orchestration.results import begin, evaluations, finished, write_result
 from orchestration.trainer import fit
 
@@ -45,7 +45,7 @@ def search(experiment: Experiment, prepared: Path) -> None:
             search_alg=BasicVariantGenerator(
                 max_concurrent=settings.concurrent, random_state=settings.seed
             ),
-            scheduler=_scheduler(settings),
+            scheduler=_scheduler(experiment),
             # The process of a stopped trial still waits for its training: only its end ends that.
             reuse_actors=settings.scheduler.kind == "none",
         ),
@@ -79,9 +79,8 @@ def trials_folder(experiment: Experiment) -> Path:
 
 def trial_name(values: dict[str, object]) -> str:
     """A trial's name and folder, from its values alone: `size=small,lr=0.01,epochs=2`."""
-    shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values.values())
     return ",".join(
-        f"{path.rpartition('.')[2]}={text}" for path, text in zip(values, shown, strict=True)
+        f"{path.rpartition('.')[2]}={quote(str(value), safe=' +')}" for path, value in values.items()
     )
 
 
@@ -111,7 +110,7 @@ class Ledger(tune.Callback):
     def __init__(self, experiment: Experiment, root: Path) -> None:
         """`root` holds the trials and the sweep's own journal."""
         self.experiment, self.root = experiment, root
-        self.total = experiment.search.trials if experiment.search else 0
+        self.done, self.total = 0, _settings(experiment).trials
         self.stopped: list[dict] = []
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
@@ -142,12 +141,12 @@ class Ledger(tune.Callback):
             self._tell(folder)
 
     def _tell(self, folder: Path) -> None:
-        summary = summarize(self.experiment)
-        done, best = len(summary["trials"]), summary["best"]
+        self.done += 1
+        best = summarize(self.experiment)["best"]
         Journal(self.root).metrics(
-            done, {f"best/{name}": best[name] for name in ("eval/loss", "eval/accuracy")}
+            self.done, {f"best/{name}": best[name] for name in ("eval/loss", "eval/accuracy")}
         )
-        log.info("trial %d of %d: %s: %s", done, self.total, folder.name, describe(folder))
+        log.info("trial %d of %d: %s: %s", self.done, self.total, folder.name, describe(folder))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
         """A failed trial has written its cause; the search goes on."""
@@ -156,7 +155,7 @@ class Ledger(tune.Callback):
 
 def describe(folder: Path) -> str:
     """One line on a finished trial."""
-    result = json.loads((folder / "result.json").read_text())
+    result = read_json(folder / "result.json")
     metrics = result["metrics"]
     return f"{result['state']}, loss {metrics['eval/loss']:.3f}, accuracy {metrics['eval/accuracy']:.1%}"
 
@@ -165,14 +164,15 @@ def summarize(experiment: Experiment) -> dict:
     """The finished trials, the best first by `search.metric`, and the names of those that failed."""
     search, root = _settings(experiment), trials_folder(experiment)
     trials, failed = [], []
-    for folder in sorted(path.parent for path in root.glob("*/values.json")):
+    for path in sorted(root.glob("*/values.json")):
+        folder, values = path.parent, read_json(path)
+        if not search.proposes(values):
+            continue  # left by a search of another space under this name
         entries = read(folder)[0]
         if (folder / "result.json").exists():
-            result = json.loads((folder / "result.json").read_text())
+            result = read_json(folder / "result.json")
             about = {"trial": folder.name, "folder": str(folder), "state": result["state"]}
-            trials.append(
-                about | json.loads((folder / "values.json").read_text()) | result["metrics"]
-            )
+            trials.append(about | values | result["metrics"])
         elif entries and entries[-1].get("state") == "failed":
             failed.append(f"{folder.name}: {entries[-1]['reason']}")
     sign = 1 if search.mode == "min" else -1
@@ -200,9 +200,10 @@ class Peers(FIFOScheduler):
     the same epoch, every trial of a long one.
     """
 
-    def __init__(self, make: Callable[[], TrialScheduler]) -> None:
+    def __init__(self, make: Callable[[], TrialScheduler], *, epochs: int) -> None:
+        """`make` makes the scheduler of a group of peers, `epochs` holds where they are not searched."""
         super().__init__()
-        self._make = make
+        self._make, self._epochs = make, epochs
         self._properties: dict[str, Any] = {}
         self._schedulers: dict[tuple, TrialScheduler] = {}
 
@@ -223,8 +224,10 @@ class Peers(FIFOScheduler):
         self._of(trial).on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
-        """Hand on to the scheduler of the trial's peers."""
-        return self._of(trial).on_trial_result(tune_controller, trial, result)
+        """Hand on to the scheduler of the trial's peers; a trial at its last epoch is not stopped."""
+        decision = self._of(trial).on_trial_result(tune_controller, trial, result)
+        at_its_end = result["epoch"] == trial.config.get("train.epochs", self._epochs)
+        return TrialScheduler.CONTINUE if at_its_end else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
         """Hand on to the scheduler of the trial's peers."""
@@ -239,8 +242,8 @@ class Peers(FIFOScheduler):
         self._of(trial).on_trial_remove(tune_controller, trial)
 
 
-def _scheduler(search: SearchConfig) -> TrialScheduler:
-    chosen = search.scheduler
+def _scheduler(experiment: Experiment) -> TrialScheduler:
+    chosen = _settings(experiment).scheduler
     if chosen.kind == "none":
         return FIFOScheduler()
     return Peers(
@@ -249,7 +252,8 @@ def _scheduler(search: SearchConfig) -> TrialScheduler:
             grace_period=chosen.grace,
             reduction_factor=chosen.reduction,
             max_t=1000,
-        )
+        ),
+        epochs=experiment.train.epochs,
     )
 
 

@@ -1,6 +1,5 @@
 """Talking to a trained model in a terminal."""
 
-import json
 import logging
 import shlex
 import sys
@@ -15,6 +14,7 @@ from dsvl.data.encode import load_tokenizer
 from dsvl.data.images import BadImage, ImageProcessor, load
 from dsvl.model import VisualChat
 from orchestration.config import Experiment
+from orchestration.journal import read_json
 from orchestration.search import summarize, trials_folder
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def best_run(experiment: Experiment) -> tuple[Experiment, Path]:
         best = summarize(experiment)["best"]
         if best:
             folder = Path(best["folder"])
-            return experiment.trial(json.loads((folder / "values.json").read_text())), folder
+            return experiment.trial(read_json(folder / "values.json")), folder
     return experiment, experiment.run_folder
 
 

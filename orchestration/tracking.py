@@ -4,7 +4,6 @@ Nothing that trains waits for it. What could not be shipped stays in the journal
 same experiment ships the rest into the same MLflow run.
 """
 
-import json
 import logging
 import os
 import threading
@@ -70,7 +69,7 @@ class Store:
         """The MLflow run of a folder: the one it had before, or a new one."""
         record = folder / RECORD
         if record.exists():
-            run_id = json.loads(record.read_text())["run_id"]
+            run_id = journal.read_json(record)["run_id"]
             keys = self.client.get_run(run_id).data.metrics
             history = {key: self.client.get_metric_history(run_id, key) for key in keys}
             steps = {key: max(point.step for point in points) for key, points in history.items()}
@@ -91,7 +90,7 @@ class Store:
 
     def attach(self, folder: Path, path: Path) -> None:
         """Keep a file with the MLflow run of a folder."""
-        run_id = json.loads((folder / RECORD).read_text())["run_id"]
+        run_id = journal.read_json(folder / RECORD)["run_id"]
         self.client.log_artifact(run_id, str(path))
 
     def ship(self, run: Run) -> None:

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from dsvl.config import require
 from orchestration import cli
 
 ROOT = Path(__file__).parents[2]
@@ -163,15 +165,24 @@ def test_interrupted_work_ends_with_1_and_a_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "train was interrupted\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("no room"), FileNotFoundError("no room")])
-def test_what_the_user_can_mend_ends_with_2_and_no_log(capsys, monkeypatch, error):
-    def work(experiment):
-        raise error
-
+@pytest.mark.parametrize(
+    ("work", "says"),
+    [
+        (lambda experiment: require(False, "room", 0, "must be positive"), "room=0: must be"),
+        (lambda experiment: Path("room").read_text(), "No such file or directory: 'room'"),
+    ],
+)
+def test_what_the_user_can_mend_ends_with_2_and_no_log(capsys, monkeypatch, work, says):
     monkeypatch.setitem(cli.VERBS, "train", work)
     assert cli.main(["train", "tiny.yaml"]) == 2
-    assert capsys.readouterr().err == "no room\n"
+    assert says in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_what_a_library_refuses_is_failed_work(capsys, monkeypatch):
+    monkeypatch.setitem(cli.VERBS, "train", lambda experiment: np.zeros(3).reshape(2, 2))
+    assert cli.main(["train", "tiny.yaml"]) == 1
+    assert "train failed: ValueError: cannot reshape" in capsys.readouterr().err
 
 
 def test_quickstart_needs_no_experiment(monkeypatch, capsys):

@@ -228,11 +228,16 @@ def test_rules_across_sections_are_told_beside_other_problems(settings, search):
     ],
 )
 def test_a_search_refuses_what_no_trial_could_be(settings, search, path, domain, says):
-    search["workers"] = 2
-    search["space"] = {path: domain}
+    search |= {"workers": 2, "samples": 1, "space": {path: domain}}
     problems = lines({**settings, "search": search})
     assert all(problem.startswith(f"search.space.{path}") for problem in problems)
     assert any(says in problem for problem in problems)
+
+
+def test_a_search_refuses_to_draw_the_same_trials_again(settings, search):
+    search |= {"samples": 2, "space": {"optim.lr": {"kind": "grid", "values": [0.1, 0.2]}}}
+    (problem,) = lines({**settings, "search": search})
+    assert problem.startswith("search.samples: 2 must be 1 where every domain is a grid")
 
 
 def test_a_trial_is_an_experiment_with_the_workers_of_a_trial(settings, search):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestration import journal
-from orchestration.journal import NAME, Journal, curve, points, read
+from orchestration.journal import NAME, Journal, curve, points, read, read_json, sole
 
 WRITER = """
 import sys
@@ -156,3 +156,20 @@ def test_a_document_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         journal.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_damaged_document_is_named(tmp_path):
+    (tmp_path / "result.json").write_text('{"state": "fin')
+    with pytest.raises(ValueError, match=r"result\.json is damaged .*: restore it"):
+        read_json(tmp_path / "result.json")
+
+
+def test_only_one_is_at_work_in_a_folder(tmp_path):
+    with (
+        sole(tmp_path),
+        pytest.raises(RuntimeError, match="another process is at work here"),
+        sole(tmp_path),
+    ):
+        pass
+    with sole(tmp_path):  # its end gives the folder free
+        pass

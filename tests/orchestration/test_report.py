@@ -266,7 +266,7 @@ def test_a_loss_that_is_not_a_number_is_never_the_best(sweep):
 
 
 def test_a_search_for_the_greatest_accuracy_ranks_by_it(sweep, settings):
-    search = sweep.as_dict()["search"] | {"metric": "eval/accuracy", "mode": "max"}
+    search = sweep.as_dict()["search"] | {"metric": "eval/accuracy"}
     largest = validated(sweep.as_dict() | {"search": search})
     assert write(largest)["best"] == trial_name("large", 0.01, 2)
     assert "eval/accuracy by lr and epochs" in page_of(largest).text
@@ -336,9 +336,8 @@ def test_a_trial_that_goes_on_after_a_failure_is_unfinished(sweep):
 
 def test_a_search_over_words_alone_has_a_table_and_no_heat_map(experiment, settings):
     space = {"optim.schedule": {"kind": "grid", "values": ["cosine", "linear"]}}
-    words = validated(settings | {"storage": experiment.as_dict()["storage"]}).with_overrides(
-        {"search": {"space": space}}
-    )
+    storage = experiment.as_dict()["storage"]
+    words = validated(settings | {"storage": storage, "search": {"space": space}})
     for schedule in ("cosine", "linear"):
         folder = words.run_folder / f"trials/schedule={schedule}"
         values = {"optim.schedule": schedule}

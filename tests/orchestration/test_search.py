@@ -15,14 +15,12 @@ from ray.tune.schedulers import TrialScheduler
 
 from orchestration import search
 from orchestration.compose import load
-from orchestration.config import Asha, SearchConfig, validated
+from orchestration.config import validated
 from orchestration.journal import Journal, read, write_json
 from orchestration.search import summarize, trial_name, trials_folder
 from tests.orchestration.conftest import SEARCH, SETTINGS, digits, histories
 
-ASHA = SearchConfig(
-    space={"optim.lr": {"kind": "grid", "values": [1e-3]}}, scheduler=Asha(kind="asha")
-)
+ASHA = validated(SETTINGS | {"search": SEARCH | {"scheduler": {"kind": "asha"}}})
 
 
 def grid(*rates: float) -> dict[str, Any]:
@@ -32,7 +30,9 @@ def grid(*rates: float) -> dict[str, Any]:
 def test_a_trial_is_named_by_its_values_alone():
     values = {"model.size": "small", "optim.lr": 0.01, "train.epochs": 2}
     assert trial_name(values) == "size=small,lr=0.01,epochs=2"
-    assert trial_name({"optim.lr": 0.000123456}) == "lr=0.0001235"
+    assert trial_name({"optim.lr": 0.000123456}) == "lr=0.000123456"
+    assert trial_name({"optim.lr": 0.00012345}) != trial_name({"optim.lr": 0.00012346})
+    assert trial_name({"model.languages.small.checkpoint": "../a/b"}) == "checkpoint=..%2Fa%2Fb"
     assert trial_name({"train.epochs": 2}) != trial_name({"train.batch": 2})
 
 
@@ -81,21 +81,27 @@ def test_a_metric_may_be_the_better_the_higher(swept):
         1e-4: ("finished", {"eval/loss": 0.5, "eval/accuracy": 0.7}),
         3e-4: ("finished", {"eval/loss": 0.4, "eval/accuracy": 0.6}),
     }
-    experiment = swept(trials, metric="eval/accuracy", mode="max")
+    experiment = swept(trials, metric="eval/accuracy")
     assert summarize(experiment)["best"]["optim.lr"] == 1e-4
 
 
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_a_trial_that_diverged_is_never_the_best(swept, mode):
+@pytest.mark.parametrize("metric", ["eval/loss", "eval/accuracy"])
+def test_a_trial_that_diverged_is_never_the_best(swept, metric):
     trials = {
-        1e-4: ("finished", {"eval/loss": math.nan}),
-        2e-4: ("finished", {"eval/loss": 0.5}),
-        3e-4: ("finished", {"eval/loss": math.nan}),
-        4e-4: ("finished", {"eval/loss": 0.5}),
+        1e-4: ("finished", {metric: math.nan}),
+        2e-4: ("finished", {metric: 0.5}),
+        3e-4: ("finished", {metric: math.nan}),
+        4e-4: ("finished", {metric: 0.5}),
     }
-    summary = summarize(swept(trials, mode=mode))
-    assert [trial["eval/loss"] for trial in summary["trials"][:2]] == [0.5, 0.5]
+    summary = summarize(swept(trials, metric=metric))
+    assert [trial[metric] for trial in summary["trials"][:2]] == [0.5, 0.5]
     assert len(summary["trials"]) == 4
+
+
+def test_trials_of_an_earlier_space_under_the_same_name_do_not_count(swept):
+    trials = {lr: ("finished", {"eval/loss": lr}) for lr in (1e-5, 1e-4, 1e-3)}
+    summary = summarize(swept(trials))
+    assert [trial["optim.lr"] for trial in summary["trials"]] == [1e-4, 1e-3]
 
 
 def test_a_sweep_without_results_has_no_best_trial(swept):
@@ -141,8 +147,13 @@ def test_asha_compares_trials_that_differ_in_nothing_else_but_the_rest():
     assert decided == [TrialScheduler.CONTINUE, TrialScheduler.STOP]
 
 
+def test_asha_stops_no_trial_at_its_last_epoch():
+    values = {"model.size": "small", "train.epochs": 1, "optim.lr": 0.1}
+    assert decisions([(values, [1]), (values, [9])]) == [TrialScheduler.CONTINUE] * 2
+
+
 def test_without_a_scheduler_every_trial_runs_to_its_end():
-    scheduler = search._scheduler(SearchConfig(space=ASHA.space))
+    scheduler = search._scheduler(validated(SETTINGS | {"search": SEARCH}))
     bad = SimpleNamespace(trial_id="bad", config={})
     for loss in (1.0, 9.0):
         result = {"epoch": 1, "eval/loss": loss}
