@@ -251,17 +251,19 @@ class Experiment(Section):
             raise ValueError(f"{name!r} is taken by the storage itself; choose another name")
         return name
 
-    # These two rules look at several sections. As rules of a field they speak even when another
-    # section is broken, so that all problems come together.
+    # These two look at several sections. As rules of a field they speak even when another section is
+    # broken, so that all problems come together.
     @field_validator("engine")
     @classmethod
-    def _batch_divides_among_workers(
-        cls, engine: EngineConfig, info: ValidationInfo
-    ) -> EngineConfig:
+    def _sections_agree(cls, engine: EngineConfig, info: ValidationInfo) -> EngineConfig:
         train, cluster = info.data.get("train"), info.data.get("cluster")
+        problems = []
         if train and engine.zero_stage == 0 and train.precision != "fp32":
             rule = f"0 keeps no float32 master values for train.precision={train.precision}"
-            raise ConfigError([Problem(("engine", "zero_stage"), f"{rule}; set it to 1, 2 or 3")])
+            problems.append(Problem(("engine", "zero_stage"), f"{rule}; set it to 1, 2 or 3"))
+        if train and cluster and train.precision == "fp16" and not cluster.gpus_per_worker:
+            text = "'fp16' needs GPUs; set cluster.gpus_per_worker=1, or this to bf16 or fp32"
+            problems.append(Problem(("train", "precision"), text))
         field = (info.context or {}).get("workers", "cluster.workers")
         unit = cluster.workers * engine.micro_batch if train and cluster else 1
         if train and cluster and train.batch % unit:
@@ -272,16 +274,16 @@ class Experiment(Section):
                 if legal
                 else f"engine.micro_batch to a divisor of {train.batch}"
             )
-            raise ConfigError(
-                [
-                    Problem(
-                        ("train", "batch"),
-                        f"{train.batch} must be a multiple of {field} x engine.micro_batch = "
-                        f"{cluster.workers} x {engine.micro_batch}; "
-                        f"set train.batch={nearest}, or {counts}",
-                    )
-                ]
+            problems.append(
+                Problem(
+                    ("train", "batch"),
+                    f"{train.batch} must be a multiple of {field} x engine.micro_batch = "
+                    f"{cluster.workers} x {engine.micro_batch}; "
+                    f"set train.batch={nearest}, or {counts}",
+                )
             )
+        if problems:
+            raise ConfigError(problems)
         return engine
 
     @field_validator("search")
@@ -407,17 +409,19 @@ def _search_problems(
     """Compose every probed value into the sections that are legal themselves."""
     base = to_jsonable_python(dict(sections))
     broken = schema.model_fields.keys() - sections.keys() - {"search"}
-    if "cluster" in base:
-        base = place(base, ("cluster", "workers"), search.workers)
+    told: list[Problem] = []
 
     def compose(settings: dict[str, Any]) -> list[Problem]:
         try:
             schema.model_validate(settings, context={"workers": "search.workers"})
         except ValidationError as error:
             found = explain(error, schema)
-            return [problem for problem in found if problem.keys[0] not in broken]
+            return [p for p in found if p.keys[0] not in broken and p not in told]
         return []
 
+    told = compose(base)  # what the experiment breaks without any search
+    if "cluster" in base:
+        base = place(base, ("cluster", "workers"), search.workers)
     problems = [Problem(("search", "workers"), str(problem)) for problem in compose(base)]
     if problems:
         return problems

@@ -182,6 +182,19 @@ def test_a_batch_that_cannot_be_divided_names_batches_and_workers_that_can(setti
     assert lines(settings)[0].endswith("or engine.micro_batch to a divisor of 12")
 
 
+def test_fp16_without_gpus_is_refused_beside_the_other_rules(settings, search):
+    settings["train"]["precision"] = "fp16"
+    says = "'fp16' needs GPUs; set cluster.gpus_per_worker=1, or this to bf16 or fp32"
+    assert lines({**settings, "search": search}) == [f"train.precision: {says}"], "told once"
+    assert len(lines({**settings, "engine": {"zero_stage": 0, "micro_batch": 5}})) == 3
+    assert validated({**settings, "cluster": {"gpus_per_worker": 1}}).train.precision == "fp16"
+    settings["train"]["precision"] = "fp32"
+    search["space"] = {"train.precision": {"kind": "grid", "values": ["fp32", "fp16"]}}
+    assert lines({**settings, "search": search | {"samples": 1}}) == [
+        f"search.space.train.precision: {says}"
+    ]
+
+
 def test_the_default_engine_is_held_to_the_rule_too(settings):
     settings["cluster"] = {"workers": 5}
     assert lines(settings)[0].startswith("train.batch: 12 must be a multiple of cluster.workers")
