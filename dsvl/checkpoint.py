@@ -30,6 +30,7 @@ from deepspeed.utils import (
 from safetensors.torch import load_file, save_file
 from transformers.utils.hub import cached_file
 
+from dsvl.data.store import sha256
 from dsvl.engine import Engine
 from dsvl.model import VisualChat
 
@@ -211,7 +212,7 @@ def digest(checkpoint: str) -> str:
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         total.update(path.name.encode())
-        total.update(_sha256(path).encode())
+        total.update(sha256(path).encode())
     return total.hexdigest()
 
 
@@ -283,9 +284,4 @@ def _all_ranks(tensor: torch.Tensor, device: torch.device) -> list[torch.Tensor]
 
 
 def _file_entry(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -116,10 +116,15 @@ def curve(folder: Path, metric: str) -> list[tuple[int, float]]:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
+    """Write a JSON file, whole."""
+    write_whole(path, json.dumps(document, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(document, indent=1))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

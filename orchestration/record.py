@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from orchestration import journal
 from orchestration.config import Experiment
 from orchestration.plan import prepared_folder
+from orchestration.results import refuse_another
 
 SIZE = "model.size"
 
@@ -97,12 +98,8 @@ class Record:
         """
         folder, search = experiment.run_folder, experiment.search
         for path in (folder / "experiment.json", folder / "trials/experiment.json"):
-            before = read_if_there(path)
-            if before and before["identity"] != experiment.identity():
-                changes = "; ".join(experiment.differences(before["fields"]))
-                raise ValueError(
-                    f"{path} tells of another experiment: {changes}; report on that one"
-                )
+            if before := read_if_there(path):
+                refuse_another(experiment, before, where=path)
         self.experiment = experiment
         self.metric = search.metric if search else "eval/loss"
         self.sign = -1 if search and search.mode == "max" else 1

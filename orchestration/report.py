@@ -17,6 +17,7 @@ import yaml
 
 from orchestration import sweep_report
 from orchestration.config import Experiment
+from orchestration.journal import write_whole
 from orchestration.page import cards, chat, document, duration, facts, grid, note, number, percent
 from orchestration.plan import language_parameters
 from orchestration.plots import SHARES, Series, chart, figure, thin
@@ -40,10 +41,8 @@ def write(experiment: Experiment) -> dict[str, Any]:
     """
     folder, record = experiment.run_folder, Record(experiment)
     settings = yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True)
-    for name, text in (("experiment.yaml", settings), ("report.html", page(record))):
-        unfinished = folder / f".{name}.part"  # a reader sees the old file or the new one
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(folder / name)
+    write_whole(folder / "experiment.yaml", settings)
+    write_whole(folder / "report.html", page(record))
     best = record.best
     evaluated = sorted(key for key in best.curves if key.startswith("eval/")) if best else []
     return {

@@ -16,7 +16,7 @@ def finished(experiment: Experiment, folder: Path) -> dict | None:
     if not path.exists():
         return None
     result = read_json(path)
-    _refuse_another(experiment, folder, result)
+    refuse_another(experiment, result, where=path)
     return result
 
 
@@ -42,8 +42,7 @@ def begin(experiment: Experiment, folder: Path) -> None:
     """
     path = folder / "experiment.json"
     if path.exists():
-        before = read_json(path)
-        _refuse_another(experiment, folder, before)
+        refuse_another(experiment, read_json(path), where=path)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
@@ -55,11 +54,12 @@ def begin(experiment: Experiment, folder: Path) -> None:
     )
 
 
-def _refuse_another(experiment: Experiment, folder: Path, before: dict) -> None:
-    if before["identity"] != experiment.identity():
+def refuse_another(experiment: Experiment, stored: dict, *, where: Path) -> None:
+    """Raise ValueError, naming the differing fields, where a stored identity is not the experiment's."""
+    if stored["identity"] != experiment.identity():
         raise ValueError(
-            f"{folder} holds another run: {'; '.join(experiment.differences(before['fields']))}. "
-            "Give this one another name, or remove the folder"
+            f"{where} belongs to another run: {'; '.join(experiment.differences(stored['fields']))}; "
+            "set these fields back, or give this run another name"
         )
 
 

@@ -15,6 +15,7 @@ from dsvl.data.images import BadImage, ImageProcessor, load
 from dsvl.model import VisualChat
 from orchestration.config import Experiment
 from orchestration.journal import read_json
+from orchestration.results import refuse_another
 from orchestration.search import summarize, trials_folder
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,7 @@ def open_chat(experiment: Experiment) -> Chat:
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"{folder}/checkpoints: no checkpoint yet; train or sweep first")
-    if found.manifest["identity"] != chosen.identity():
-        differences = "; ".join(chosen.differences(found.manifest["fields"]))
-        raise ValueError(f"{found.folder} belongs to another run: {differences}")
+    refuse_another(chosen, found.manifest, where=found.folder)
     log.info("loading %s", found.folder)
     model = VisualChat(chosen.model, precision=chosen.train.precision, seed=chosen.train.seed)
     checkpoint.load_parameters(model, found.folder)

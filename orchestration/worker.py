@@ -16,7 +16,7 @@ from dsvl.model import VisualChat
 from dsvl.train import Plan, steps
 from orchestration.config import Experiment
 from orchestration.journal import Journal, write_json
-from orchestration.results import write_result
+from orchestration.results import refuse_another, write_result
 
 
 def work(config: dict) -> None:
@@ -92,9 +92,7 @@ def resume(engine: Engine, experiment: Experiment, folder: Path, *, frozen: dict
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
         return 0
-    if found.manifest["identity"] != experiment.identity():
-        differences = "; ".join(experiment.differences(found.manifest["fields"]))
-        raise ValueError(f"{found.folder} belongs to another run: {differences}")
+    refuse_another(experiment, found.manifest, where=found.folder)
     checkpoint.load(engine, found, frozen=frozen)
     return found.step
 

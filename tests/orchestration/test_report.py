@@ -363,7 +363,7 @@ def test_a_folder_without_any_run_is_refused(experiment):
 
 def test_a_report_on_the_run_of_another_experiment_is_refused(experiment):
     run(experiment.run_folder, experiment, epochs=1, size="small", lr=0.01, end="finished")
-    with pytest.raises(ValueError, match=r"optim\.lr"):
+    with pytest.raises(ValueError, match=r"optim\.lr .*; set these fields back, or give"):
         write(experiment.with_overrides({"optim.lr": 0.5}))
 
 

@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_experiment_is_refused_by_the_worker(trained_run
     from orchestration.worker import resume
 
     other = load(trained_run, ["train.epochs=8"])
-    with pytest.raises(ValueError, match=r"train\.epochs \(4 before, 8 now\)"):
+    with pytest.raises(ValueError, match=r"train\.epochs \(4 before, 8 now\); set these fields back"):
         resume(None, other, other.run_folder, frozen={})
 
 
