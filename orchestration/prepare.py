@@ -16,7 +16,7 @@ from dsvl.data.images import ImageProcessor
 from dsvl.data.readers import read
 from dsvl.data.store import SCHEMA_VERSION, sha256, verify
 from dsvl.data.types import Conversation, Reason, Rejected
-from dsvl.data.writer import Writer, write_quarantine
+from dsvl.data.writer import Writer, claim, write_quarantine
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.survey import Survey, survey
@@ -54,38 +54,17 @@ def prepare(experiment: Experiment, *, progress: Progress = log.info) -> dict[st
     began = time.monotonic()
     processor, identity = _processor(experiment), _identity(experiment)
     folder = prepared_folder(experiment, identity)
-    if (folder / "manifest.json").is_file():
-        faults = verify(folder)
-        if not faults:
-            progress(f"data: {folder} is prepared already")
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            return _summary(folder, manifest, began, reused=True)
-        log.warning("data: preparing again, as %s", "; ".join(faults))
-    records, unreadable = _records(experiment)
-    if unreadable:
-        raise ValueError("\n".join(unreadable))
-    writer = Writer(
-        folder,
-        processor=processor,
-        image_tokens=experiment.model.vision.tokens,
-        pad_id=pad_id(load_tokenizer(experiment.model.language.checkpoint)),
-    )
-    with writer, connect(experiment):
-        found = survey(experiment, records, processor=processor, writer=writer, progress=progress)
-        errors = _errors(experiment, found)
-        if errors:
-            left = folder.with_name(f"{folder.name}.quarantine.jsonl")
-            write_quarantine(left, found.quarantine)
-            raise ValueError("\n".join([*errors, f"every dropped record is listed in {left}"]))
-        manifest = writer.finish(
-            found.samples, quarantine=found.quarantine, raw=found.raw, identity=identity
-        )
-    splits = manifest["splits"]
-    progress(
-        f"data: {splits['train']} training and {splits['eval']} held-out samples in {folder}; "
-        f"{len(found.quarantine)} of {found.raw.total()} records quarantined"
-    )
-    return _summary(folder, manifest, began, reused=False)
+    if verify(folder):
+        with claim(folder):
+            faults = verify(folder)  # none if another process has prepared it meanwhile
+            if faults:
+                if folder.exists():
+                    log.warning("data: preparing again, as %s", "; ".join(faults))
+                manifest = _make(experiment, folder, processor, identity, progress=progress)
+                return _summary(folder, manifest, began, reused=False)
+    progress(f"data: {folder} is prepared already")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return _summary(folder, manifest, began, reused=True)
 
 
 def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str, Any]:
@@ -132,6 +111,42 @@ def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str,
             for (source, reason), those in sorted(dropped.items(), key=lambda item: -len(item[1]))
         ],
     }
+
+
+def _make(
+    experiment: Experiment,
+    folder: Path,
+    processor: ImageProcessor,
+    identity: dict[str, Any],
+    *,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Prepare the data in `folder` and return the manifest."""
+    records, unreadable = _records(experiment)
+    if unreadable:
+        raise ValueError("\n".join(unreadable))
+    writer = Writer(
+        folder,
+        processor=processor,
+        image_tokens=experiment.model.vision.tokens,
+        pad_id=pad_id(load_tokenizer(experiment.model.language.checkpoint)),
+    )
+    with writer, connect(experiment):
+        found = survey(experiment, records, processor=processor, writer=writer, progress=progress)
+        errors = _errors(experiment, found)
+        if errors:
+            left = folder.with_name(f"{folder.name}.quarantine.jsonl")
+            write_quarantine(left, found.quarantine)
+            raise ValueError("\n".join([*errors, f"every dropped record is listed in {left}"]))
+        manifest = writer.finish(
+            found.samples, quarantine=found.quarantine, raw=found.raw, identity=identity
+        )
+    splits = manifest["splits"]
+    progress(
+        f"data: {splits['train']} training and {splits['eval']} held-out samples in {folder}; "
+        f"{len(found.quarantine)} of {found.raw.total()} records quarantined"
+    )
+    return manifest
 
 
 def prepared_folder(experiment: Experiment, identity: dict[str, Any]) -> Path:

@@ -1,10 +1,13 @@
 """Writing a prepared set (`store` says what it is): streamed to disk, then published at once."""
 
+import fcntl
 import json
+import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,25 @@ from dsvl.data.types import IGNORED, Conversation, Example, Rejected
 
 SHARD_BYTES = 256 << 20
 GROUP_BYTES = 8 << 20
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Be the only one that prepares `folder`, until the block or the process ends.
+
+    Waits for another that does, and removes what killed ones have left.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("data: another process prepares %s; waiting for its end", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for left in folder.parent.glob(f".{folder.name}-*"):
+            shutil.rmtree(left)
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +58,8 @@ class Sample:
 class Writer:
     """Writes a prepared set beside `folder` and gives it that name when it is complete.
 
-    A context manager: what was written is removed unless `finish` was reached.
+    A context manager: what was written is removed unless `finish` was reached. One of several that
+    may write the same set needs a `claim` on it, as the last to finish replaces what there is.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -132,6 +133,17 @@ def test_prepared_data_is_used_again_and_repaired_if_damaged(experiment):
 
 
 @pytest.mark.usefixtures("cluster", "with_copies")
+def test_of_two_that_prepare_at_once_the_second_uses_what_the_first_has_made(experiment):
+    both = experiment(BOTH)
+    with ThreadPoolExecutor() as pool:
+        results = [made.result() for made in [pool.submit(prepare, both) for _ in range(2)]]
+    assert sorted(result["reused"] for result in results) == [False, True]
+    folder = Path(results[0]["folder"])
+    assert verify(folder) == []
+    assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
 def test_the_folder_follows_what_decides_a_sample_and_nothing_else(
     experiment, tokenizer_folder, llava_set, tmp_path
 ):
@@ -167,7 +179,7 @@ def test_too_many_drops_fail_with_the_top_reasons_and_leave_the_quarantine(exper
     message = str(caught.value)
     assert "data.sets.broken" in message
     assert "12 forbidden_path (broken.json:6 (traversal)" in message
-    (left,) = (tmp_path / "runs/prepared").iterdir()
+    (left,) = (tmp_path / "runs/prepared").glob("*.jsonl")
     assert str(left) in message
     assert len(left.read_text().splitlines()) == 39
 

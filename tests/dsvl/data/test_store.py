@@ -1,6 +1,8 @@
 """The prepared format."""
 
 import json
+import multiprocessing
+import threading
 import time
 
 import numpy as np
@@ -11,7 +13,7 @@ from dsvl.data.images import ImageProcessor, load
 from dsvl.data.readers import llava_json
 from dsvl.data.store import open_store, verify
 from dsvl.data.types import Rejected
-from dsvl.data.writer import Sample, Writer, conservation
+from dsvl.data.writer import Sample, Writer, claim, conservation
 
 PROCESSOR = ImageProcessor(8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 BAD = Rejected("set", "bad.json:0", "bad_roles", "message 0 is from 'robot'")
@@ -136,6 +138,44 @@ def test_nothing_is_left_of_an_interrupted_write(made, tmp_path):
     with pytest.raises(KeyError):
         made.write(tmp_path / "out/set", samples=[*made.samples, missing(made.samples[0])])
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def write_half(made, folder, written, go_on):
+    with claim(folder), Writer(folder, processor=PROCESSOR, image_tokens=4, pad_id=2) as writer:
+        writer.image(next(iter(made.images.values())), source_id="set/image")
+        written.set()
+        go_on.wait()
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_one_is_waited_for(made, tmp_path):
+    context, folder = multiprocessing.get_context("fork"), tmp_path / "out/set"
+
+    def start():
+        written, go_on = context.Event(), context.Event()
+        arguments = (made, folder, written, go_on)
+        process = context.Process(target=write_half, args=arguments, daemon=True)
+        process.start()
+        assert written.wait(30)
+        return process, go_on
+
+    def halves():
+        return list(folder.parent.glob(".set-*"))
+
+    killed, _ = start()
+    killed.kill()
+    killed.join()
+    assert len(halves()) == 1
+    with claim(folder):
+        assert halves() == []
+
+    living, go_on = start()
+    (half,) = halves()
+    threading.Timer(0.5, lambda: half.exists() and go_on.set()).start()
+    with claim(folder):  # else the other would wait for ever
+        assert go_on.is_set(), "it came in beside one that is alive"
+        assert halves() == []
+    living.join()
+    assert living.exitcode == 0
 
 
 def missing(sample):
