@@ -114,11 +114,7 @@ def survey(
     keys: dict[tuple[str, str], str] = {}
     faults: dict[tuple[str, str], Fault] = {}
     outcomes = _outcomes(experiment, _tasks(experiment, records), processor)
-    said = time.monotonic()
-    for number, record in enumerate(records):
-        if time.monotonic() - said > SAY_EVERY:
-            said = time.monotonic()
-            progress(f"data: {number} of {len(records)} records checked")
+    for record in _told(records, seen, progress):
         seen.raw[record.source] += 1
         if isinstance(record, Rejected):
             seen.quarantine.append(record)
@@ -143,6 +139,28 @@ def survey(
             linked.append((record, Links(record.source, record.meta["key"], images)))
     _split(experiment, linked, seen)
     return seen
+
+
+def _told(
+    records: Sequence[Conversation | Rejected], seen: Survey, progress: Callable[[str], None]
+) -> Iterator[Conversation | Rejected]:
+    """The records one by one; says how far they are now and then, and when all have been taken."""
+    began = said = time.monotonic()
+    for number, record in enumerate(records):
+        now = time.monotonic()
+        if number == 1:  # the first waits for the actors to start, which tells nothing of the rest
+            began = said = now
+        if number > 1 and now - said > SAY_EVERY:
+            said = now
+            minutes = (now - began) / (number - 1) * (len(records) - number) / 60
+            progress(f"{_checked(number, records, seen)}, about {minutes:.0f} minutes to go")
+        yield record
+    progress(_checked(len(records), records, seen))
+
+
+def _checked(number: int, records: Sequence[object], seen: Survey) -> str:
+    bad = len(seen.quarantine)
+    return f"data: {number:,} of {len(records):,} records checked, {bad:,} quarantined"
 
 
 def _split(

@@ -214,6 +214,21 @@ def test_check_finds_every_problem_and_stores_nothing(experiment, llava_set, tmp
     assert check(experiment(BOTH, max_dropped=0.1))["ok"] is False
 
 
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_progress_is_told_now_and_then_and_in_the_end_of_all_records(experiment, monkeypatch):
+    said: list[str] = []
+    check(experiment(BOTH), progress=said.append)
+    assert said == ["data: 87 of 87 records checked, 39 quarantined"]
+    monkeypatch.setattr("orchestration.survey.SAY_EVERY", 0.0)
+    said.clear()
+    check(experiment(BOTH), progress=said.append)
+    counts = [int(line.split()[1]) for line in said]
+    assert counts == sorted(counts)
+    assert len(counts) > 80
+    assert all(line.endswith("about 0 minutes to go") for line in said[:-1])
+    assert said[-1] == "data: 87 of 87 records checked, 39 quarantined"
+
+
 def test_every_reason_has_a_remedy():
     from typing import get_args
 
