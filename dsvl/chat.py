@@ -36,7 +36,7 @@ class Chat:
         """Begin an empty conversation of at most `max_tokens` positions, answers included."""
         self.model, self.device = model, device
         self.encoder = Encoder(
-            tokenizer, image_tokens=model.config.vision.tokens, max_tokens=max_tokens
+            tokenizer, image_tokens=model.config.image_tokens, max_tokens=max_tokens
         )
         self.max_new_tokens = max_new_tokens
         self.clear()

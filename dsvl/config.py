@@ -5,6 +5,7 @@ field, the value, the rule and the remedy.
 """
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import Literal
 
 
@@ -41,33 +42,64 @@ class LanguageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A frozen image tower of the CLIP family, and its shape under the names of its `config.json`."""
+    """A frozen image tower, and its shape under the names of its `config.json`."""
 
     checkpoint: str
     """A folder in Hugging Face layout, or a name on the hub."""
+    kind: Literal["clip", "siglip", "qwen"] = "clip"
+    """The architecture. `python -m jobs.extract_qwen_vision` makes a checkpoint of kind qwen."""
     image_size: int
     patch_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     class_token: bool = False
-    """Pass the class token on, before the patches."""
+    """Pass the class token on, before the patches; only clip has one."""
+    queries: int = 0
+    """Feature vectors that qwen resamples its patches to (256 in Qwen-VL); 0 for the others."""
+    output_size: int = 0
+    """Their width (4096 in Qwen-VL); 0 for the others, whose vectors have `hidden_size`."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "hidden_size", "intermediate_size",
                      "num_hidden_layers"):  # fmt: skip
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        # SigLIP's so400m cuts 384 pixels into patches of 14 and leaves the last six out.
         require(
-            self.image_size % self.patch_size == 0,
+            self.image_size % self.patch_size == 0 or self.kind == "siglip",
             "patch_size",
             self.patch_size,
             f"must divide image_size={self.image_size}",
         )
+        require(
+            self.kind == "clip" or not self.class_token,
+            "class_token",
+            self.class_token,
+            f"must be false: kind={self.kind} has none",
+        )
+        resampled = self.kind == "qwen"
+        require(
+            (self.queries > 0) == resampled and self.queries == isqrt(abs(self.queries)) ** 2,
+            "queries",
+            self.queries,
+            "must be a square for kind=qwen (256 in Qwen-VL), and 0 for the others",
+        )
+        require(
+            (self.output_size > 0) == resampled and self.output_size % 128 == 0,
+            "output_size",
+            self.output_size,
+            "must be a multiple of 128 for kind=qwen (4096 in Qwen-VL), and 0 for the others",
+        )
 
     @property
     def tokens(self) -> int:
-        """Feature vectors an image."""
-        return (self.image_size // self.patch_size) ** 2 + int(self.class_token)
+        """Feature vectors that the tower makes of an image."""
+        return self.queries or (self.image_size // self.patch_size) ** 2 + int(self.class_token)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a feature vector."""
+        return self.output_size or self.hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +113,12 @@ class ModelConfig:
     vision: VisionConfig
     attention: Literal["causal", "causal_cross", "mmca"] = "mmca"
     """Multi-modal causal attention, or one of its rivals (paper, section 4.1)."""
-    projection: Literal["linear"] = "linear"
-    """How vision features reach the width of the decoder."""
+    projection: Literal["linear", "mlp", "vit", "perceiver", "qformer"] = "linear"
+    """How vision features reach the width of the decoder (`dsvl/projection.py`)."""
+    projection_layers: int = 1
+    """Transformer layers of a vit, perceiver (Flamingo has 6) or qformer (BLIP-2 has 12)."""
+    projection_queries: int = 64
+    """Vectors that a perceiver or qformer makes of an image, whatever the tower gives."""
     train_embedding: bool = True
     """Train the decoder's input embedding beside the projection, as the paper does."""
 
@@ -93,6 +129,14 @@ class ModelConfig:
             self.size,
             f"must be one of {', '.join(self.languages)}",
         )
+        for name in ("projection_layers", "projection_queries"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions that an image takes in the decoder."""
+        resampled = self.projection in ("perceiver", "qformer")
+        return self.projection_queries if resampled else self.vision.tokens
 
     @property
     def language(self) -> LanguageConfig:

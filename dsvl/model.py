@@ -35,7 +35,10 @@ class VisualChat(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projection = PROJECTIONS[config.projection](
-                config.vision.hidden_size, config.language.hidden_size
+                config.vision.width,
+                config.language.hidden_size,
+                layers=config.projection_layers,
+                queries=config.projection_queries,
             ).to(dtype)
         self.language.requires_grad_(False)
         self.embedding.weight.requires_grad_(config.train_embedding)
@@ -67,7 +70,7 @@ class VisualChat(nn.Module):
         Raises:
             ValueError: if images and image positions differ in number.
         """
-        tokens = self.config.vision.tokens
+        tokens = self.config.image_tokens
         if len(pixels) * tokens != len(image_positions):
             raise ValueError(
                 f"{len(pixels)} images of {tokens} tokens each, but {len(image_positions)} image positions"

@@ -1,29 +1,65 @@
 """The frozen image tower: pixels in, feature vectors out."""
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, SiglipVisionModel
 
 from dsvl.config import VisionConfig, require
+from dsvl.qwen_vision import QwenVisionModel
 
 
 class VisionTower(nn.Module):
-    """A CLIP vision model whose last hidden states are the features of an image."""
+    """A vision model whose last hidden states are the features of an image."""
 
     def __init__(self, config: VisionConfig, *, dtype: torch.dtype) -> None:
-        """Load the frozen weights; raises ValueError where checkpoint and configuration disagree."""
+        """Load the frozen weights.
+
+        Raises:
+            ValueError: where checkpoint and configuration disagree, or the checkpoint lacks a weight.
+        """
         super().__init__()
         self.config = config
-        self.encoder = CLIPVisionModel.from_pretrained(
-            config.checkpoint, dtype=dtype
-        ).requires_grad_(False)
+        # SigLIP's pooled vector is not used: its weights are left where they are.
+        unused: dict[str, Any] = {"vision_use_head": False} if config.kind == "siglip" else {}
+        self.encoder, found = TOWERS[config.kind].from_pretrained(
+            config.checkpoint,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, as missing ones are
+            **unused,
+        )
+        misfits = found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}
+        require(
+            not misfits,
+            "model.vision.checkpoint",
+            config.checkpoint,
+            f"has no {' and no '.join(sorted(misfits)[:2])} ({len(misfits)} in all) as a tower of kind="
+            f"{config.kind} has; set model.vision.kind to the checkpoint's",
+        )
         check_shape(config, self.encoder.config, section="model.vision")
+        self.encoder.requires_grad_(False)
 
-    @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(I, 3, P, P) normalised pixels -> (I, tokens, hidden_size)."""
-        hidden = self.encoder(pixels.to(self.encoder.dtype)).last_hidden_state
-        return hidden if self.config.class_token else hidden[:, 1:]
+        """(I, 3, P, P) normalised pixels -> (I, tokens, width).
+
+        Without gradients, unless something within the tower is trained.
+
+        Raises:
+            ValueError: if P is not the size of the tower.
+        """
+        size = (self.config.image_size,) * 2
+        if pixels.shape[-2:] != size:
+            raise ValueError(
+                f"images of {tuple(pixels.shape[-2:])} pixels, but model.vision.image_size asks for "
+                f"{size}; prepare the data with this tower"
+            )
+        trained = any(weight.requires_grad for weight in self.encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            hidden = self.encoder(pixels.to(self.encoder.dtype)).last_hidden_state
+        dropped = int(self.config.kind == "clip" and not self.config.class_token)
+        return hidden[:, dropped:]
 
 
 def check_shape(stated: object, found: object, *, section: str) -> None:
@@ -37,3 +73,10 @@ def check_shape(stated: object, found: object, *, section: str) -> None:
                 value,
                 f"the checkpoint {vars(stated)['checkpoint']!r} has {actual}; set it to that",
             )
+
+
+TOWERS: dict[str, Any] = {
+    "clip": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "qwen": QwenVisionModel,
+}

@@ -7,8 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from dsvl.config import LanguageConfig, VisionConfig
 from orchestration.config import Experiment, legal_workers
+from orchestration.parameters import Part, parameters
 
 GIB = 1024**3
 STATE_BYTES = 12
@@ -17,14 +17,6 @@ STATE_BYTES = 12
 
 class PlanError(ValueError):
     """The experiment cannot be carried out on the machines it asks for."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Parameters of a part of the model."""
-
-    total: int
-    trainable: int
 
 
 @dataclass(frozen=True)
@@ -126,41 +118,6 @@ def plan(experiment: Experiment) -> Plan:
     )
 
 
-def language_parameters(language: LanguageConfig) -> dict[str, int]:
-    """Parameters of a LLaMA decoder with an untied head, by part."""
-    hidden = language.hidden_size
-    grouped = hidden // language.num_attention_heads * language.num_key_value_heads
-    attention = 2 * hidden * hidden + 2 * hidden * grouped  # query, output; key, value
-    layer = attention + 3 * hidden * language.intermediate_size + 2 * hidden
-    return {
-        "embedding": language.vocab_size * hidden,
-        "layers": language.num_hidden_layers * layer,
-        "norm": hidden,
-        "head": language.vocab_size * hidden,
-    }
-
-
-def vision_parameters(vision: VisionConfig) -> int:
-    """Parameters of a CLIP image tower, without the projection into CLIP's shared space."""
-    hidden, wide = vision.hidden_size, vision.intermediate_size
-    positions = (vision.image_size // vision.patch_size) ** 2 + 1  # the class token has one too
-    embedding = hidden + 3 * vision.patch_size**2 * hidden + positions * hidden
-    attention = 4 * (hidden * hidden + hidden)
-    layer = attention + 2 * hidden * wide + wide + hidden + 4 * hidden
-    return embedding + vision.num_hidden_layers * layer + 4 * hidden
-
-
-def parameters(experiment: Experiment) -> dict[str, Part]:
-    """Parameters of the model, total and trainable, by part."""
-    model = experiment.model
-    projection = (model.vision.hidden_size + 1) * model.language.hidden_size
-    frozen = {"vision": vision_parameters(model.vision)} | language_parameters(model.language)
-    parts = {name: Part(total, 0) for name, total in frozen.items()}
-    if model.train_embedding:
-        parts["embedding"] = Part(frozen["embedding"], frozen["embedding"])
-    return {"projection": Part(projection, projection)} | parts
-
-
 def memory(experiment: Experiment) -> dict[str, int]:
     """Bytes that a worker needs, by component.
 
@@ -170,7 +127,7 @@ def memory(experiment: Experiment) -> dict[str, int]:
     """
     language, engine = experiment.model.language, experiment.engine
     width = 4 if experiment.train.precision == "fp32" else 2
-    counts = parameters(experiment).values()
+    counts = parameters(experiment.model).values()
     trainable = sum(part.trainable for part in counts)
     frozen = sum(part.total for part in counts) - trainable
     tokens = engine.micro_batch * experiment.data.max_tokens
@@ -199,7 +156,7 @@ def prepared_folder(experiment: Experiment) -> Path | None:
     # The tokenizer and the content of the annotations count too, but reading them takes seconds.
     seen = {
         "data": settings,
-        "image_tokens": experiment.model.vision.tokens,
+        "image_tokens": experiment.model.image_tokens,
         "seed": experiment.train.seed,
     }
     manifests = Path(experiment.storage.path, "prepared").glob("*/manifest.json")
@@ -210,7 +167,7 @@ def prepared_folder(experiment: Experiment) -> Path | None:
 
 
 def _size_plan(experiment: Experiment, purpose: Literal["run", "trial"]) -> SizePlan:
-    parts = parameters(experiment)
+    parts = parameters(experiment.model)
     workers, micro_batch = experiment.cluster.workers, experiment.engine.micro_batch
     size = SizePlan(
         size=experiment.model.size,

@@ -128,7 +128,7 @@ def _make(
     writer = Writer(
         folder,
         processor=processor,
-        image_tokens=experiment.model.vision.tokens,
+        image_tokens=experiment.model.image_tokens,
         pad_id=pad_id(load_tokenizer(experiment.model.language.checkpoint)),
     )
     with writer, connect(experiment):
@@ -173,7 +173,7 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "special_tokens": [tokenizer.bos_token_id, tokenizer.eos_token_id, pad_id(tokenizer)],
         "processor": asdict(_processor(experiment)),
-        "image_tokens": experiment.model.vision.tokens,
+        "image_tokens": experiment.model.image_tokens,
         "seed": experiment.train.seed,
     }
 

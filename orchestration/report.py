@@ -19,7 +19,7 @@ from orchestration import sweep_report
 from orchestration.config import Experiment
 from orchestration.journal import write_whole
 from orchestration.page import cards, chat, document, duration, facts, grid, note, number, percent
-from orchestration.plan import language_parameters
+from orchestration.parameters import language_parameters
 from orchestration.plots import SHARES, Series, chart, figure, thin
 from orchestration.record import Record, Run, read_data, read_if_there, read_images
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -27,8 +28,15 @@ BLOCK = 32
 SAY_EVERY = 10.0
 """Seconds between two lines of progress."""
 
-Fault = tuple[Reason, str]
-"""Why an image cannot be used, and the details."""
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why an image cannot be used."""
+
+    reason: Reason
+    detail: str
+    stamp: list[int] | None
+    """What its file was, by `stamp`."""
 
 
 @dataclass
@@ -40,6 +48,8 @@ class Survey:
     samples: list[Sample] = field(default_factory=list)
     """What came through, in the order of the records."""
     quarantine: list[Rejected] = field(default_factory=list)
+    bad_images: list[dict[str, Any]] = field(default_factory=list)
+    """`source`, `path` and `stamp` of every image that cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,8 @@ class Preparer:
                     task.folder, path, processor=self._processor, max_pixels=self._max_pixels
                 )
             except BadImage as bad:
-                outcome.faults[path] = bad.reason, bad.detail
+                found = stamp(task.folder, path)
+                outcome.faults[path] = Fault(bad.reason, bad.detail, found)
         return outcome
 
 
@@ -119,17 +130,20 @@ def survey(
         if isinstance(record, Rejected):
             seen.quarantine.append(record)
             continue
-        folder, outcome = _image_folder(experiment, record.source), next(outcomes)
+        folder, outcome = image_folder(experiment, record.source), next(outcomes)
         assert outcome.record == record.record, f"{outcome.record} came for {record.record}"
         for path, image in outcome.images.items():
             keys[folder, path] = image.key
             if writer:
                 writer.image(image, source_id=f"{record.source}/{path}")
-        faults |= {(folder, path): fault for path, fault in outcome.faults.items()}
+        for path, fault in outcome.faults.items():
+            faults[folder, path] = fault
+            about = {"source": record.source, "path": path, "stamp": fault.stamp}
+            seen.bad_images.append(about)
         places = [(folder, image.path) for image in record.images]
         bad = next((faults[place] for place in places if place in faults), None)
         if bad:
-            seen.quarantine.append(Rejected(record.source, record.record, *bad))
+            seen.quarantine.append(Rejected(record.source, record.record, bad.reason, bad.detail))
         elif isinstance(outcome.example, Rejected):
             seen.quarantine.append(outcome.example)
         else:
@@ -185,7 +199,7 @@ def _tasks(experiment: Experiment, records: Sequence[Conversation | Rejected]) -
     tasks = []
     for record in records:
         if isinstance(record, Conversation):
-            folder = _image_folder(experiment, record.source)
+            folder = image_folder(experiment, record.source)
             paths = dict.fromkeys(image.path for image in record.images)
             new = tuple(path for path in paths if (folder, path) not in taken)
             taken.update((folder, path) for path in new)
@@ -193,8 +207,17 @@ def _tasks(experiment: Experiment, records: Sequence[Conversation | Rejected]) -
     return tasks
 
 
-def _image_folder(experiment: Experiment, source: str) -> str:
-    # Absolute, as actors have working directories of their own.
+def stamp(folder: str, path: str) -> list[int] | None:
+    """Size and time of the last change (ns) of a file, None where there is none."""
+    try:
+        found = Path(folder, path).stat()
+    except (OSError, ValueError):  # ValueError: a path that no file can have
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def image_folder(experiment: Experiment, source: str) -> str:
+    """Where the images of a set are: absolute, as actors have working directories of their own."""
     return str(Path(experiment.storage.data, experiment.data.sets[source].images).absolute())
 
 
@@ -223,7 +246,7 @@ def _outcomes(
             fn_constructor_kwargs={
                 "checkpoint": str(checkpoint.absolute() if checkpoint.is_dir() else checkpoint),
                 "processor": processor,
-                "image_tokens": experiment.model.vision.tokens,
+                "image_tokens": experiment.model.image_tokens,
                 "max_tokens": experiment.data.max_tokens,
                 "max_pixels": experiment.data.max_image_pixels,
             },

@@ -32,7 +32,6 @@ NEVER: list[tuple[str, set[str]]] = [
     ("dsvl/data/*", {"deepspeed"} | MODEL),
     ("dsvl/data/readers/*", {"torch", "PIL", "transformers"}),
     ("orchestration/*", {"jobs"}),
-    ("jobs/*", {"dsvl", "torch"}),
 ]
 """Pattern of files -> what none of them imports, at the top or within a function."""
 
@@ -45,9 +44,10 @@ ONLY: list[tuple[str, set[str]]] = [
             f"orchestration/{name}.py",
             {"pydantic", "pydantic_core", "yaml", "dsvl.config", "orchestration"},
         )
-        for name in ("problems", "config", "compose", "plan")
+        for name in ("problems", "config", "compose", "parameters", "plan")
     ),
     ("orchestration/cli.py", {"orchestration"}),
+    ("jobs/*", {"orchestration", "dsvl.qwen_vision"}),
 ]
 """Pattern of files -> all that they import beside the standard library."""
 

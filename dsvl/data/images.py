@@ -47,19 +47,21 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """How the CLIP family prepares an image: shortest edge to `size`, centre crop, normalise."""
+    """How a tower's image is prepared: resized to a square, then normalised."""
 
     size: int
     """Pixels of each edge afterwards, P."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    crop: bool = True
+    """Keep its proportions and crop its centre, as CLIP does; else squeeze all of it into the square."""
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path) -> "ImageProcessor":
         """Read `preprocessor_config.json`.
 
-        Raises ValueError where it asks for anything but a bicubic resize of the shortest edge
-        to the size of the crop; FileNotFoundError where there is none.
+        Raises ValueError where it asks for anything but a bicubic resize, of the shortest edge to
+        the size of the crop or of the whole image to a square; FileNotFoundError where there is none.
         """
         path = Path(folder) / "preprocessor_config.json"
         if not Path(folder).is_dir() and str(folder).count("/") == 1:  # a name on the hub
@@ -71,19 +73,29 @@ class ImageProcessor:
             raise FileNotFoundError(f"{path}: no such file; name a folder that holds a checkpoint")
         settings = json.loads(path.read_text(encoding="utf-8"))
         size, crop = settings.get("size"), settings.get("crop_size")
-        edge = size.get("shortest_edge") if isinstance(size, dict) else size
+        if isinstance(size, int):
+            size = {"shortest_edge": size}
         if isinstance(crop, int):
             crop = {"height": crop, "width": crop}
+        if not settings.get("do_center_crop", crop):
+            crop = None
+        edge = next(iter(size.values())) if isinstance(size, dict) and size else None
         square = {"height": edge, "width": edge}
-        if not isinstance(edge, int) or crop != square or settings.get("resample", 3) != 3:
+        known = (size, crop) in (({"shortest_edge": edge}, square), (square, None))
+        if not isinstance(edge, int) or not known or settings.get("resample", 3) != 3:
             raise ValueError(
-                f"{path}: size={size}, crop_size={crop}, resample={settings.get('resample')}: must "
-                "resize the shortest edge with resample=3 (bicubic) to a square crop of that size"
+                f"{path}: size={size}, crop_size={crop}, resample={settings.get('resample')}: must, "
+                "with resample=3 (bicubic), resize the shortest edge to a square crop of that size, "
+                "or the whole image to a square"
             )
-        return cls(edge, tuple(settings["image_mean"]), tuple(settings["image_std"]))
+        mean, std = tuple(settings["image_mean"]), tuple(settings["image_std"])
+        return cls(edge, mean, std, crop=crop is not None)
 
     def fit(self, image: Image.Image) -> np.ndarray:
-        """(3, P, P) uint8 of an RGB image: its centre, the shortest edge resized to P."""
+        """(3, P, P) uint8 of an RGB image: its centre, the shortest edge resized to P, or all of it."""
+        if not self.crop:
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+            return np.asarray(image).transpose(2, 0, 1)
         short = min(image.size)
         # The pixel cap allows strips of 1 x 50,000,000, which a resize of the shortest edge would
         # blow up to P times P * 50,000,000: only their middle is resized.

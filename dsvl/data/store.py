@@ -5,6 +5,7 @@ images/*.parquet    every image that decoded, once: its bytes and where it was f
 encoded/*.npy       token ids, labels, kinds and images of all samples laid end to end, with
                     offsets; the indices of each split; pixels resized to what the tower takes
 quarantine.jsonl    raw records that did not come through
+bad_images.jsonl    image files that could not be used: size and time of change, to notice a repair
 manifest.json       identity, conservation of every set, realised mix, sha256 of every file
 """
 
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from dsvl.data.images import ImageProcessor
 from dsvl.data.types import Example, Part, Turn
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "eval")
 RAGGED = ("ids", "images", "names")
 """What `offsets` counts: its row n is where sample n starts in each of them."""
@@ -102,7 +103,10 @@ class Prepared:
         self.folder, self.manifest = folder, manifest
         processor = manifest["processor"]
         self.processor = ImageProcessor(
-            processor["size"], mean=tuple(processor["mean"]), std=tuple(processor["std"])
+            processor["size"],
+            mean=tuple(processor["mean"]),
+            std=tuple(processor["std"]),
+            crop=processor["crop"],
         )
         self.image_tokens: int = manifest["image_tokens"]
         """Positions an image."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from dsvl.data.images import BadImage, ImageProcessor, load, pixels
 from tests.conftest import raw_records
@@ -56,6 +57,24 @@ def test_pixels_are_those_of_the_clip_processor_of_transformers(tmp_path, size, 
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (640, 480), (3, 40)])
+def test_pixels_are_those_of_the_siglip_processor_of_transformers(tmp_path, shape):
+    theirs = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    theirs.save_pretrained(tmp_path)
+    ours = ImageProcessor.from_checkpoint(tmp_path)
+    image = noise(*shape)
+    expected = theirs(image, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(pixels(encoded(image), ours), expected)
+
+
+def test_a_squeezed_image_keeps_its_edges():
+    image = Image.new("RGB", (40, 8))
+    image.paste((255, 0, 0), (0, 0, 8, 8))  # outside the central square
+    squeezing = ImageProcessor(8, PROCESSOR.mean, PROCESSOR.std, crop=False)
+    assert squeezing.fit(image)[0].any()
+    assert not PROCESSOR.fit(image)[0].any()
+
+
 def test_a_strip_within_the_pixel_cap_is_fitted_without_blowing_it_up(monkeypatch):
     sizes, resize = [], Image.Image.resize
 
@@ -74,6 +93,8 @@ def test_a_strip_within_the_pixel_cap_is_fitted_without_blowing_it_up(monkeypatc
         {"resample": 2},
         {"crop_size": {"height": 4, "width": 4}},
         {"size": {"height": 8, "width": 8}},
+        {"size": {"height": 8, "width": 6}, "crop_size": None},
+        {"do_center_crop": False},
         {"size": None},
     ],
 )
@@ -81,7 +102,7 @@ def test_a_processor_of_another_kind_is_refused(tmp_path, change):
     clip(8).save_pretrained(tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match="shortest edge with resample=3"):
+    with pytest.raises(ValueError, match=r"with resample=3 \(bicubic\), resize the shortest edge"):
         ImageProcessor.from_checkpoint(tmp_path)
 
 

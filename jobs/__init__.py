@@ -1,0 +1,1 @@
+"""Entry points that are run by themselves, and the manifests that carry work to a cluster."""

@@ -1,0 +1,77 @@
+"""The parameters of a model, counted from its settings alone: no torch, no weights."""
+
+from dataclasses import dataclass
+
+from dsvl.config import LanguageConfig, ModelConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of a part of the model."""
+
+    total: int
+    trainable: int
+
+
+def parameters(model: ModelConfig) -> dict[str, Part]:
+    """Parameters of the model, total and trainable, by part."""
+    projection = projection_parameters(model)
+    frozen = {"vision": vision_parameters(model.vision)} | language_parameters(model.language)
+    parts = {name: Part(total, 0) for name, total in frozen.items()}
+    if model.train_embedding:
+        parts["embedding"] = Part(frozen["embedding"], frozen["embedding"])
+    return {"projection": Part(projection, projection)} | parts
+
+
+def language_parameters(language: LanguageConfig) -> dict[str, int]:
+    """Parameters of a LLaMA decoder with an untied head, by part."""
+    hidden = language.hidden_size
+    grouped = hidden // language.num_attention_heads * language.num_key_value_heads
+    attention = 2 * hidden * hidden + 2 * hidden * grouped  # query, output; key, value
+    layer = attention + 3 * hidden * language.intermediate_size + 2 * hidden
+    return {
+        "embedding": language.vocab_size * hidden,
+        "layers": language.num_hidden_layers * layer,
+        "norm": hidden,
+        "head": language.vocab_size * hidden,
+    }
+
+
+def vision_parameters(vision: VisionConfig) -> int:
+    """Parameters of an image tower, without what pools its vectors to compare them with texts."""
+    hidden, output = vision.hidden_size, vision.output_size
+    patches = (vision.image_size // vision.patch_size) ** 2
+    layers = vision.num_hidden_layers * _layer(hidden, vision.intermediate_size)
+    rest = {
+        "clip": hidden + (patches + 1) * hidden + 4 * hidden,  # class, positions, two norms
+        "siglip": hidden + patches * hidden + 2 * hidden,  # bias of the patches, positions, norm
+        "qwen": 256 * hidden + 2 * hidden  # positions, norm; the resampler with three norms; a map
+        + (2 * vision.queries + hidden + 6) * output + _attention(output) + output * output,
+    }  # fmt: skip
+    return 3 * vision.patch_size**2 * hidden + layers + rest[vision.kind]
+
+
+def projection_parameters(model: ModelConfig) -> int:
+    """Parameters of the projection."""
+    width, output = model.vision.width, model.language.hidden_size
+    layers, queries = model.projection_layers, model.projection_queries * width
+    looking = (layers + 1) // 2  # layers of a Q-Former that look at the image: every other one
+    inner = {
+        "linear": 0,
+        "mlp": output * output + output,
+        "vit": layers * _layer(width, 4 * width),
+        "perceiver": queries + layers * (12 * width * width + 6 * width) + 2 * width,
+        "qformer": queries + layers * _layer(width, 4 * width)
+        + looking * (_attention(width) + 2 * width) + 2 * width,
+    }  # fmt: skip
+    return inner[model.projection] + width * output + output
+
+
+def _layer(hidden: int, wide: int) -> int:
+    """A transformer layer with biases: attention, two linear layers, two norms."""
+    return _attention(hidden) + 2 * hidden * wide + wide + hidden + 4 * hidden
+
+
+def _attention(hidden: int) -> int:
+    """Query, key, value and output."""
+    return 4 * (hidden * hidden + hidden)
