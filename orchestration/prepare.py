@@ -19,7 +19,7 @@ from dsvl.data.types import Conversation, Reason, Rejected
 from dsvl.data.writer import Writer, claim, write_quarantine
 from orchestration.cluster import connect
 from orchestration.config import Experiment
-from orchestration.survey import Survey, survey
+from orchestration.survey import Survey, image_folder, stamp, survey
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +54,15 @@ def prepare(experiment: Experiment, *, progress: Progress = log.info) -> dict[st
     began = time.monotonic()
     processor, identity = _processor(experiment), _identity(experiment)
     folder = prepared_folder(experiment, identity)
-    if verify(folder):
+    if _faults(experiment, folder):
         with claim(folder):
-            faults = verify(folder)  # none if another process has prepared it meanwhile
+            faults = _faults(experiment, folder)  # none if another process has mended it meanwhile
             if faults:
                 if folder.exists():
                     log.warning("data: preparing again, as %s", "; ".join(faults))
                 manifest = _make(experiment, folder, processor, identity, progress=progress)
                 return _summary(folder, manifest, began, reused=False)
-    progress(f"data: {folder} is prepared already")
+    progress(f"data: {folder} is prepared already; remove it to have images read anew")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     return _summary(folder, manifest, began, reused=True)
 
@@ -113,6 +113,21 @@ def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str,
     }
 
 
+def _faults(experiment: Experiment, folder: Path) -> list[str]:
+    """Why a prepared set must be made (again), a line each."""
+    faults = verify(folder)
+    if faults:
+        return faults
+    lines = (folder / "bad_images.jsonl").read_text(encoding="utf-8").splitlines()
+    changed = [
+        bad["path"]
+        for bad in map(json.loads, lines)
+        if stamp(image_folder(experiment, bad["source"]), bad["path"]) not in (None, bad["stamp"])
+    ]
+    shown = ", ".join(changed[:3]) + (", ..." if changed[3:] else "")
+    return [f"images that could not be used have changed: {shown}"] if changed else []
+
+
 def _make(
     experiment: Experiment,
     folder: Path,
@@ -139,7 +154,11 @@ def _make(
             write_quarantine(left, found.quarantine)
             raise ValueError("\n".join([*errors, f"every dropped record is listed in {left}"]))
         manifest = writer.finish(
-            found.samples, quarantine=found.quarantine, raw=found.raw, identity=identity
+            found.samples,
+            quarantine=found.quarantine,
+            bad_images=found.bad_images,
+            raw=found.raw,
+            identity=identity,
         )
     splits = manifest["splits"]
     progress(

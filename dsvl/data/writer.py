@@ -137,6 +137,7 @@ class Writer:
         samples: Iterable[Sample],
         *,
         quarantine: Sequence[Rejected],
+        bad_images: Iterable[Mapping[str, Any]],
         raw: Mapping[str, int],
         identity: Mapping[str, Any],
     ) -> dict[str, Any]:
@@ -149,6 +150,7 @@ class Writer:
             column.finish()
         self._shards.finish()
         write_quarantine(self._making / "quarantine.jsonl", quarantine)
+        _write_lines(self._making / "bad_images.jsonl", bad_images)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             **self._settings,
@@ -217,9 +219,12 @@ def conservation(
 
 def write_quarantine(path: Path, quarantine: Iterable[Rejected]) -> None:
     """One JSON line for every raw record that did not come through."""
+    _write_lines(path, map(asdict, quarantine))
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        for rejected in quarantine:
-            file.write(json.dumps(asdict(rejected)) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 class _Column:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dsvl.data.collate import collate
 from dsvl.data.encode import load_tokenizer, show
@@ -130,6 +131,20 @@ def test_prepared_data_is_used_again_and_repaired_if_damaged(experiment):
     (folder / "encoded/ids.npy").write_bytes(b"damaged")
     assert prepare(experiment(BOTH))["reused"] is False
     assert verify(folder) == []
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_a_repaired_image_is_noticed_and_its_record_used(experiment, llava_set, caplog):
+    before = prepare(experiment(BOTH))
+    (llava_set / "images/page.jpg").unlink()
+    assert prepare(experiment(BOTH))["reused"], "an image that is gone repairs nothing"
+    Image.new("RGB", (24, 16), (9, 99, 199)).save(llava_set / "images/empty.png")
+    after = prepare(experiment(BOTH))
+    assert not after["reused"]
+    assert "images that could not be used have changed: empty.png" in caplog.text
+    used = [result["sources"]["broken"]["used"] for result in (before, after)]
+    assert used[1] == used[0] + 1
+    assert prepare(experiment(BOTH))["reused"]
 
 
 @pytest.mark.usefixtures("cluster", "with_copies")

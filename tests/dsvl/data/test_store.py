@@ -44,7 +44,9 @@ class Made:
                 writer.example(example)
             samples = self.samples if samples is None else samples
             raw = {"set": len(samples) + len(quarantine)}
-            return writer.finish(samples, quarantine=quarantine, raw=raw, identity={"seed": 1})
+            return writer.finish(
+                samples, quarantine=quarantine, bad_images=(), raw=raw, identity={"seed": 1}
+            )
 
 
 @pytest.fixture
