@@ -205,12 +205,22 @@ def load_parameters(model: VisualChat, folder: Path) -> None:
 
 
 def digest(checkpoint: str) -> str:
-    """sha256 over the weights of a frozen part, by the names and bytes of its safetensors files."""
+    """sha256 over the weights of a frozen part, by the names and bytes of its safetensors files.
+
+    Raises:
+        ValueError: if there are none.
+    """
     config = cached_file(checkpoint, "config.json")
     assert config is not None, "a missing file raises"
     folder = Path(config).parent
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(
+            f"{checkpoint}: has no *.safetensors, by which a frozen part is known again; "
+            "load it with transformers and write it with save_pretrained"
+        )
     total = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in paths:
         total.update(path.name.encode())
         total.update(sha256(path).encode())
     return total.hexdigest()

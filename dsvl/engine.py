@@ -1,8 +1,8 @@
 """DeepSpeed: its configuration from ours, and one optimiser update over a global batch."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -13,6 +13,7 @@ from dsvl.config import EngineConfig, OptimConfig, TrainConfig
 from dsvl.data.types import Batch
 from dsvl.model import VisualChat
 
+T = TypeVar("T")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
@@ -53,6 +54,13 @@ def join(*, backend: str) -> None:
     # compiles one for shared memory (half a minute once, and it takes a compiler). None is needed here.
     setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+
+def from_rank_0(find: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank: a collective, for what is small and must not differ."""
+    found: list[Any] = [find() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 class Engine:

@@ -10,7 +10,7 @@ from dsvl.chat import transcript
 from dsvl.config import EvaluationConfig
 from dsvl.data.encode import load_tokenizer
 from dsvl.data.store import Prepared, open_store
-from dsvl.engine import Engine, join
+from dsvl.engine import Engine, from_rank_0, join
 from dsvl.evaluate import evaluate, majority_accuracy
 from dsvl.model import VisualChat
 from dsvl.train import Plan, steps
@@ -35,10 +35,10 @@ def work(config: dict) -> None:
     torch.manual_seed(train.seed + torch.distributed.get_rank())  # Ray leaves it to chance
     model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
     engine = Engine(model, engine=experiment.engine, train=train, optim_config=experiment.optim)
-    frozen = {
-        "language": checkpoint.digest(experiment.model.language.checkpoint),
-        "vision": checkpoint.digest(experiment.model.vision.checkpoint),
-    }
+    parts = {"language": experiment.model.language, "vision": experiment.model.vision}
+    frozen = from_rank_0(
+        lambda: {name: checkpoint.digest(part.checkpoint) for name, part in parts.items()}
+    )
     start = resume(engine, experiment, folder, frozen=frozen)
     plan = Plan(len(prepared.train), train)
     if journal:
@@ -86,10 +86,12 @@ def work(config: dict) -> None:
 def resume(engine: Engine, experiment: Experiment, folder: Path, *, frozen: dict[str, str]) -> int:
     """Load the run's newest valid checkpoint, if any; returns how many updates it holds.
 
+    Rank 0 chooses for all, as files may not have appeared on every machine yet: a collective.
+
     Raises:
         ValueError: if another experiment wrote it; the differing fields are named.
     """
-    found = checkpoint.newest(folder / "checkpoints")
+    found = from_rank_0(lambda: checkpoint.newest(folder / "checkpoints"))
     if found is None:
         return 0
     refuse_another(experiment, found.manifest, where=found.folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 from mlflow import MlflowClient
 
 from orchestration import cli, commands
@@ -163,11 +164,22 @@ def test_a_run_folder_of_another_experiment_is_refused_with_the_fields_that_diff
     assert files(run_folder(trained_run)) == before
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_checkpoint_of_another_experiment_is_refused_by_the_worker(trained_run):
     from orchestration.worker import resume
 
     other = load(trained_run, ["train.epochs=8"])
-    with pytest.raises(ValueError, match=r"train\.epochs \(4 before, 8 now\); set these fields back"):
+    with pytest.raises(
+        ValueError, match=r"train\.epochs \(4 before, 8 now\); set these fields back"
+    ):
         resume(None, other, other.run_folder, frozen={})
 
 
