@@ -1,8 +1,8 @@
 """From the feature vectors of the tower to vectors of the decoder's width.
 
-Each is made of (vision_width, language_width, layers, queries), the last two ignored by the simple ones, and
-maps (I, tokens, vision_width) to (I, tokens, language_width); a perceiver and a qformer give `queries` vectors
-an image, whatever the tower gives. Their layers have the width of the tower.
+Each is made of (vision_width, language_width, layers, queries), the last two ignored by the simple ones.
+It maps (I, tokens, vision_width) to (I, tokens, language_width); a perceiver and a qformer give `queries`
+vectors an image, whatever the tower gives. Their layers have the width of the tower.
 
 Shape suffixes: I images, F vectors of the tower, Q queries, D width of the tower, N heads, H width of a head.
 """

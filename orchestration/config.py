@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -429,7 +430,7 @@ def _search_problems(
         keys, where = path_keys(path), ("search", "space", path)
         if (unknown := unknown_field(schema, keys)) is not None:
             problems.append(Problem(where, unknown))
-        elif keys[0] == "data" or keys[:2] == ("model", "vision"):
+        elif _decides_data(keys, domain, sections.get("model")):
             text = "decides the prepared data, which all trials share; give each its own experiment"
             problems.append(Problem(where, text))
         elif keys[0] not in WHAT:
@@ -444,6 +445,14 @@ def _search_problems(
                 for problem in compose(place(base, keys, value))
             ]
     return problems
+
+
+def _decides_data(keys: tuple[str, ...], domain: Domain, model: ModelConfig | None) -> bool:
+    """Whether trials that differ in a field could differ in their prepared data."""
+    if keys == ("model", "projection") and model is not None:
+        others = (replace(model, projection=value) for value in domain.probes())
+        return any(other.image_tokens != model.image_tokens for other in others)
+    return keys[0] == "data" or keys[:2] in (("model", "vision"), ("model", "projection_queries"))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:

@@ -1,10 +1,13 @@
 """Projections: shapes, gradients, and that each is what its paper says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import gelu
 
+from dsvl.model import VisualChat
 from dsvl.projection import PROJECTIONS, heads
 
 RESAMPLED = ("perceiver", "qformer")
@@ -22,6 +25,16 @@ def test_vectors_come_out_at_the_width_of_the_decoder(kind, tokens, width):
     projection = build(kind, vision=width)
     features = torch.randn(3, tokens, width)
     assert projection(features).shape == (3, 5 if kind in RESAMPLED else tokens, 24)
+
+
+@pytest.mark.parametrize("kind", PROJECTIONS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_gives_an_image_as_many_vectors_as_it_has_positions(model_config, kind, precision):
+    config = replace(model_config, projection=kind, projection_queries=3)
+    model = VisualChat(config, precision=precision, seed=0)
+    vectors = model.projection(model.vision(torch.randn(2, 3, 8, 8)))
+    assert vectors.shape == (2, config.image_tokens, config.language.hidden_size)
+    assert config.image_tokens == (3 if kind in RESAMPLED else 4)
 
 
 @pytest.mark.parametrize("kind", PROJECTIONS)

@@ -38,6 +38,9 @@ WHAT = {
     "model.vision.intermediate_size": 32,
     "model.vision.num_hidden_layers": 2,
     "model.vision.class_token": True,
+    "model.projection": "mlp",
+    "model.projection_layers": 2,
+    "model.projection_queries": 8,
     "model.attention": "causal",
     "model.train_embedding": False,
     "data.sets.chats.annotations": ["chats.json", "more.json"],
@@ -61,7 +64,9 @@ WHAT = {
     "train.precision": "fp32",
     "train.seed": 1,
 }
-SINGLE_CHOICE = {"model.projection", "data.sets.chats.reader"}
+SINGLE_CHOICE = {"data.sets.chats.reader"}
+TOWER = {"model.vision.kind", "model.vision.queries", "model.vision.output_size"}
+"""Fields that are legal only together."""
 
 
 def lines(settings) -> list[str]:
@@ -90,7 +95,22 @@ def test_what_is_trained_makes_the_identity(settings, path):
 
 def test_every_field_of_the_identity_is_tried(settings):
     tried = {path.replace("languages.small", "language") for path in WHAT}
-    assert validated(settings).identity_fields().keys() == tried | SINGLE_CHOICE
+    assert validated(settings).identity_fields().keys() == tried | TOWER | SINGLE_CHOICE
+
+
+def test_the_kind_of_the_tower_and_what_it_resamples_to_make_the_identity(settings):
+    kinds = [
+        {"kind": "clip"},
+        {"kind": "siglip"},
+        *({"kind": "qwen", "queries": q, "output_size": o} for q in (4, 9) for o in (128, 256)),
+    ]
+    vision = settings["model"]["vision"]
+    found = [
+        validated({**settings, "model": {**settings["model"], "vision": vision | kind}}).identity()
+        for kind in kinds
+    ]
+    assert len(set(found)) == len(kinds)
+    assert found[0] == validated(settings).identity()
 
 
 def test_the_other_sizes_of_the_family_are_not_part_of_the_identity(settings):
@@ -226,6 +246,13 @@ def test_rules_across_sections_are_told_beside_other_problems(settings, search):
         ("optim.lrr", {"kind": "grid", "values": [1]}, "did you mean 'optim.lr'?"),
         ("optim", {"kind": "grid", "values": [1]}, "is a section; name one of its fields"),
         ("data.max_images", {"kind": "grid", "values": [2]}, "decides the prepared data"),
+        ("model.projection_queries", {"kind": "grid", "values": [4]}, "decides the prepared data"),
+        (
+            "model.projection",
+            {"kind": "choice", "values": ["linear", "perceiver"]},
+            "decides the prepared data",
+        ),
+        ("model.projection", {"kind": "grid", "values": ["linar"]}, "did you mean 'linear'?"),
         ("cluster.workers", {"kind": "grid", "values": [1]}, "a search varies what is trained"),
         ("optim.lr", {"kind": "choice", "values": [1, -1]}, "-1.0 must be positive"),
         ("optim.schedule", {"kind": "grid", "values": ["cosin"]}, "did you mean 'cosine'?"),
@@ -245,6 +272,20 @@ def test_a_search_refuses_what_no_trial_could_be(settings, search, path, domain,
     problems = lines({**settings, "search": search})
     assert all(problem.startswith(f"search.space.{path}") for problem in problems)
     assert any(says in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("queries", "kinds"), [(64, ["mlp", "vit"]), (4, ["linear", "perceiver", "qformer"])]
+)
+def test_projections_that_give_as_many_vectors_an_image_are_searched(
+    settings, search, queries, kinds
+):
+    settings["model"]["projection_queries"] = queries
+    search |= {"samples": 1, "space": {"model.projection": {"kind": "grid", "values": kinds}}}
+    experiment = validated({**settings, "search": search})
+    assert [experiment.trial({"model.projection": k}).model.image_tokens for k in kinds] == [
+        4 for _ in kinds
+    ]
 
 
 def test_a_search_refuses_to_draw_the_same_trials_again(settings, search):

@@ -74,9 +74,15 @@ def test_prepared_data_is_believed_before_anything_else(settings, tmp_path):
     manifest.write_text(json.dumps(content))
     assert plan(experiment).samples == 240
     assert plan(experiment).samples_from == str(manifest)
-    for change in ({"data.max_images": 3}, {"train.seed": 1}, {"model.vision.class_token": True}):
+    for change in (
+        {"data.max_images": 3},
+        {"train.seed": 1},
+        {"model.vision.class_token": True},
+        {"model.projection": "perceiver"},
+    ):
         assert plan(experiment.with_overrides(change)).samples == 900
     assert plan(experiment.with_overrides({"model.size": "large", "optim.lr": 1})).samples == 240
+    assert plan(experiment.with_overrides({"model.projection": "mlp"})).samples == 240
 
 
 def test_a_batch_larger_than_the_data_is_refused(settings):
