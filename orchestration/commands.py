@@ -10,7 +10,7 @@ from orchestration import search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.journal import sole
-from orchestration.prepare import prepare
+from orchestration.prepare import prepare, require_one_tokenizer
 from orchestration.results import begin, finished
 from orchestration.tracking import Shipper
 from orchestration.trainer import fit
@@ -42,10 +42,12 @@ def sweep(experiment: Experiment) -> dict:
     """Search the experiment's space, all trials sharing one prepared data set; returns their results.
 
     Raises:
-        ValueError: if there is no search section, or the trials' folder holds another search.
+        ValueError: if there is no search section, the trials' folder holds another search, or the
+            sizes do not share a tokenizer.
         RuntimeError: if another process sweeps there.
     """
     folder = search.trials_folder(experiment)
+    require_one_tokenizer(experiment)
     begin(experiment, folder)
     with sole(folder), connect(experiment), Shipper(experiment) as shipper:
         prepared = Path(prepare(experiment)["folder"])

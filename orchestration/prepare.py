@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dsvl.data.encode import load_tokenizer, pad_id
+from dsvl.data.encode import fingerprint, load_tokenizer, pad_id
 from dsvl.data.images import ImageProcessor
 from dsvl.data.readers import read
 from dsvl.data.store import SCHEMA_VERSION, sha256, verify
@@ -168,6 +168,23 @@ def _make(
     return manifest
 
 
+def require_one_tokenizer(experiment: Experiment) -> None:
+    """Raise ValueError where the sizes that a search tries cannot share prepared data."""
+    model, search = experiment.model, experiment.search
+    domain = search.space.get("model.size") if search else None
+    prints = {
+        size: fingerprint(load_tokenizer(model.languages[size].checkpoint))
+        for size in {model.size: None} | dict.fromkeys(domain.probes() if domain else ())
+    }
+    others = [size for size in prints if prints[size] != prints[model.size]]
+    if others:
+        raise ValueError(
+            f"search.space.model.size: {', '.join(others)} must have the tokenizer of "
+            f"model.size={model.size}, as all trials share its prepared data; "
+            "give sizes with another tokenizer an experiment of their own"
+        )
+
+
 def prepared_folder(experiment: Experiment, identity: dict[str, Any]) -> Path:
     """`prepared/NAME-DIGEST`: the names of the sets and a digest of all that decides a sample."""
     name = re.sub(r"[^\w.-]+", "_", "-".join(experiment.data.sets))[:80]
@@ -180,8 +197,6 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
     data = asdict(experiment.data)
     for settings in data["sets"].values():
         del settings["records"]  # a hint for plans
-    tokenizer = load_tokenizer(experiment.model.language.checkpoint)
-    vocabulary = tokenizer.backend_tokenizer.to_str()
     return {
         "schema_version": SCHEMA_VERSION,
         "data": data,
@@ -189,8 +204,7 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
             source: [sha256(path) for path in _annotations(experiment, source)]
             for source in experiment.data.sets
         },
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "special_tokens": [tokenizer.bos_token_id, tokenizer.eos_token_id, pad_id(tokenizer)],
+        **fingerprint(load_tokenizer(experiment.model.language.checkpoint)),
         "processor": asdict(_processor(experiment)),
         "image_tokens": experiment.model.image_tokens,
         "seed": experiment.train.seed,

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import ray.train
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from dsvl import checkpoint
 from dsvl.chat import transcript
 from dsvl.config import EvaluationConfig
-from dsvl.data.encode import load_tokenizer
+from dsvl.data.encode import fingerprint, load_tokenizer
 from dsvl.data.store import Prepared, open_store
 from dsvl.engine import Engine, from_rank_0, join
 from dsvl.evaluate import evaluate, majority_accuracy
@@ -27,6 +28,8 @@ def work(config: dict) -> None:
     """
     experiment = Experiment.model_validate(config["experiment"])
     folder, prepared = Path(config["folder"]), open_store(config["prepared"])
+    tokenizer = load_tokenizer(experiment.model.language.checkpoint)
+    require_encoded_with(tokenizer, prepared)
     torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
     join(backend="nccl" if experiment.cluster.gpus_per_worker else "gloo")
     # Before anything is read: a killed run's last process may still be writing.
@@ -72,7 +75,6 @@ def work(config: dict) -> None:
         if step.ends_epoch:
             ray.train.report(metrics | {"epoch": step.epoch + 1})
 
-    tokenizer = load_tokenizer(experiment.model.language.checkpoint)
     chats = transcript(
         model, tokenizer, prepared, count=experiment.evaluation.chats,
         max_tokens=experiment.data.max_tokens, device=engine.device,
@@ -81,6 +83,15 @@ def work(config: dict) -> None:
         write_json(folder / "chats.json", chats)
         journal.end("finished")
         write_result(experiment, folder, state="finished")
+
+
+def require_encoded_with(tokenizer: PreTrainedTokenizerFast, prepared: Prepared) -> None:
+    """Raise ValueError where the ids of prepared data are another tokenizer's."""
+    if not fingerprint(tokenizer).items() <= prepared.manifest["identity"].items():
+        raise ValueError(
+            f"{tokenizer.name_or_path}: its tokenizer must be that which encoded {prepared.folder}; "
+            "prepare the data with the model.size that is trained"
+        )
 
 
 def resume(engine: Engine, experiment: Experiment, folder: Path, *, frozen: dict[str, str]) -> int:

@@ -1,7 +1,9 @@
 """Conversation -> Example: token ids, labels and kinds of their final length."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -28,6 +30,15 @@ def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The id that fills padding and image positions: never read, as `kinds` tells them apart."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next(token for token in candidates if isinstance(token, int))
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What decides the ids of a text: tokenizers that agree in it encode alike."""
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    return {
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "special_tokens": [tokenizer.bos_token_id, tokenizer.eos_token_id, pad_id(tokenizer)],
+    }
 
 
 class Encoder:

@@ -15,6 +15,7 @@ from PIL import Image
 from dsvl.data.collate import collate
 from dsvl.data.encode import load_tokenizer, show
 from dsvl.data.store import open_store, verify
+from orchestration import commands
 from orchestration.config import validated
 from orchestration.prepare import REMEDIES, check, prepare
 from tests.conftest import COLOURS, raw_records
@@ -170,6 +171,37 @@ def test_the_folder_follows_what_decides_a_sample_and_nothing_else(
     assert prepare(experiment(hinted))["reused"]
     (llava_set / "good.json").write_text((llava_set / "good.json").read_text() + "\n")
     assert not prepare(experiment(BOTH))["reused"]
+
+
+@pytest.fixture
+def other_tokenizer(tokenizer_folder, tmp_path):
+    """A tokenizer that knows a word more."""
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "other-tokenizer")
+    return tmp_path / "other-tokenizer"
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_a_worker_refuses_data_that_another_tokenizer_encoded(
+    experiment, tokenizer_folder, other_tokenizer
+):
+    from orchestration.worker import require_encoded_with
+
+    prepared = open_store(prepare(experiment(BOTH))["folder"])
+    require_encoded_with(load_tokenizer(str(tokenizer_folder)), prepared)
+    with pytest.raises(ValueError, match=r"other-tokenizer: its tokenizer must be .*good-broken-"):
+        require_encoded_with(load_tokenizer(str(other_tokenizer)), prepared)
+
+
+def test_sizes_with_other_tokenizers_are_refused_before_ray_starts(
+    experiment, other_tokenizer, search, monkeypatch
+):
+    monkeypatch.setattr(commands, "connect", lambda _: pytest.fail("it asked for a cluster"))
+    settings = experiment(BOTH).as_dict() | {"search": search}
+    settings["model"]["languages"]["large"]["checkpoint"] = str(other_tokenizer)
+    with pytest.raises(ValueError, match=r"model\.size: large must have .* of model\.size=small"):
+        commands.sweep(validated(settings))
 
 
 @pytest.mark.usefixtures("cluster")
