@@ -48,6 +48,8 @@ def work(config: dict) -> None:
         journal.start(
             identity=experiment.identity(), params=experiment.identity_fields(), step=start
         )
+        if start == 0:
+            journal.metrics(0, {"data/quarantined": prepared.quarantined})
     majority = (
         majority_accuracy(prepared, samples=experiment.evaluation.samples)
         if engine.rank == 0

@@ -117,6 +117,12 @@ class Prepared:
         self.train = Examples(encoded, "train", self._keys)
         self.eval = Examples(encoded, "eval", self._keys)
 
+    @property
+    def quarantined(self) -> int:
+        """Raw records that did not come through."""
+        sources = self.manifest["sources"].values()
+        return sum(source["raw"] - source["used"] - source["merged"] for source in sources)
+
     def pixels(self, key: str) -> np.ndarray:
         """(3, P, P) float32 of the image with this sha256 key, as the tower takes it."""
         return self.processor.normalise(self._pixels[self._index[key]])

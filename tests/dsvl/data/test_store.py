@@ -120,6 +120,7 @@ def test_the_manifest_accounts_for_every_record_and_file(made, tmp_path):
         "dropped": {"bad_roles": 1},
         "held_out": 0,
     }
+    assert open_store(tmp_path / "set").quarantined == 1
     assert manifest["splits"] == {"train": 6, "eval": 2}
     assert manifest["mix"] == {"set": 1.0}
     files = {str(p.relative_to(tmp_path / "set")) for p in (tmp_path / "set").rglob("*.*")}
