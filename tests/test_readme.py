@@ -19,7 +19,7 @@ RUN_HERE = ("dsvl --help", "dsvl plan")
 """Commands that answer at once, by how they begin."""
 
 ELSEWHERE = {
-    "make quickstart": ("tests/orchestration/test_cli.py", "quickstart"),
+    "make quickstart": ("tests/orchestration/test_quickstart.py", "quickstart"),
     "make test": (".ci/run", "make test"),
     ". .venv/bin/activate": ("Makefile", "venv"),
     "mlflow ui": ("tests/orchestration/test_tracking.py", "mlflow"),
