@@ -5,6 +5,7 @@ Nothing is mended by itself, and nothing heavy is imported: what is looked at ma
 
 import os
 import platform
+import re
 import shutil
 import socket
 import stat
@@ -21,6 +22,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dsvl.config import ModelConfig
 from orchestration.config import Experiment
 
 GIB = 1024**3
@@ -34,7 +36,9 @@ FLOORS = {
     "deepspeed": ">=0.19",
 }
 """Versions below have known vulnerabilities, or lack what this project calls."""
-CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
+HOME = Path(__file__).parent.parent
+"""The folder that the paths of the shipped experiments start at."""
+CONSTRAINTS = HOME / "constraints.txt"
 """The versions that this project is tested with."""
 FREE_DISK = 5 * GIB
 SHARED_MEMORY = GIB
@@ -65,6 +69,7 @@ def examine(experiment: Experiment) -> dict[str, Any]:
     """
     checks = [
         *packages(),
+        checkpoints(experiment.model),
         *storage(Path(experiment.storage.path)),
         *resources(experiment),
         *(port(number, purpose) for number, purpose in PORTS.items()),
@@ -120,6 +125,28 @@ def packages() -> Iterator[Check]:
             "pip install --constraint constraints.txt --editable .",
             essential=False,
         )
+
+
+def checkpoints(model: ModelConfig) -> Check:
+    """Whether every checkpoint is a folder here, or at least a name that the hub could know."""
+    named = [
+        *(language.checkpoint for language in model.languages.values()),
+        model.vision.checkpoint,
+    ]
+    lost = [
+        name
+        for name in named
+        if not (Path(name).is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name))
+    ]
+    whole = "set each checkpoint of model to a whole path"
+    return Check(
+        "checkpoints",
+        not lost,
+        f"{', '.join(lost)}: no such folder in {Path.cwd()}, where relative paths start"
+        if lost
+        else f"{len(named)} named",
+        f"cd {HOME}, or {whole}" if all((HOME / name).is_dir() for name in lost) else whole,
+    )
 
 
 def storage(folder: Path) -> Iterator[Check]:

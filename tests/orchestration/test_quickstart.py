@@ -1,8 +1,10 @@
 """The main job, with a smaller search: from nothing to a report, and again without doing it twice."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,15 +16,27 @@ OVERRIDES = (
 )
 
 
-def quickstart(folder, *options):
+def quickstart(folder, *options, cwd=None):
     """`dsvl quickstart` with its storage in a folder."""
     storage = (f"storage.path={folder}/runs", f"storage.data={folder}/raw")
     return subprocess.run(
         [sys.executable, "-m", "orchestration.cli", "quickstart", *OVERRIDES, *storage, *options],
+        cwd=cwd,
         capture_output=True,
         text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         check=False,
     )
+
+
+def test_where_its_checkpoints_are_not_the_quickstart_says_so_before_any_work(tmp_path):
+    done = quickstart(tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "dsvl/digits/checkpoints/small, " in done.stderr
+    assert f"no such folder in {tmp_path}, where relative paths start" in done.stderr
+    assert f"-> cd {Path(__file__).parents[2]}, or set each checkpoint" in done.stderr
+    assert not (tmp_path / "raw").exists()
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.ray
