@@ -10,12 +10,17 @@ The paper (section 4.1, Figure 2) names three schemes that need no new parameter
 Shapes: B batch, T query positions, S key positions, N query heads, K key heads (dividing N), H head size.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from dsvl.data.layout import Span
 from dsvl.data.types import Kind
 
+KeyValues = tuple[torch.Tensor, torch.Tensor]
 SCHEMES = ("causal", "causal_cross", "mmca")
 
 
@@ -27,6 +32,7 @@ def attend(
     *,
     scheme: str,
     query_start: int = 0,
+    samples: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from positions query_start .. query_start + T - 1 to the S positions of a row.
 
@@ -37,6 +43,8 @@ def attend(
         kinds: (B, S) of `Kind`.
         scheme: one of `SCHEMES`.
         query_start: position of the first query; greater than 0 where a cache holds earlier keys.
+        samples: (B, S), which sample of its row a position belongs to, where several are packed into a row;
+            none sees another.
 
     Returns:
         (B, N, T, H). Padding rows are zero, and so is the image term of a text row before the first image.
@@ -59,7 +67,10 @@ def attend(
 
     position_S = torch.arange(positions, device=key.device)
     position_T = position_S[query_start : query_start + rows]
-    earlier_TS = position_S <= position_T[:, None]
+    earlier_BTS = (position_S <= position_T[:, None])[None]
+    if samples is not None:
+        asking_BT1 = samples[:, query_start : query_start + rows, None]
+        earlier_BTS = earlier_BTS & (samples[:, None, :] == asking_BT1)
     kind_B1S = kinds[:, None, :]
     kind_BT1 = kinds[:, query_start : query_start + rows, None]
 
@@ -73,14 +84,83 @@ def attend(
 
     text_row, image_row = kind_BT1 == Kind.TEXT, kind_BT1 == Kind.IMAGE
     if scheme == "causal":
-        return softmax_over(earlier_TS & (kind_B1S != Kind.PAD) & (kind_BT1 != Kind.PAD))
+        return softmax_over(earlier_BTS & (kind_B1S != Kind.PAD) & (kind_BT1 != Kind.PAD))
     if scheme == "causal_cross":
-        output_BNTH = softmax_over(earlier_TS & (kind_B1S != Kind.PAD) & text_row)
+        output_BNTH = softmax_over(earlier_BTS & (kind_B1S != Kind.PAD) & text_row)
     else:
-        output_BNTH = softmax_over(earlier_TS & (kind_B1S == Kind.TEXT) & text_row)
-        output_BNTH = output_BNTH + softmax_over(earlier_TS & (kind_B1S == Kind.IMAGE) & text_row)
+        output_BNTH = softmax_over(earlier_BTS & (kind_B1S == Kind.TEXT) & text_row)
+        output_BNTH = output_BNTH + softmax_over(earlier_BTS & (kind_B1S == Kind.IMAGE) & text_row)
     own_value_BNTH = value_BNSH[:, :, query_start : query_start + rows]
     return torch.where(image_row[:, None], own_value_BNTH, output_BNTH)
+
+
+def attend_spans(
+    query: torch.Tensor,
+    spans: Sequence[Span],
+    *,
+    text: Callable[[int], KeyValues],
+    images: Callable[[int], KeyValues],
+    scheme: str,
+) -> list[torch.Tensor]:
+    """`attend` for text queries alone, as dense calls on slices: nothing is masked but the future.
+
+    Image tokens need no call, as they see only themselves: their output is their own value.
+
+    Args:
+        query: (1, N, n, H), the text tokens of a batch in order.
+        spans: which queries see what.
+        text: sample -> keys and values (1, K, t, H) of its text tokens.
+        images: the same of its image tokens.
+        scheme: `mmca` or `causal_cross`.
+
+    Returns:
+        The outputs (1, N, ?, H) of the queries in order, to be concatenated along the queries.
+    """
+    outputs = []
+    for span in spans:
+        key, value = (tensor[:, :, : span.text] for tensor in text(span.sample))
+        seen = images(span.sample)
+        if scheme == "mmca":
+            written = _causal(query[:, :, span.start : span.end], key, value)
+            for run in span.runs:
+                output = written[:, :, run.start - span.start : run.end - span.start]
+                if run.images:
+                    pictures = (tensor[:, :, : run.images] for tensor in seen)
+                    output = output + _whole(query[:, :, run.start : run.end], *pictures)
+                outputs.append(output)
+            continue
+        for (
+            run
+        ) in span.runs:  # one softmax: the images stand before the text, where nothing is masked
+            end = span.text - (span.end - run.end)
+            both = (
+                torch.cat([pictures[:, :, : run.images], words[:, :, :end]], dim=2)
+                if run.images
+                else words[:, :, :end]
+                for pictures, words in zip(seen, (key, value), strict=True)
+            )
+            outputs.append(_causal(query[:, :, run.start : run.end], *both))
+    return outputs
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The last query sees every key, the one before it all but the last, and so on."""
+    queries, keys = query.shape[2], key.shape[2]
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=causal_lower_right(queries, keys) if 1 < queries < keys else None,
+        is_causal=1 < queries == keys,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Every query sees every key. Heads that share keys are laid end to end, so that none is copied."""
+    batch, heads, queries, size = query.shape
+    folded = query.reshape(batch, key.shape[1], -1, size)
+    return scaled_dot_product_attention(folded, key, value).reshape(batch, heads, queries, size)
 
 
 def _hook(scheme: str):
@@ -96,6 +176,7 @@ def _hook(scheme: str):
         scaling: float,
         dropout: float = 0.0,
         kinds: torch.Tensor | None = None,
+        samples: torch.Tensor | None = None,
         **others: object,
     ) -> tuple[torch.Tensor, None]:
         # Keywords that would change the mathematics are refused rather than ignored.
@@ -107,14 +188,20 @@ def _hook(scheme: str):
                 f"attention scheme {scheme!r} supports neither dropout nor "
                 f"{', '.join(unknown) or 'a sliding window'}; use a decoder without it"
             )
-        if kinds is None or attention_mask is not None:
+        plain = kinds is None and scheme == "causal"  # nothing but the future is hidden
+        if (kinds is None and not plain) or attention_mask is not None:
             raise ValueError(
                 "pass kinds=(B, S) of PAD, TEXT and IMAGE to the decoder and no attention_mask"
             )
         if abs(scaling - query.shape[-1] ** -0.5) > 1e-6:
             raise ValueError(f"scaling={scaling}: the schemes are defined for 1/sqrt(head size)")
-        start = kinds.shape[1] - query.shape[2]
-        output_BNTH = attend(query, key, value, kinds, scheme=scheme, query_start=start)
+        if kinds is None:
+            output_BNTH = _causal(query, key, value)
+        else:
+            start = kinds.shape[1] - query.shape[2]
+            output_BNTH = attend(
+                query, key, value, kinds, scheme=scheme, query_start=start, samples=samples
+            )
         return output_BNTH.transpose(1, 2), None
 
     return forward

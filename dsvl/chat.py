@@ -1,17 +1,20 @@
 """One conversation with a model: show images, ask, clear."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from dsvl.cache import ImageStore
 from dsvl.data.collate import collate
 from dsvl.data.encode import Encoder
 from dsvl.data.store import Prepared
-from dsvl.data.types import IGNORED, Example, Part, Turn
-from dsvl.generate import greedy
+from dsvl.data.types import IGNORED, Example, Kind, Part, Turn
+from dsvl.decoder import Streams
+from dsvl.generate import Sampling, generate
 from dsvl.model import VisualChat
 from dsvl.template import text
 from dsvl.train import to_device
@@ -22,7 +25,11 @@ class TooLongError(ValueError):
 
 
 class Chat:
-    """A multi-round conversation over any number of images; the whole of it is the prompt of every answer."""
+    """A multi-round conversation over any number of images.
+
+    What the decoder knows of it is kept from round to round: a round costs its own tokens only. An image that
+    any conversation on the same `store` has shown costs nothing.
+    """
 
     def __init__(
         self,
@@ -32,19 +39,26 @@ class Chat:
         device: torch.device,
         max_tokens: int,
         max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        store: ImageStore | None = None,
     ) -> None:
         """Begin an empty conversation of at most `max_tokens` positions, answers included."""
         self.model, self.device = model, device
         self.encoder = Encoder(
             tokenizer, image_tokens=model.config.image_tokens, max_tokens=max_tokens
         )
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling
+        self.store = store if isinstance(model.decoder, Streams) else None
         self.clear()
 
     def clear(self) -> None:
         """Forget everything said and shown."""
         self.turns: list[Turn] = []
-        self.images: list[np.ndarray] = []
+        self.images = 0
+        """How many have been shown."""
+        self._cache = self.model.decoder.cache(1)
+        self._unread: list[int] = []
+        """Ids at the end of the last answer that the decoder has not read."""
 
     def ask(self, question: str, *, images: Sequence[np.ndarray] = ()) -> str:
         """Ask about new images, each (3, P, P) as the tower wants it, and all earlier ones.
@@ -52,37 +66,57 @@ class Chat:
         Raises:
             TooLongError: if the conversation would become longer than `max_tokens`; it is left as it was.
         """
-        first = len(self.images)
-        shown = [*self.images, *images]
-        content = (
-            *(Part("image", image=i) for i in range(first, len(shown))),
-            Part("text", text=question),
-        )
+        return "".join(self.stream(question, images=images))
+
+    def stream(self, question: str, *, images: Sequence[np.ndarray] = ()) -> Iterator[str]:
+        """As `ask`, piece by piece as the answer is written."""
+        numbers = range(self.images, self.images + len(images))
+        content = (*(Part("image", image=n) for n in numbers), Part("text", text=question))
         turns = [*self.turns, Turn("user", content)]
         ids, kinds = self.encoder.prompt(turns)
-        if len(ids) + self.max_new_tokens > self.encoder.max_tokens:
+        unread = np.array(self._unread, np.int32)
+        ids = np.concatenate([unread, ids])
+        kinds = np.concatenate([np.full(len(unread), Kind.TEXT, np.int8), kinds])
+        before = sum(self._cache.past[0])
+        length = before + len(ids)
+        if length + self.max_new_tokens > self.encoder.max_tokens:
             raise TooLongError(
-                f"the conversation has {len(ids)} tokens and an answer may add {self.max_new_tokens}, "
+                f"the conversation has {length} tokens and an answer may add {self.max_new_tokens}, "
                 f"but at most {self.encoder.max_tokens} fit; clear it to go on"
             )
-        keys = tuple(str(i) for i in range(len(shown)))
-        example = Example("chat", ids, np.full_like(ids, IGNORED), kinds, keys)
+        keys = tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in images)
         batch = collate(
-            [example],
-            pixels=lambda key: shown[int(key)],
+            [Example("chat", ids, np.full_like(ids, IGNORED), kinds, keys)],
+            pixels=dict(zip(keys, images, strict=True)).__getitem__,
             image_tokens=self.encoder.image_tokens,
             pad_id=self.encoder.pad_id,
         )
-        (new,) = greedy(
-            self.model,
-            to_device(batch, self.device),
-            end=self.encoder.end,
-            max_new_tokens=self.max_new_tokens,
-        )
-        answer = self.encoder.decode(new)
-        self.turns = [*turns, Turn("assistant", (Part("text", text=answer),))]
-        self.images = shown
-        return answer
+        written: list[int] = []
+        told = ""
+        try:
+            for (token,) in generate(
+                self.model,
+                to_device(batch, self.device),
+                end=self.encoder.end,
+                max_new_tokens=self.max_new_tokens,
+                sampling=self.sampling,
+                cache=self._cache,
+                store=self.store,
+            ):
+                assert token is not None
+                written.append(token)
+                text = self.encoder.decode(written)
+                if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
+                    yield text[len(told) :]
+                    told = text
+            yield self.encoder.decode(written)[len(told) :]
+        finally:  # whoever stops listening has heard an answer all the same
+            read = sum(self._cache.past[0])
+            if read > before:
+                answer = Part("text", text=self.encoder.decode(written))
+                self.turns = [*turns, Turn("assistant", (answer,))]
+                self.images += len(images)
+                self._unread = [*written, self.encoder.end][read - length :]
 
 
 def transcript(

@@ -7,11 +7,10 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import cross_entropy
 
 from dsvl.data.store import Prepared
-from dsvl.data.types import IGNORED, Batch
-from dsvl.model import VisualChat, next_labels
+from dsvl.data.types import Batch
+from dsvl.model import VisualChat, labels
 from dsvl.template import text
 from dsvl.train import batch_of, to_device
 
@@ -75,25 +74,28 @@ def evaluate(
 @torch.no_grad()
 def score(model: VisualChat, batch: Batch) -> Tally:
     """The tally of one batch."""
-    labels_BS = next_labels(batch.labels)
-    supervised_BS = labels_BS != IGNORED
-    starts_BS = supervised_BS & ~torch.nn.functional.pad(supervised_BS[:, :-1], (1, 0))
-    round_n = starts_BS.flatten().cumsum(0)[supervised_BS.flatten()] - 1
-    targets_n = labels_BS[supervised_BS]
-    rounds = int(starts_BS.sum())
+    # A round is a run of adjacent positions that have a label to predict.
+    position_n, order_n = batch.layout.wanted_positions.sort()
+    apart_n = torch.ones_like(position_n, dtype=torch.bool)
+    apart_n[1:] = position_n.diff() > 1
+    round_n = torch.empty_like(position_n)
+    round_n[order_n] = apart_n.cumsum(0) - 1
+    targets_n, rounds = labels(batch), int(apart_n.sum())
 
-    def right(logits_nV: torch.Tensor) -> int:
-        missed = torch.zeros(rounds, device=logits_nV.device)
-        missed.index_add_(0, round_n, (logits_nV.argmax(-1) != targets_n).float())
+    def right(likeliest_n: torch.Tensor) -> int:
+        missed = torch.zeros(rounds, device=likeliest_n.device)
+        missed.index_add_(0, round_n, (likeliest_n != targets_n).float())
         return int((missed == 0).sum())
 
-    logits_nV = model.logits(batch, supervised_BS)
-    blind = replace(batch, pixels=torch.zeros_like(batch.pixels))
+    loss, likeliest_n = model.head(model.states(batch), targets_n)
+    size = model.config.vision.image_size
+    blind = replace(batch, pixels=batch.pixels.new_zeros(len(batch.images), 3, size, size))
+    _, blind_n = model.head(model.states(blind), targets_n)
     return Tally(
-        loss=float(cross_entropy(logits_nV, targets_n, reduction="sum")),
+        loss=float(loss),
         targets=len(targets_n),
-        right=right(logits_nV),
-        right_blind=right(model.logits(blind, supervised_BS)),
+        right=right(likeliest_n),
+        right_blind=right(blind_n),
         rounds=rounds,
     )
 

@@ -1,50 +1,153 @@
-"""Greedy decoding, batched, with a cache that knows which of its positions are images."""
+"""Decoding, batched and token by token, with a cache that goes on from round to round."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
 import torch
-from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from dsvl.cache import ImageStore, KnownImages
+from dsvl.config import require
+from dsvl.data.layout import lay_out
 from dsvl.data.types import Batch, Kind
+from dsvl.decoder import Cache
 from dsvl.model import VisualChat
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; without it, it is the likeliest one."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Only so many of the likeliest; all when 0."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
+        require(self.top_k >= 0, "top_k", self.top_k, "must not be negative")
+
+
 def greedy(model: VisualChat, batch: Batch, *, end: int, max_new_tokens: int) -> list[list[int]]:
-    """Continue each prompt of a batch (padded on the right) with its most likely tokens.
+    """Continue each prompt of a batch with its likeliest tokens.
 
     Returns:
-        For each row the new ids, without the closing `end` id, at most `max_new_tokens`.
+        For each sample the new ids, without the closing `end` id, at most `max_new_tokens`.
     """
-    kinds_BS = batch.kinds
-    lengths_B = (kinds_BS != Kind.PAD).sum(1)
-    embedded_BTD = model.embed(batch.ids, batch.pixels, batch.image_positions)
-    positions_BT = torch.arange(kinds_BS.shape[1], device=kinds_BS.device).expand_as(kinds_BS)
-    last_B1 = lengths_B[:, None] - 1
-    cache = DynamicCache()
-    finished_B = torch.zeros_like(lengths_B, dtype=torch.bool)
-    new: list[list[int]] = [[] for _ in lengths_B]
+    written: list[list[int]] = [[] for _ in batch.layout.samples]
+    for tokens in generate(model, batch, end=end, max_new_tokens=max_new_tokens):
+        for ids, token in zip(written, tokens, strict=True):
+            if token is not None:
+                ids.append(token)
+    return written
+
+
+@torch.no_grad()
+def generate(
+    model: VisualChat,
+    batch: Batch,
+    *,
+    end: int,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    cache: Cache | None = None,
+    store: ImageStore | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue each prompt of a batch, yielding the next token of every sample as soon as it is known.
+
+    Args:
+        model: in evaluation mode.
+        batch: prompts; or what follows on those that the cache holds, a row a sample.
+        end: the id that closes an answer.
+        max_new_tokens: most tokens a sample.
+        sampling: how to draw; greedy without it.
+        cache: `model.decoder.cache(1)`, for one sample that goes on; it comes to hold all but the last token.
+        store: images known to the decoder, which are then neither encoded nor passed through it again.
+            Only where the decoder runs as two streams.
+
+    Yields:
+        A token for each sample, or None where its answer has ended.
+    """
+    samples = len(batch.layout.samples)
+    cache = model.decoder.cache(samples) if cache is None else cache
+    kinds, packing = batch.kinds.cpu().numpy(), batch.layout.packing
+    last = _last(kinds, None if packing is None else packing.cpu().numpy())
+    keys, tokens = batch.images, model.config.image_tokens
+    places = batch.layout.images.cpu().numpy().reshape(len(keys), tokens)
+    known = np.zeros(kinds.size, bool)
+    fresh, shown = range(len(keys)), None
+    if store is not None:
+        # The final state of a known image is not at hand: where it is wanted, the image passes once more.
+        shown = KnownImages(
+            keys,
+            store,
+            tokens=tokens,
+            anew=np.any(last.reshape(-1)[places], axis=1).tolist(),
+        )
+        fresh = [k for k, held in enumerate(shown.held) if held is None]
+        known[places[[k for k, held in enumerate(shown.held) if held is not None]]] = True
+    layout = lay_out(
+        kinds,
+        last,
+        samples=None if packing is None else packing.cpu().numpy(),
+        known=known.reshape(kinds.shape),
+        past=cache.past if any(map(any, cache.past)) else None,
+    ).to(batch.ids.device)
+    text, images = model.embed(replace(batch, layout=layout), fresh=fresh)
+    draws = (
+        [torch.Generator(text.device).manual_seed(sampling.seed) for _ in range(samples)]
+        if sampling
+        else []
+    )
+    ended = [False] * samples
     for count in range(max_new_tokens):
-        hidden_BTD = model.language.model(
-            inputs_embeds=embedded_BTD,
-            position_ids=positions_BT,
-            kinds=kinds_BS,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        hidden_BD = hidden_BTD.gather(1, last_B1[..., None].expand(-1, -1, hidden_BTD.shape[-1]))[
-            :, 0
-        ]
-        next_B = model.language.lm_head(hidden_BD).argmax(-1)
-        finished_B = finished_B | (next_B == end)
-        if finished_B.all():
-            break
-        for row, token in enumerate(next_B.tolist()):
-            if not finished_B[row]:
-                new[row].append(token)
-        # A finished row goes on as padding: it is neither seen nor scored.
-        kinds_BS = pad(kinds_BS, (0, 1), value=Kind.TEXT)
-        kinds_BS[finished_B, -1] = Kind.PAD
-        embedded_BTD = model.embedding(next_B)[:, None]
-        positions_BT = (lengths_B + count)[:, None]
-        last_B1 = torch.zeros_like(last_B1)
-    return new
+        states = model.decoder(text, images, layout, cache=cache, known=shown)
+        logits_BV = model.head.logits(states[layout.wanted_positions.argsort()])
+        next_B = logits_BV.argmax(-1) if sampling is None else _draw(logits_BV, sampling, draws)
+        chosen = next_B.tolist()
+        ended = [done or token == end for done, token in zip(ended, chosen, strict=True)]
+        if all(ended):
+            return
+        yield [None if done else token for done, token in zip(ended, chosen, strict=True)]
+        if count + 1 == max_new_tokens:
+            return
+        kinds = np.full((samples, 1), Kind.TEXT, np.int8)
+        layout = lay_out(kinds, kinds == Kind.TEXT, past=cache.past).to(text.device)
+        text, images, shown = model.embedding(next_B), images[:0], None
+
+
+def _last(kinds: np.ndarray, packing: np.ndarray | None) -> np.ndarray:
+    """(B, S) bool: the last token of each sample."""
+    filled = kinds != Kind.PAD
+    follows = np.zeros_like(filled)
+    follows[:, :-1] = filled[:, 1:]
+    if packing is not None:
+        follows[:, :-1] &= packing[:, 1:] == packing[:, :-1]
+    return filled & ~follows
+
+
+def _draw(
+    logits_BV: torch.Tensor, sampling: Sampling, draws: list[torch.Generator]
+) -> torch.Tensor:
+    """(B,) tokens at random, each sample's from draws of its own, whatever else is in the batch."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    nothing = torch.empty(len(logits_BV), 0, dtype=torch.long, device=logits_BV.device)
+    shares_BV = warpers(nothing, logits_BV).softmax(-1)  # pyright: ignore[reportArgumentType]
+    drawn = [
+        torch.multinomial(shares_V, 1, generator=draw)
+        for shares_V, draw in zip(shares_BV, draws, strict=True)
+    ]
+    return torch.cat(drawn)

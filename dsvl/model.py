@@ -1,16 +1,20 @@
 """VisualChat: embed the text, put the images in their places, run the decoder, score the answers."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from dsvl import attention as _attention  # noqa: F401  (registers the schemes with transformers)
 from dsvl.config import ModelConfig
-from dsvl.data.types import IGNORED, Batch
+from dsvl.data.types import Batch
+from dsvl.decoder import decoder_for
+from dsvl.head import Head
 from dsvl.projection import PROJECTIONS
 from dsvl.vision import VisionTower, check_shape
 
+Embedded = tuple[torch.Tensor, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,6 +45,10 @@ class VisualChat(nn.Module):
                 queries=config.projection_queries,
             ).to(dtype)
         self.language.requires_grad_(False)
+        self.head = Head(self.language.lm_head)
+        self.decoder = decoder_for(self.language.model, scheme=config.attention)
+        self.recompute = False
+        """Whether the backward pass computes the layers anew instead of keeping what they gave."""
         self.embedding.weight.requires_grad_(config.train_embedding)
 
     @property
@@ -62,54 +70,50 @@ class VisualChat(nn.Module):
         """The trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def embed(
-        self, ids: torch.Tensor, pixels: torch.Tensor, image_positions: torch.Tensor
-    ) -> torch.Tensor:
-        """(B, S) ids and (I, 3, P, P) pixels -> (B, S, D), the k-th image in the k-th run of image positions.
+    def embed(self, batch: Batch, *, fresh: Sequence[int] | None = None) -> Embedded:
+        """Embed the text tokens of a batch, and project its images in the order of their positions.
+
+        Args:
+            batch: images as pixels, or as features that the tower made of them earlier.
+            fresh: which of the images the layout has room for, where a store knows the others; else all.
+
+        Returns:
+            (M, D) text and (F, D) images.
 
         Raises:
             ValueError: if images and image positions differ in number.
         """
+        layout, pixels = batch.layout, batch.pixels
+        if fresh is not None:
+            pixels = pixels[list(fresh)]
         tokens = self.config.image_tokens
-        if len(pixels) * tokens != len(image_positions):
+        if len(pixels) * tokens != len(layout.images):
             raise ValueError(
-                f"{len(pixels)} images of {tokens} tokens each, but {len(image_positions)} image positions"
+                f"{len(pixels)} images of {tokens} tokens each, but {len(layout.images)} image positions"
             )
-        embedded_BSD = self.embedding(ids)
+        text = self.embedding(batch.ids.flatten()[layout.text])
         # Without an image the path to the projection still runs, at zero weight: every rank takes part in
         # every collective, and a text-only batch is ordinary.
         size = self.config.vision.image_size
         seen = pixels if len(pixels) else pixels.new_zeros(1, 3, size, size)
-        features_FD = self.projection(self.vision(seen)).flatten(0, 1).to(embedded_BSD.dtype)
+        features = self.vision(seen) if seen.ndim == 4 else seen.to(text.dtype)
+        images = self.projection(features).flatten(0, 1).to(text.dtype)
         if not len(pixels):
-            return embedded_BSD + 0.0 * features_FD.mean()  # a sum may overflow in fp16
-        return (
-            embedded_BSD.flatten(0, 1)
-            .index_copy(0, image_positions, features_FD)
-            .view_as(embedded_BSD)
-        )
+            return text + 0.0 * images.mean(), images[:0]  # a sum may overflow in fp16
+        return text, images
 
-    def logits(self, batch: Batch, supervised_BS: torch.Tensor) -> torch.Tensor:
-        """(B, S) bool -> (n, V) float32 logits at the marked positions, row by row."""
-        hidden_BSD = self.language.model(
-            inputs_embeds=self.embed(batch.ids, batch.pixels, batch.image_positions),
-            kinds=batch.kinds,
-            use_cache=False,
-        ).last_hidden_state
-        return self.language.lm_head(hidden_BSD[supervised_BS]).float()
+    def states(self, batch: Batch) -> torch.Tensor:
+        """(n, D) final states of the wanted positions, in the order of the layout."""
+        return self.decoder(*self.embed(batch), batch.layout, recompute=self.recompute)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The summed cross-entropy, in nats, over the supervised tokens of a batch; a scalar.
 
         A sum and not a mean: the caller divides by the supervised tokens of the *global* batch.
         """
-        labels_BS = next_labels(batch.labels)
-        supervised_BS = labels_BS != IGNORED
-        return cross_entropy(
-            self.logits(batch, supervised_BS), labels_BS[supervised_BS], reduction="sum"
-        )
+        return self.head(self.states(batch), labels(batch))[0]
 
 
-def next_labels(labels: torch.Tensor) -> torch.Tensor:
-    """(B, S) labels moved one place to the left: what each position has to predict."""
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+def labels(batch: Batch) -> torch.Tensor:
+    """(n,) what each wanted position of a batch has to predict: the token after it."""
+    return batch.labels.flatten()[batch.layout.wanted_positions + 1]

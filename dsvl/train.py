@@ -78,7 +78,11 @@ class Plan:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The same batch on another device."""
-    return replace(batch, **{name: getattr(batch, name).to(device) for name in Batch.__slots__})
+    tensors = {
+        name: getattr(batch, name).to(device, non_blocking=True)
+        for name in ("ids", "labels", "pixels")
+    }
+    return replace(batch, layout=batch.layout.to(device), **tensors)
 
 
 def steps(

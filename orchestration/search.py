@@ -80,7 +80,8 @@ def trials_folder(experiment: Experiment) -> Path:
 def trial_name(values: dict[str, object]) -> str:
     """A trial's name and folder, from its values alone: `size=small,lr=0.01,epochs=2`."""
     return ",".join(
-        f"{path.rpartition('.')[2]}={quote(str(value), safe=' +')}" for path, value in values.items()
+        f"{path.rpartition('.')[2]}={quote(str(value), safe=' +')}"
+        for path, value in values.items()
     )
 
 

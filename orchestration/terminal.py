@@ -65,7 +65,7 @@ def talk(experiment: Experiment, *, out: TextIO) -> dict:
     images: list[Path] = []
     answered = 0
     print(HELP, file=sys.stderr)
-    while (line := _read_line(len(chat.images), len(images))) is not None:
+    while (line := _read_line(chat.images, len(images))) is not None:
         command, _, rest = line.partition(" ")
         if command == "/quit":
             break

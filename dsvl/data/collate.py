@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from dsvl.data.layout import lay_out
 from dsvl.data.types import IGNORED, Batch, Example, Kind
 
 
@@ -14,14 +15,31 @@ def collate(
     pixels: Callable[[str], np.ndarray],
     image_tokens: int,
     pad_id: int,
+    rows: Sequence[int] | None = None,
 ) -> Batch:
-    """Pad examples on the right to the longest and gather their images in order of appearance.
+    """Lay examples out in rows, padded on the right to the longest, and gather their images.
 
-    `pixels` gives the (3, P, P) float32 pixels of a sha256 key. Without any image the batch has
-    `pixels` of shape (0, 3, 0, 0), as nothing tells P.
-    Raises ValueError, naming the row, where its image positions and its images disagree.
+    Args:
+        examples: of any lengths.
+        pixels: sha256 key -> (3, P, P) float32 pixels, or (image_tokens, hidden_size) features.
+        image_tokens: positions of an image.
+        pad_id: what fills `ids` where there is no text.
+        rows: the row of each example, ascending from 0, to pack several into one; else each has its own.
+
+    Without any image the batch has `pixels` of shape (0, 3, 0, 0), as nothing tells P.
+    Raises ValueError, naming the example, where its image positions and its images disagree.
     """
-    lengths = np.array([len(example.ids) for example in examples])
+    for number, example in enumerate(examples):
+        positions = int((example.kinds == Kind.IMAGE).sum())
+        if positions != len(example.images) * image_tokens:
+            raise ValueError(
+                f"row {number} ({example.id}): {positions} image positions, which is room for "
+                f"{positions / image_tokens:g} images of {image_tokens} tokens, "
+                f"but {len(example.images)} images"
+            )
+    row = np.arange(len(examples)) if rows is None else np.asarray(rows)
+    sizes = np.array([len(example.ids) for example in examples])
+    lengths = np.bincount(row, weights=sizes).astype(np.int64)
     filled = np.arange(lengths.max()) < lengths[:, None]  # (B, S)
 
     def padded(columns: Sequence[np.ndarray], fill: int, dtype: type) -> np.ndarray:
@@ -29,20 +47,19 @@ def collate(
         table[filled] = np.concatenate(columns)
         return table
 
+    labels = padded([example.labels for example in examples], IGNORED, np.int64)
     kinds = padded([example.kinds for example in examples], Kind.PAD, np.int8)
-    is_image = kinds == Kind.IMAGE
-    for row, (example, positions) in enumerate(zip(examples, is_image.sum(1), strict=True)):
-        if positions != len(example.images) * image_tokens:
-            raise ValueError(
-                f"row {row} ({example.id}): {positions} image positions, which is room for "
-                f"{positions / image_tokens:g} images of {image_tokens} tokens, "
-                f"but {len(example.images)} images"
-            )
-    images = [pixels(key) for example in examples for key in example.images]
+    packing = padded([np.full(size, n) for n, size in enumerate(sizes)], -1, np.int64)
+    # A position predicts the label after it, unless that begins another example.
+    predicts = np.zeros_like(filled)
+    predicts[:, :-1] = (labels[:, 1:] != IGNORED) & (packing[:, 1:] == packing[:, :-1])
+    shown = tuple(key for example in examples for key in example.images)
     return Batch(
         ids=torch.from_numpy(padded([e.ids for e in examples], pad_id, np.int64)),
-        labels=torch.from_numpy(padded([e.labels for e in examples], IGNORED, np.int64)),
-        kinds=torch.from_numpy(kinds),
-        pixels=torch.from_numpy(np.stack(images)) if images else torch.zeros(0, 3, 0, 0),
-        image_positions=torch.from_numpy(np.flatnonzero(is_image)),
+        labels=torch.from_numpy(labels),
+        images=shown,
+        pixels=torch.from_numpy(np.stack([pixels(key) for key in shown]))
+        if shown
+        else torch.zeros(0, 3, 0, 0),
+        layout=lay_out(kinds, predicts, samples=None if rows is None else packing),
     )

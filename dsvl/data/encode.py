@@ -73,8 +73,14 @@ class Encoder:
         return Example(conversation.id, ids, labels, kinds, images)
 
     def prompt(self, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
-        """(S,) int32 ids and (S,) int8 kinds that a generation goes on from."""
-        ids, _, kinds = self._positions(list(template.prompt(turns)))
+        """(S,) int32 ids and (S,) int8 kinds of what follows on the last answer, or of all if there is none.
+
+        A generation goes on from them; what came before is never tokenised a second time.
+        """
+        pieces = list(template.prompt(turns))
+        ends = [place for place, piece in enumerate(pieces) if piece.type == "end"]
+        first = ends[-1] + 1 if ends else 0
+        ids, _, kinds = self._positions(pieces[first:], begins=not ends)
         return ids, kinds
 
     @property
@@ -91,13 +97,13 @@ class Encoder:
         return text
 
     def _positions(
-        self, pieces: Sequence[template.Piece]
+        self, pieces: Sequence[template.Piece], *, begins: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         texts = [piece.text for piece in pieces if piece.type == "text"]
         tokens = iter(
             self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
         )
-        bos = self.tokenizer.bos_token_id
+        bos = self.tokenizer.bos_token_id if begins else None
         ids, labels, kinds = ([], [], []) if bos is None else ([bos], [IGNORED], [Kind.TEXT])
         for piece in pieces:
             if piece.type == "image":

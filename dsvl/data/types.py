@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
+    from dsvl.data.layout import Layout
+
 Reason = Literal[
     "held_out",
     "missing_image",
@@ -110,20 +112,25 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B examples side by side, padded on the right to S positions."""
+    """Examples in B rows, padded on the right to S positions."""
 
     ids: "torch.Tensor"
     """(B, S) int64."""
     labels: "torch.Tensor"
     """(B, S) int64."""
-    kinds: "torch.Tensor"
-    """(B, S) int8 of Kind."""
+    images: tuple[str, ...]
+    """sha256 keys of the I images, row by row in order of appearance; I may be 0."""
     pixels: "torch.Tensor"
-    """(I, 3, P, P) of all images, row by row in order of appearance; I may be 0."""
-    image_positions: "torch.Tensor"
-    """(I * tokens,) int64: where the features go in the flattened B * S positions, in the same order."""
+    """(I, 3, P, P), or (I, tokens, hidden_size) features that the tower has already made of them."""
+    layout: "Layout"
+    """Where text, images and labels lie."""
 
     @property
     def targets(self) -> int:
         """How many supervised tokens the loss is over."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        return len(self.layout.wanted)
+
+    @property
+    def kinds(self) -> "torch.Tensor":
+        """(B, S) int8 of Kind."""
+        return self.layout.kinds

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dsvl.attention import SCHEMES, attend
+from dsvl.attention import SCHEMES, attend, attend_spans
+from dsvl.data.layout import lay_out
 from dsvl.data.types import Kind
 
 GOLDEN = Path(__file__).parents[1] / "data/attention.npz"
@@ -110,3 +111,47 @@ def test_an_unknown_scheme_names_the_known_ones():
         ValueError, match="'cross' is unknown; choose one of causal, causal_cross, mmca"
     ):
         attend(*random_row([T]), scheme="cross")
+
+
+def in_streams(query, key, value, kinds, scheme):
+    """`attend` as the two streams compute it: text queries by spans, image rows their own value."""
+    layout = lay_out(kinds.numpy(), (kinds != Kind.PAD).numpy())
+
+    def rows(tensor, which):
+        return tensor.transpose(1, 2).flatten(0, 1)[which].transpose(0, 1)[None]
+
+    def keys(which, first):
+        stream = rows(key, which), rows(value, which)
+
+        def of(sample):
+            start, end = layout.samples[sample][first : first + 2]
+            return stream[0][:, :, start:end], stream[1][:, :, start:end]
+
+        return of
+
+    text, images = keys(layout.text, 0), keys(layout.images, 2)
+    outputs = attend_spans(
+        rows(query, layout.text), layout.spans, text=text, images=images, scheme=scheme
+    )
+    own = rows(value, layout.images).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    whole = torch.zeros_like(query).transpose(1, 2).flatten(0, 1)
+    places = torch.cat([layout.text, layout.images])
+    found = torch.cat([*outputs, own], dim=2)[0].transpose(0, 1)
+    whole = whole.index_copy(0, places, found)
+    return whole.unflatten(0, kinds.shape).transpose(1, 2)
+
+
+@pytest.mark.parametrize("scheme", ["mmca", "causal_cross"])
+@pytest.mark.parametrize("case", golden_cases())
+def test_two_streams_equal_the_golden_vectors(golden, case, scheme):
+    query, key, value = (
+        torch.from_numpy(golden[f"{case}/{name}"]).requires_grad_()
+        for name in ("query", "key", "value")
+    )
+    output = in_streams(query, key, value, torch.from_numpy(golden[f"{case}/kinds"]), scheme)
+    output.backward(torch.from_numpy(golden[f"{case}/grad_output"]))
+    expected = {name: golden[f"{case}/{scheme}/{name}"] for name in ("output", "grad_query")}
+    np.testing.assert_allclose(output.detach().numpy(), expected["output"], rtol=0, atol=1e-10)
+    for tensor, name in ((query, "query"), (key, "key"), (value, "value")):
+        expected = golden[f"{case}/{scheme}/grad_{name}"]
+        np.testing.assert_allclose(tensor.grad.numpy(), expected, rtol=0, atol=1e-9)

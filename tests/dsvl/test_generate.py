@@ -1,10 +1,13 @@
 """Decoding with a cache and in batches writes what decoding one row without a cache writes."""
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
-from dsvl.data.types import Kind
+from dsvl.data.types import IGNORED, Kind
 from dsvl.generate import greedy
-from tests.dsvl.test_model import batch_of, example
+from tests.dsvl.test_model import batch_of, example, wanting
 
 PROMPTS = [
     example("tt1ttt"),
@@ -16,19 +19,25 @@ PROMPTS = [
 
 def greedy_without_cache(model, prompt, count):
     """One row at a time, the whole row again for each new token."""
-    batch = batch_of(prompt)
-    ids, kinds, new = batch.ids, batch.kinds, []
+    new: list[int] = []
     for _ in range(count):
+        whole = grown(prompt, new)
+        last = np.arange(len(whole.ids))[None] == len(whole.ids) - 1
         with torch.no_grad():
-            states = model.language.model(
-                inputs_embeds=model.embed(ids, batch.pixels, batch.image_positions),
-                kinds=kinds,
-                use_cache=False,
-            ).last_hidden_state
-            new.append(int(model.language.lm_head(states[0, -1]).argmax()))
-        ids = torch.cat([ids, torch.tensor([[new[-1]]])], 1)
-        kinds = torch.cat([kinds, torch.tensor([[Kind.TEXT]], dtype=kinds.dtype)], 1)
+            states = model.states(wanting(batch_of(whole), last))
+        new.append(int(model.language.lm_head(states[0]).argmax()))
     return new
+
+
+def grown(prompt, ids):
+    """A prompt with more text."""
+    more = np.array(ids, np.int32)
+    return replace(
+        prompt,
+        ids=np.concatenate([prompt.ids, more]),
+        labels=np.concatenate([prompt.labels, np.full(len(more), IGNORED, np.int32)]),
+        kinds=np.concatenate([prompt.kinds, np.full(len(more), Kind.TEXT, np.int8)]),
+    )
 
 
 def test_cached_batched_decoding_equals_single_uncached_decoding(model):

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from dsvl.data.collate import collate
+from dsvl.data.layout import lay_out
 from dsvl.data.types import IGNORED, Example, Kind
 from dsvl.model import VisualChat
 
@@ -37,25 +38,43 @@ def example(layout: str, *, images: str = "0123", seed: int = 0) -> Example:
     )  # fmt: skip
 
 
-def batch_of(*examples: Example):
-    return collate(list(examples), pixels=PIXELS.__getitem__, image_tokens=TOKENS, pad_id=0)
+def batch_of(*examples: Example, rows=None):
+    return collate(
+        list(examples), pixels=PIXELS.__getitem__, image_tokens=TOKENS, pad_id=0, rows=rows
+    )
+
+
+def wanting(batch, wanted):
+    """The batch with other positions wanted, (B, S) bool: all that are no padding for True."""
+    kinds = batch.kinds.numpy()
+    samples = None if batch.layout.packing is None else batch.layout.packing.numpy()
+    layout = lay_out(kinds, (kinds != Kind.PAD) & np.asarray(wanted), samples=samples)
+    return replace(batch, layout=layout)
+
+
+def by_position(layout, states):
+    """(n, D) wanted states -> (B, S, D), zero where none is wanted."""
+    rows, length = layout.kinds.shape
+    whole = states.new_zeros(rows * length, states.shape[-1])
+    return whole.index_copy(0, layout.wanted_positions, states).view(rows, length, -1)
 
 
 def hidden(model, batch):
     """(B, S, D) last hidden states."""
+    batch = wanting(batch, True)
     with torch.no_grad():
-        embedded = model.embed(batch.ids, batch.pixels, batch.image_positions)
-        return model.language.model(
-            inputs_embeds=embedded, kinds=batch.kinds, use_cache=False
-        ).last_hidden_state
+        return by_position(batch.layout, model.states(batch))
 
 
 def test_two_images_land_in_their_own_slots(model):
     batch = batch_of(example("t1tt1T", images="25"))
-    embedded = model.embed(batch.ids, batch.pixels, batch.image_positions)[0]
+    _, images = model.embed(batch)
+    places = batch.layout.images.tolist()
     for start, key in ((1, "2"), (7, "5")):
         feature = model.projection(model.vision(torch.from_numpy(PIXELS[key])[None]))[0]
-        torch.testing.assert_close(embedded[start : start + TOKENS], feature)
+        first = places.index(start)
+        assert places[first : first + TOKENS] == list(range(start, start + TOKENS))
+        torch.testing.assert_close(images[first : first + TOKENS], feature)
 
 
 def test_images_of_a_batch_stay_in_their_rows(model):
@@ -73,7 +92,7 @@ def test_images_of_a_batch_stay_in_their_rows(model):
 def test_placeholders_and_images_that_disagree_are_refused_with_both_counts(model):
     batch = batch_of(example("t1t1T"))
     with pytest.raises(ValueError, match="1 images of 4 tokens each, but 8 image positions"):
-        model.embed(batch.ids, batch.pixels[:1], batch.image_positions)
+        model.embed(replace(batch, pixels=batch.pixels[:1]))
 
 
 def test_text_alone_equals_the_stock_decoder(model, model_config):
@@ -81,8 +100,8 @@ def test_text_alone_equals_the_stock_decoder(model, model_config):
     stock = LlamaForCausalLM.from_pretrained(model_config.language.checkpoint)
     with torch.no_grad():
         expected = stock(batch.ids).logits[0]
-        actual = model.logits(batch, batch.kinds == Kind.TEXT)
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+        actual = model.head.logits(model.states(wanting(batch, True)))
+    assert torch.equal(actual, expected)
 
 
 def test_what_comes_later_never_changes_what_came_before(model):
@@ -118,15 +137,13 @@ def test_only_projection_and_embedding_are_trained(model):
 
 def test_the_loss_is_the_sum_over_answers_alone(model):
     batch = batch_of(example("t1tTTtT"), example("tTTt1T", seed=1))
-    logits = model.logits(batch, batch.kinds != Kind.PAD)
-    position, expected = 0, torch.zeros(())
+    logits = model.head.logits(hidden(model, batch).flatten(0, 1)).unflatten(0, batch.ids.shape)
+    expected = torch.zeros(())
     for row in range(2):
-        length = int((batch.kinds[row] != Kind.PAD).sum())
-        for s in range(length - 1):
+        for s in range(batch.ids.shape[1] - 1):
             label = int(batch.labels[row, s + 1])
             if label != IGNORED:
-                expected = expected - torch.log_softmax(logits[position + s], -1)[label]
-        position += length
+                expected = expected - torch.log_softmax(logits[row, s], -1)[label]
     torch.testing.assert_close(model(batch), expected)
 
 

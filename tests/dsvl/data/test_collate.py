@@ -34,7 +34,7 @@ def test_examples_are_padded_on_the_right():
 
 def test_positions_and_pixels_follow_rows_then_places():
     batch = batch_of(example("tiitii", "ba"), example("t"), example("iit", "d"))
-    assert batch.image_positions.tolist() == [1, 2, 4, 5, 12, 13]
+    assert batch.layout.images.tolist() == [1, 2, 4, 5, 12, 13]
     assert batch.pixels[:, 0, 0, 0].tolist() == [1, 0, 3]
 
 
@@ -45,7 +45,7 @@ def test_each_image_lands_in_its_own_slot(tokenizer):
     encoded = Encoder(tokenizer, image_tokens=2, max_tokens=999).encode(chat, ["c", "b"])
     batch = batch_of(encoded, example("iit", "a"))
     slots = torch.full((batch.ids.numel(),), -1.0)
-    slots[batch.image_positions] = batch.pixels[:, 0, 0, 0].repeat_interleave(2)
+    slots[batch.layout.images] = batch.pixels[:, 0, 0, 0].repeat_interleave(2)
     assert slots[slots >= 0].tolist() == [2, 2, 1, 1, 0, 0]
     first, second = (slots == 2).nonzero().max(), (slots == 1).nonzero().min()
     between = tokenizer.decode(batch.ids.flatten()[first + 1 : second])
@@ -54,7 +54,7 @@ def test_each_image_lands_in_its_own_slot(tokenizer):
 
 def test_a_batch_of_text_has_no_images():
     batch = batch_of(example("tt"), example("t"))
-    assert len(batch.pixels) == len(batch.image_positions) == 0
+    assert len(batch.pixels) == len(batch.layout.images) == 0
 
 
 @pytest.mark.parametrize(("kinds", "images"), [("tiit", "ab"), ("tiit", ""), ("tiii", "a")])

@@ -77,7 +77,11 @@ def test_an_example_has_one_bos_its_images_in_order_and_runs_of_their_length(enc
 def test_a_prompt_has_the_positions_of_the_training_sample_up_to_the_answer(encoder):
     chat = conversation([(1, "What?", "Red."), (1, "And?", "Blue.")])
     example = encoder.encode(chat, ["a", "b"])
-    ids, kinds = encoder.prompt(chat.turns[:3])
+    rounds = [encoder.prompt(chat.turns[:end]) for end in (1, 3)]
+    answer = [*encoder.tokenizer("Red.", add_special_tokens=False).input_ids, encoder.end]
+    first, second = rounds
+    ids = np.concatenate([first[0], answer, second[0]])
+    kinds = np.concatenate([first[1], np.full(len(answer), Kind.TEXT), second[1]])
     np.testing.assert_array_equal(ids, example.ids[: len(ids)])
     np.testing.assert_array_equal(kinds, example.kinds[: len(ids)])
     assert (example.labels[len(ids) :] != IGNORED).all()

@@ -1,0 +1,245 @@
+"""Running a frozen stock decoder over text and images: as two streams, or as one interleaved sequence.
+
+The modules are those of transformers, untouched; only the loop over layers is ours. M text tokens, F image
+tokens and n wanted tokens of a batch as in `dsvl.data.layout`; D width, N query and K key heads of size H.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, LlamaModel, MistralModel, Qwen2Model
+from transformers.models.llama.modeling_llama import rotate_half
+
+from dsvl.attention import KeyValues, attend_spans
+from dsvl.cache import KnownImages, StreamCache
+from dsvl.data.layout import Layout, Span
+
+STREAMED = (LlamaModel, MistralModel, Qwen2Model)
+"""Decoders whose layers are made of the same parts; any other runs interleaved."""
+
+
+class Streams:
+    """All text tokens of a batch first, all image tokens after them, without padding.
+
+    For schemes under which an image token sees only itself. Its row then needs neither query nor scores; and
+    in the last layer only what is wanted is computed, an image being no more than its keys and values.
+    """
+
+    def __init__(self, decoder: nn.Module, *, scheme: str) -> None:
+        """`decoder` is the stock model without its head."""
+        self.decoder: Any = decoder
+        self.scheme = scheme
+        config = self.decoder.config
+        window = config.to_dict().get("sliding_window")
+        if window is not None or config.attention_dropout:
+            raise ValueError(
+                f"attention scheme {scheme!r} supports neither dropout nor a sliding window "
+                f"(sliding_window={window}, attention_dropout={config.attention_dropout}); "
+                "set them to null and 0.0 in the decoder's config.json"
+            )
+
+    def cache(self, samples: int) -> StreamCache:
+        """An empty cache for so many samples."""
+        return StreamCache(samples, len(self.decoder.layers))
+
+    def __call__(
+        self,
+        text: torch.Tensor,
+        images: torch.Tensor,
+        layout: Layout,
+        *,
+        cache: "Cache | None" = None,
+        known: KnownImages | None = None,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """(M, D) and (F, D) embedded tokens -> (n, D) final states, normalised, in the order of `wanted`.
+
+        Args:
+            text: the embedded text tokens.
+            images: the projected image tokens, without those of known images.
+            layout: where they lie.
+            cache: earlier tokens of the same samples, to which these are added.
+            known: images that do not pass through the decoder; needs a cache.
+            recompute: keep nothing of a layer for the backward pass but its input.
+        """
+        hidden = torch.cat([text, images])[None]
+        places = torch.cat([layout.text_rotary, layout.image_rotary])
+        turns = self.decoder.rotary_emb(hidden, position_ids=places[None])
+        if cache is not None:
+            assert isinstance(cache, StreamCache)
+            cache.begin(layout)
+        for number, layer in enumerate(self.decoder.layers):
+            arguments = (number, layer, hidden, turns, layout, cache, known)
+            if recompute and hidden.requires_grad:
+                hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
+            else:
+                hidden = self._layer(*arguments)
+        if cache is not None:
+            cache.end()
+        if known is not None:
+            known.keep()
+        return self.decoder.norm(hidden)[0]
+
+    def _layer(
+        self,
+        number: int,
+        layer: Any,
+        hidden: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor],
+        layout: Layout,
+        cache: StreamCache | None,
+        known: KnownImages | None,
+    ) -> torch.Tensor:
+        """(1, M + F, D) -> (1, M + F, D), or (1, n, D) in the last layer."""
+        attention, texts = layer.self_attn, len(layout.text)
+        cos, sin = turns
+
+        def heads(projected: torch.Tensor) -> torch.Tensor:
+            return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        normed = layer.input_layernorm(hidden)
+        key, value = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
+        if number < len(self.decoder.layers) - 1:
+            spans, asking, own = layout.spans, slice(0, texts), value[:, :, texts:]
+        else:
+            spans = layout.wanted_spans
+            count = spans[-1].end if spans else 0
+            asking, own = layout.wanted[:count], value[:, :, layout.wanted[count:]]
+            hidden = hidden[:, layout.wanted]
+        query = heads(attention.q_proj(normed[:, asking]))
+        query = _turned(query, cos[:, asking], sin[:, asking])
+
+        text = _turned(key[:, :, :texts], cos[:, :texts], sin[:, :texts]), value[:, :, :texts]
+        images = key[:, :, texts:], value[:, :, texts:]
+        if known is not None:
+            images = known.join(number, images)
+        images = _turned(images[0], cos[:, texts:], sin[:, texts:]), images[1]
+        if cache is None:
+            outputs = self._within(query, spans, text, images, layout)
+        else:
+            cache.extend(number, text, images)
+            outputs = self._after(query, spans, cache, number)
+        outputs.append(own.repeat_interleave(query.shape[1] // own.shape[1], dim=1))
+        mixed = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
+        hidden = hidden + attention.o_proj(mixed)
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    def _within(
+        self,
+        query: torch.Tensor,
+        spans: tuple[Span, ...],
+        text: KeyValues,
+        images: KeyValues,
+        layout: Layout,
+    ) -> list[torch.Tensor]:
+        """Attend within the batch."""
+
+        def sliced(keys: KeyValues, start: int, end: int) -> KeyValues:
+            return keys[0][:, :, start:end], keys[1][:, :, start:end]
+
+        return attend_spans(
+            query,
+            spans,
+            text=lambda sample: sliced(text, *layout.samples[sample][:2]),
+            images=lambda sample: sliced(images, *layout.samples[sample][2:]),
+            scheme=self.scheme,
+        )
+
+    def _after(
+        self, query: torch.Tensor, spans: tuple[Span, ...], cache: StreamCache, number: int
+    ) -> list[torch.Tensor]:
+        """Attend to what a cache holds, the batch included."""
+        if cache.stepping:
+            return [cache.step(number, query, scheme=self.scheme)]
+        return attend_spans(
+            query,
+            spans,
+            text=lambda sample: cache.text(number, sample),
+            images=lambda sample: cache.images(number, sample),
+            scheme=self.scheme,
+        )
+
+
+def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """(1, K, T, H) turned by (1, T, H) rotary tables."""
+    return heads * cos[:, None] + rotate_half(heads) * sin[:, None]
+
+
+class InterleavedCache(DynamicCache):
+    """The stock cache of B rows, and what its positions hold."""
+
+    def __init__(self, rows: int) -> None:
+        """Begin with nothing."""
+        super().__init__()
+        self.kinds: torch.Tensor | None = None
+        """(B, S) of Kind, padding included."""
+        self.past = [(0, 0)] * rows
+        """Text and image tokens of each row."""
+
+
+class Interleaved:
+    """The stock decoder's own forward over B rows of S positions, the scheme being its attention function.
+
+    For plain causal attention, under which image tokens see all that came before them, and for decoders that
+    `Streams` does not know.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        """`decoder` is the stock model without its head, its attention implementation set to a scheme."""
+        self.decoder: Any = decoder
+        self.scheme = self.decoder.config._attn_implementation
+
+    def cache(self, samples: int) -> InterleavedCache:
+        """An empty cache for so many rows of one sample each."""
+        return InterleavedCache(samples)
+
+    def __call__(
+        self,
+        text: torch.Tensor,
+        images: torch.Tensor,
+        layout: Layout,
+        *,
+        cache: "Cache | None" = None,
+        known: KnownImages | None = None,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """As `Streams`; a cache takes rows of one sample each, and no image is known."""
+        assert known is None
+        rows, length = layout.kinds.shape
+        embedded = text.new_zeros(rows * length, text.shape[-1])
+        embedded = embedded.index_copy(0, layout.text, text).index_copy(0, layout.images, images)
+        places = layout.kinds.new_zeros(rows * length, dtype=torch.int64)
+        places[layout.text], places[layout.images] = layout.text_rotary, layout.image_rotary
+        kinds = None if layout.plain and cache is None and self.scheme == "causal" else layout.kinds
+        if cache is not None:
+            assert isinstance(cache, InterleavedCache)
+            if cache.kinds is not None:
+                kinds = torch.cat([cache.kinds, layout.kinds], dim=1)
+            cache.kinds = kinds
+            cache.past = [
+                (texts + b - a, pictures + d - c)
+                for (texts, pictures), (a, b, c, d) in zip(cache.past, layout.samples, strict=True)
+            ]
+        if recompute and not self.decoder.is_gradient_checkpointing:
+            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        hidden = self.decoder(
+            inputs_embeds=embedded.view(rows, length, -1),
+            position_ids=places.view(rows, length),
+            kinds=kinds,
+            samples=layout.packing,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        return hidden.flatten(0, 1)[layout.wanted_positions]
+
+
+Cache = StreamCache | InterleavedCache
+
+
+def decoder_for(decoder: nn.Module, *, scheme: str) -> Streams | Interleaved:
+    """The fastest exact way to run a stock decoder under a scheme."""
+    if scheme != "causal" and isinstance(decoder, STREAMED):
+        return Streams(decoder, scheme=scheme)
+    return Interleaved(decoder)
