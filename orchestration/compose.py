@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from orchestration.config import Experiment, merge, path_keys, place, validated
+from orchestration.config import Experiment, validated
 from orchestration.problems import MISSING, ConfigError, Keys, Problem
+from orchestration.settings import merge, path_keys, place
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

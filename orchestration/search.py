@@ -14,9 +14,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 
-from orchestration.config import Choice, Domain, Experiment, Grid, LogUniform, SearchConfig
+from orchestration.config import Experiment
 from orchestration.journal import Journal, read, read_json, write_json
 from orchestration.results import begin, evaluations, finished, write_result
+from orchestration.space import Choice, Domain, Grid, LogUniform, SearchConfig
 from orchestration.trainer import fit
 
 log = logging.getLogger(__name__)

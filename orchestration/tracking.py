@@ -17,7 +17,8 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking.context.registry import resolve_tags
 
 from orchestration import journal
-from orchestration.config import Experiment, SearchConfig
+from orchestration.config import Experiment
+from orchestration.space import SearchConfig
 
 log = logging.getLogger(__name__)
 

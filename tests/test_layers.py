@@ -35,7 +35,7 @@ ONLY: list[tuple[str, set[str]]] = [
             f"orchestration/{name}.py",
             {"pydantic", "pydantic_core", "yaml", "dsvl.config", "orchestration"},
         )
-        for name in ("problems", "config", "compose", "parameters", "plan")
+        for name in ("problems", "settings", "space", "config", "compose", "parameters", "plan")
     ),
     ("orchestration/cli.py", {"pydantic_core", "orchestration"}),
     ("jobs/*", {"orchestration", "dsvl.qwen_vision"}),

@@ -5,8 +5,9 @@ import pickle
 
 import pytest
 
-from orchestration.config import Experiment, merge, path_keys, validated
+from orchestration.config import Experiment, validated
 from orchestration.problems import ConfigError
+from orchestration.settings import merge, path_keys
 
 EXECUTION = {
     "name": "other",
