@@ -1,0 +1,187 @@
+"""What a search goes over, and whether every trial in it would be an experiment."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import to_jsonable_python
+
+from dsvl.config import ModelConfig, require
+from orchestration.problems import Problem, explain, fields_at, unknown_field
+from orchestration.settings import Section, path_keys, place
+
+WHAT = ("model", "data", "optim", "train")
+"""The sections that say what is trained; the others say where, and how it is watched."""
+
+
+class _Listed(Section):
+    values: tuple[Any, ...] = Field(min_length=1)
+
+    def probes(self) -> tuple[Any, ...]:
+        """Values that must all be legal for the domain to be."""
+        return self.values
+
+    def holds(self, value: object) -> bool:
+        """Whether the value is of the domain."""
+        return value in self.values
+
+
+class Grid(_Listed):
+    """Every one of the values, combined with every value of the other grids."""
+
+    kind: Literal["grid"]
+
+
+class Choice(_Listed):
+    """One of the values at random."""
+
+    kind: Literal["choice"]
+
+
+class _Range(Section):
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> Self:
+        require(self.low < self.high, "low", self.low, f"must be below high={self.high}")
+        return self
+
+    def probes(self) -> tuple[Any, ...]:
+        """Values that must all be legal for the domain to be."""
+        between = self.low + (self.high - self.low) / 3**0.5  # a field of whole numbers refuses it
+        return self.low, between, self.high
+
+    def holds(self, value: object) -> bool:
+        """Whether the value is of the domain."""
+        return isinstance(value, float) and self.low <= value <= self.high
+
+
+class Uniform(_Range):
+    """A real number between `low` and `high`."""
+
+    kind: Literal["uniform"]
+
+
+class LogUniform(_Range):
+    """A real number between `low` and `high`, each order of magnitude as likely as another."""
+
+    kind: Literal["loguniform"]
+
+    @model_validator(mode="after")
+    def _low_is_positive(self) -> Self:
+        require(self.low > 0, "low", self.low, "must be positive")
+        return self
+
+
+Domain = Annotated[Grid | Choice | Uniform | LogUniform, Field(discriminator="kind")]
+
+
+class NoScheduler(Section):
+    """Every trial runs to its end."""
+
+    kind: Literal["none"]
+
+
+class Asha(Section):
+    """Trials that do worse than their peers stop early."""
+
+    kind: Literal["asha"]
+    grace: int = Field(default=1, gt=0)
+    """Epochs that every trial gets."""
+    reduction: int = Field(default=2, gt=1)
+    """One trial in so many goes on."""
+
+
+class SearchConfig(Section):
+    """Which experiments a sweep tries."""
+
+    space: dict[str, Domain] = Field(min_length=1)
+    """Dotted field -> the values to try."""
+    samples: int = Field(default=1, gt=0)
+    """Draws from the space; a grid is tried whole at each."""
+    seed: int = Field(0, ge=0)
+    metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
+    scheduler: Annotated[NoScheduler | Asha, Field(discriminator="kind")] = NoScheduler(kind="none")
+    concurrent: int = Field(default=1, gt=0)
+    """Trials at the same time."""
+    workers: int = Field(default=1, gt=0)
+    """Workers of a trial."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if all(domain.kind == "grid" for domain in self.space.values()):
+            text = "must be 1 where every domain is a grid: a second draw would be the same trials"
+            require(self.samples == 1, "samples", self.samples, text)
+        return self
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Whether less or more of the metric is better."""
+        return "min" if self.metric == "eval/loss" else "max"
+
+    def proposes(self, values: Mapping[str, object]) -> bool:
+        """Whether these values of the searched fields are of this space."""
+        return values.keys() == self.space.keys() and all(
+            domain.holds(values[path]) for path, domain in self.space.items()
+        )
+
+    @property
+    def trials(self) -> int:
+        """How many trials the sweep has."""
+        return self.samples * prod(
+            len(domain.values) for domain in self.space.values() if domain.kind == "grid"
+        )
+
+
+def search_problems(
+    schema: type[BaseModel], search: SearchConfig, sections: Mapping[str, Any]
+) -> list[Problem]:
+    """Compose every probed value into the sections that are legal themselves."""
+    base = to_jsonable_python(dict(sections))
+    broken = schema.model_fields.keys() - sections.keys() - {"search"}
+    told: list[Problem] = []
+
+    def compose(settings: dict[str, Any]) -> list[Problem]:
+        try:
+            schema.model_validate(settings, context={"workers": "search.workers"})
+        except ValidationError as error:
+            found = explain(error, schema)
+            return [p for p in found if p.keys[0] not in broken and p not in told]
+        return []
+
+    told = compose(base)  # what the experiment breaks without any search
+    if "cluster" in base:
+        base = place(base, ("cluster", "workers"), search.workers)
+    problems = [Problem(("search", "workers"), str(problem)) for problem in compose(base)]
+    if problems:
+        return problems
+    for path, domain in search.space.items():
+        keys, where = path_keys(path), ("search", "space", path)
+        if (unknown := unknown_field(schema, keys)) is not None:
+            problems.append(Problem(where, unknown))
+        elif _decides_data(keys, domain, sections.get("model")):
+            text = "decides the prepared data, which all trials share; give each its own experiment"
+            problems.append(Problem(where, text))
+        elif keys[0] not in WHAT:
+            text = f"a search varies what is trained: fields of {', '.join(WHAT)}"
+            problems.append(Problem(where, text))
+        elif fields_at(schema, keys):
+            problems.append(Problem(where, "is a section; name one of its fields"))
+        elif keys[0] not in broken:
+            problems += [
+                Problem(where, problem.text if problem.keys == keys else f"{value!r}: {problem}")
+                for value in domain.probes()
+                for problem in compose(place(base, keys, value))
+            ]
+    return problems
+
+
+def _decides_data(keys: tuple[str, ...], domain: Domain, model: ModelConfig | None) -> bool:
+    """Whether trials that differ in a field could differ in their prepared data."""
+    if keys == ("model", "projection") and model is not None:
+        others = (replace(model, projection=value) for value in domain.probes())
+        return any(other.image_tokens != model.image_tokens for other in others)
+    return keys[0] == "data" or keys[:2] in (("model", "vision"), ("model", "projection_queries"))
