@@ -16,6 +16,9 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 # Paths of an experiment are relative to where the command was typed, on every process.
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+# That a cluster of its own is guarded by a token is Ray's default, and nobody has to act on it.
+TOKENS = logging.getLogger("ray._private.authentication.authentication_token_setup")
+TOKENS.setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -30,6 +33,9 @@ def connect(experiment: Experiment) -> Iterator[None]:
         settings["include_dashboard"] = True
         # Nobody takes this machine away at a minute's notice: one process less a training.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # A sweep has more processes than a laptop has cores, which Ray would warn of.
+        startups = max(8, os.cpu_count() or 1)
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(startups))
     ray.init(
         **settings, log_to_driver=False, configure_logging=False, logging_level=logging.WARNING
     )
