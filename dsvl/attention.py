@@ -126,7 +126,7 @@ def attend_spans(
                 output = written[:, :, run.start - span.start : run.end - span.start]
                 if run.images:
                     pictures = (tensor[:, :, : run.images] for tensor in seen)
-                    output = output + _whole(query[:, :, run.start : run.end], *pictures)
+                    output = output + whole(query[:, :, run.start : run.end], *pictures)
                 outputs.append(output)
             continue
         for (
@@ -156,7 +156,7 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     )
 
 
-def _whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Every query sees every key. Heads that share keys are laid end to end, so that none is copied."""
     batch, heads, queries, size = query.shape
     folded = query.reshape(batch, key.shape[1], -1, size)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaModel, MistralModel, Qwen2Model
 from transformers.models.llama.modeling_llama import rotate_half
 
-from dsvl.attention import KeyValues, attend_spans
+from dsvl.attention import KeyValues, attend_spans, whole
 from dsvl.cache import KnownImages, StreamCache
 from dsvl.data.layout import Layout, Span
 
@@ -121,6 +121,10 @@ class Streams:
         else:
             cache.extend(number, text, images)
             outputs = self._after(query, spans, cache, number)
+        if not spans:
+            # Where no text asks, its projections take part with no rows: ZeRO 3 expects every rank to
+            # differentiate every module.
+            outputs.append(whole(query, *text))
         outputs.append(own.repeat_interleave(query.shape[1] // own.shape[1], dim=1))
         mixed = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
         hidden = hidden + attention.o_proj(mixed)
