@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Literal
 
+LOGIT_BYTES = 2**25
+"""Float32 logits that the output head holds at once."""
+
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
     """Raise ValueError naming the field, its value and the rule (which says what to set) unless it holds."""
@@ -255,6 +258,9 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 2
     micro_batch: int = 1
     """Samples a worker passes through the model at once."""
+    gradient_checkpointing: bool | None = None
+    """Compute the decoder's layers anew in the backward pass instead of keeping what they gave, which takes a
+    third of a step; when empty, only where `cluster.gpu_memory_gib` asks for it."""
 
     def __post_init__(self) -> None:
         require(self.micro_batch > 0, "micro_batch", self.micro_batch, "must be positive")

@@ -79,6 +79,7 @@ class Engine:
         self.stage = engine.zero_stage
         self.workers, self.rank = dist.get_world_size(), dist.get_rank()
         self.model = model
+        model.recompute = bool(engine.gradient_checkpointing)
         self.parameters = model.trainable()
         self.optimizer = torch.optim.AdamW(
             optim.groups(self.parameters, optim_config),

@@ -3,16 +3,12 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestration.config import Experiment, legal_workers
+from orchestration.config import Experiment
+from orchestration.memory import GIB, STATE_BYTES, gradient_checkpointing, memory, remedy
 from orchestration.parameters import Part, parameters
-
-GIB = 1024**3
-STATE_BYTES = 12
-"""Of a trained parameter: its float32 master value and two moments."""
 
 
 class PlanError(ValueError):
@@ -29,6 +25,8 @@ class SizePlan:
     parameters: dict[str, Part]
     memory: dict[str, int]
     """Component -> bytes per worker; the activations are an estimate from above."""
+    gradient_checkpointing: bool
+    """Whether layers are computed anew in the backward pass."""
     accumulation: int
     """Passes of a worker for one optimizer update."""
     checkpoint_bytes: int
@@ -118,36 +116,6 @@ def plan(experiment: Experiment) -> Plan:
     )
 
 
-def memory(experiment: Experiment) -> dict[str, int]:
-    """Bytes that a worker needs, by component.
-
-    A worker holds its share of what the ZeRO stage divides: 1 the optimizer, 2 the gradients too,
-    3 the weights too. A frozen decoder keeps about 5.5 hidden + 3 intermediate values a token and
-    layer for the way back, without checkpointing; the head keeps its logits and their gradient.
-    """
-    language, engine = experiment.model.language, experiment.engine
-    width = 4 if experiment.train.precision == "fp32" else 2
-    counts = parameters(experiment.model).values()
-    trainable = sum(part.trainable for part in counts)
-    frozen = sum(part.total for part in counts) - trainable
-    tokens = engine.micro_batch * experiment.data.max_tokens
-    kept = language.num_hidden_layers * (
-        5.5 * language.hidden_size + 3 * language.intermediate_size
-    )
-
-    def share(size: int, from_stage: int) -> int:
-        return -(-size // experiment.cluster.workers) if engine.zero_stage >= from_stage else size
-
-    return {
-        "frozen weights": share(frozen * width, 3),
-        "trainable weights": share(trainable * width, 3),
-        "gradients": share(trainable * width, 2),
-        "optimizer": share(trainable * STATE_BYTES, 1),
-        "activations": int(tokens * kept * width),
-        "logits": tokens * language.vocab_size * 8,
-    }
-
-
 def prepared_folder(experiment: Experiment) -> Path | None:
     """The newest prepared data that belong to these settings, if there are any."""
     settings = experiment.as_dict()["data"]
@@ -175,6 +143,7 @@ def _size_plan(experiment: Experiment, purpose: Literal["run", "trial"]) -> Size
         workers=workers,
         parameters=parts,
         memory=memory(experiment),
+        gradient_checkpointing=gradient_checkpointing(experiment),
         accumulation=experiment.train.batch // (workers * micro_batch),
         checkpoint_bytes=STATE_BYTES * sum(part.trainable for part in parts.values()),
     )
@@ -184,38 +153,9 @@ def _size_plan(experiment: Experiment, purpose: Literal["run", "trial"]) -> Size
         raise PlanError(
             f"model.size={size.size}: a worker of this {purpose} needs "
             f"{_bytes(size.memory_bytes)} but cluster.gpu_memory_gib={limit:g}: {components}; "
-            f"{_remedy(experiment, purpose)}"
+            f"{remedy(experiment, purpose)}"
         )
     return size
-
-
-def _remedy(experiment: Experiment, purpose: Literal["run", "trial"]) -> str:
-    """The fewest and smallest changes of ZeRO stage, workers and micro batch that fit."""
-    batch, engine = experiment.train.batch, experiment.engine
-    workers = "cluster.workers" if purpose == "run" else "search.workers"
-    now = (engine.zero_stage, engine.micro_batch, experiment.cluster.workers)
-    micros = [size for size in range(engine.micro_batch, 0, -1) if batch % size == 0]
-    choices = [
-        (stage, micro, count)
-        for stage, micro in product(range(engine.zero_stage, 4), micros)
-        for count in legal_workers(batch, micro)
-        if count >= experiment.cluster.workers
-    ]
-
-    def distance(choice: tuple[int, int, int]) -> tuple[int, int, int, int]:
-        changed = sum(value != before for value, before in zip(choice, now, strict=True))
-        return changed, choice[2], choice[0], -choice[1]
-
-    for choice in sorted(choices, key=distance):
-        names = ("engine.zero_stage", "engine.micro_batch", "cluster.workers")
-        other = experiment.with_overrides({**dict(zip(names, choice, strict=True)), "search": None})
-        if sum(memory(other).values()) <= (experiment.cluster.gpu_memory_gib or 0) * GIB:
-            settings = zip((*names[:2], workers), choice, now, strict=True)
-            return "set " + " ".join(f"{name}={new}" for name, new, old in settings if new != old)
-    return (
-        "no ZeRO stage, micro batch or number of workers fits; lower data.max_tokens, "
-        "choose a smaller model.size or a GPU with more memory"
-    )
 
 
 def _samples(experiment: Experiment) -> tuple[int | None, str]:
@@ -256,6 +196,7 @@ def _table(sizes: tuple[SizePlan, ...]) -> list[tuple[str, ...]]:
             row(f"  {component}", lambda size, component=component: _bytes(size.memory[component]))
             for component in sizes[0].memory
         ),
+        row("layers recomputed", lambda size: "yes" if size.gradient_checkpointing else "no"),
         row("a checkpoint", lambda size: _bytes(size.checkpoint_bytes)),
     ]
 

@@ -53,7 +53,11 @@ def _worker(rank, world, port, config, folder, options):
     )
     join(backend="gloo")
     torch.manual_seed(rank)
-    engine_config = EngineConfig(zero_stage=options["stage"], micro_batch=options.get("micro", 1))
+    engine_config = EngineConfig(
+        zero_stage=options["stage"],
+        micro_batch=options.get("micro", 1),
+        gradient_checkpointing=options.get("recompute"),
+    )
     train = TrainConfig(**{**vars(TRAIN), "precision": options.get("precision", "fp32")})
     model = VisualChat(config, precision=train.precision, seed=0)
     engine = Engine(model, engine=engine_config, train=train, optim_config=OPTIM)
@@ -123,12 +127,29 @@ def reference(model_config):
 
 
 @pytest.mark.parametrize(
-    ("stage", "world", "micro"), [(0, 1, 4), (0, 2, 1), (1, 2, 2), (2, 2, 1), (3, 2, 2), (2, 4, 1)]
+    ("stage", "world", "micro", "recompute"),
+    [
+        (0, 1, 4, False),
+        (0, 2, 1, False),
+        (1, 2, 2, False),
+        (2, 2, 1, True),
+        (2, 4, 1, False),
+        (3, 2, 1, False),
+        (3, 2, 2, True),
+    ],
 )
 def test_every_way_of_sharding_trains_as_a_plain_loop_does(
-    model_config, reference, tmp_path, stage, world, micro
+    model_config, reference, tmp_path, stage, world, micro, recompute
 ):
-    records = run(model_config, tmp_path, stage=stage, world=world, micro=micro, save=(12,))
+    records = run(
+        model_config,
+        tmp_path,
+        stage=stage,
+        world=world,
+        micro=micro,
+        recompute=recompute,
+        save=(12,),
+    )
     np.testing.assert_allclose(records, reference[0], rtol=2e-5, atol=2e-6)
     values = checkpoint.load_file(tmp_path / "step-000012/parameters.safetensors")
     for name, expected in reference[1].items():

@@ -1,0 +1,93 @@
+"""What a worker holds follows ZeRO, the precision and what the decoder really keeps for the backward pass."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dsvl.data.layout import lay_out
+from dsvl.data.types import Kind
+from dsvl.decoder import Streams
+from orchestration.config import validated
+from orchestration.memory import GIB, gradient_checkpointing, memory
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_stage_of_zero_divides_one_thing_more(settings, stage):
+    settings["train"]["precision"] = "fp32"
+    alone = memory(validated(settings | {"engine": {"zero_stage": 0}}))
+    engine, cluster = {"zero_stage": stage}, {"workers": 4}
+    shared = memory(validated(settings | {"engine": engine, "cluster": cluster}))
+    divided = {name for name in alone if shared[name] < alone[name]}
+    weights = {"frozen weights", "trainable weights"}
+    expected = [
+        set(),
+        {"optimizer"},
+        {"optimizer", "gradients"},
+        {"optimizer", "gradients"} | weights,
+    ]
+    assert divided == expected[stage]
+    assert all(shared[name] * 4 == alone[name] for name in divided)
+
+
+def test_half_precision_halves_weights_but_not_the_optimizer(settings):
+    full = memory(validated(settings).with_overrides({"train.precision": "fp32"}))
+    half = memory(validated(settings).with_overrides({"train.precision": "bf16"}))
+    assert half["frozen weights"] * 2 == full["frozen weights"]
+    assert half["optimizer"] == full["optimizer"] == 12 * (8 * 8 + 8 + 32 * 8)
+
+
+@pytest.mark.parametrize("key_heads", [2, 8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_layer_keeps_is_bounded_closely_from_above(
+    settings, recompute, precision, key_heads
+):
+    settings["train"]["precision"] = precision
+    settings["engine"] = {"gradient_checkpointing": recompute}
+    settings["data"]["max_tokens"] = 160
+    shape = settings["model"]["languages"]["small"]
+    shape |= {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8}
+    shape["num_key_value_heads"] = key_heads
+    planned, kept = [], []
+    for shape["num_hidden_layers"] in (4, 12):
+        planned.append(memory(validated(settings))["activations"])
+        kept.append(kept_for_the_backward_pass(shape, precision, recompute=recompute))
+    eight_planned, eight_kept = planned[1] - planned[0], kept[1] - kept[0]
+    assert eight_kept <= eight_planned <= 1.3 * eight_kept
+
+
+def kept_for_the_backward_pass(shape, precision, *, recompute):
+    """Bytes that autograd saves in a decoder's forward pass over 128 text and 32 image tokens."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    config = {name: value for name, value in shape.items() if name != "checkpoint"}
+    stock = LlamaForCausalLM(LlamaConfig(**config)).to(dtype).requires_grad_(False)
+    kinds = np.full((1, 160), Kind.TEXT)
+    kinds[0, 20:36] = kinds[0, 70:86] = Kind.IMAGE
+    wanted = np.zeros((1, 160), bool)
+    wanted[0, -40:-1] = True
+    text, images = (torch.randn(count, 128, dtype=dtype, requires_grad=True) for count in (128, 32))
+    weights = {weight.untyped_storage().data_ptr() for weight in stock.parameters()}
+    held, saved = {}, []
+
+    def keep(tensor):
+        saved.append(tensor)  # so that no address is used twice
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Streams(stock.model, scheme="mmca")(
+            text, images, lay_out(kinds, wanted), recompute=recompute
+        )
+    return sum(size for address, size in held.items() if address not in weights)
+
+
+@pytest.mark.parametrize("chosen", [None, False, True])
+def test_layers_are_recomputed_as_configured_or_only_where_no_more_fits(settings, chosen):
+    settings["engine"] = {"gradient_checkpointing": False}
+    needed = sum(memory(validated(settings)).values()) / GIB
+    settings["engine"] = {"gradient_checkpointing": chosen}
+    for limit, scarce in ((None, False), (1.01 * needed, False), (0.99 * needed, True)):
+        settings["cluster"] = {"gpu_memory_gib": limit}
+        assert gradient_checkpointing(validated(settings)) == (scarce if chosen is None else chosen)
