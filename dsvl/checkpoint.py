@@ -2,14 +2,14 @@
 
 A checkpoint is a folder `step-NNNNNN`, written under a temporary name and renamed:
 
-- `parameters.safetensors`: the float32 master value of each trainable parameter under its own name;
+- `parameters.safetensors`: the float32 master value of each trainable parameter under its own name, and
+  `model.json`: together a model that `dsvl.pretrained` loads;
 - `optimizer.safetensors`: its moments, as `exp_avg/NAME` and `exp_avg_sq/NAME`;
 - `rng.safetensors`: the generator state of each rank;
 - `state.json`: step, data position, schedule, loss scale;
 - `manifest.json`: sha256 of each file, identity of the experiment, digests of the frozen parts.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -28,11 +28,11 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from safetensors.torch import load_file, save_file
-from transformers.utils.hub import cached_file
 
+from dsvl import pretrained
 from dsvl.data.store import sha256
 from dsvl.engine import Engine
-from dsvl.model import VisualChat
+from dsvl.pretrained import require_same
 
 SCHEMA_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -84,9 +84,11 @@ def save(
         for left in folder.glob(".step-*"):
             shutil.rmtree(left)  # by a save that was killed
         unfinished.mkdir(parents=True)
-        save_file(
+        pretrained.write(
+            unfinished,
+            engine.model.config,
             {name: value for name, (value, _) in tensors.items()},
-            unfinished / "parameters.safetensors",
+            frozen=frozen,
         )
         save_file(
             {
@@ -161,12 +163,13 @@ def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> N
             f"{checkpoint.folder}: trained on frozen parts {checkpoint.manifest['frozen']}, "
             f"but the checkpoints named now are {frozen}; point model to the former or use another name"
         )
-    values = load_file(checkpoint.folder / "parameters.safetensors")
+    values = load_file(checkpoint.folder / pretrained.PARAMETERS)
     moments = load_file(checkpoint.folder / "optimizer.safetensors")
-    if values.keys() != engine.parameters.keys():
-        raise ValueError(
-            f"{checkpoint.folder}: holds {sorted(values)}, but this model trains {sorted(engine.parameters)}"
-        )
+    require_same(
+        {name: tuple(value.shape) for name, value in values.items()},
+        engine.shapes,
+        where=checkpoint.folder,
+    )
     _create_optimizer_state(engine, step=checkpoint.step)
     _link_moments(engine)
     for name, parameter in engine.parameters.items():
@@ -190,40 +193,6 @@ def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> N
     generators = load_file(checkpoint.folder / "rng.safetensors")
     if f"rank{engine.rank}" in generators:
         torch.set_rng_state(generators[f"rank{engine.rank}"])
-
-
-def load_parameters(model: VisualChat, folder: Path) -> None:
-    """Put the trained values of a checkpoint into a model outside an engine, strictly by name."""
-    values = load_file(folder / "parameters.safetensors")
-    trainable = model.trainable()
-    if values.keys() != trainable.keys():
-        raise ValueError(
-            f"{folder}: holds {sorted(values)}, but the model trains {sorted(trainable)}"
-        )
-    for name, parameter in trainable.items():
-        parameter.data.copy_(values[name])
-
-
-def digest(checkpoint: str) -> str:
-    """sha256 over the weights of a frozen part, by the names and bytes of its safetensors files.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    config = cached_file(checkpoint, "config.json")
-    assert config is not None, "a missing file raises"
-    folder = Path(config).parent
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ValueError(
-            f"{checkpoint}: has no *.safetensors, by which a frozen part is known again; "
-            "load it with transformers and write it with save_pretrained"
-        )
-    total = hashlib.sha256()
-    for path in paths:
-        total.update(path.name.encode())
-        total.update(sha256(path).encode())
-    return total.hexdigest()
 
 
 def _gather(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:

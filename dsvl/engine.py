@@ -81,6 +81,8 @@ class Engine:
         self.model = model
         model.recompute = bool(engine.gradient_checkpointing)
         self.parameters = model.trainable()
+        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        """Before ZeRO 3 divides them."""
         self.optimizer = torch.optim.AdamW(
             optim.groups(self.parameters, optim_config),
             lr=optim_config.lr,

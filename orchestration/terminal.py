@@ -8,11 +8,10 @@ from typing import TextIO
 
 import torch
 
-from dsvl import checkpoint
+from dsvl import checkpoint, pretrained
 from dsvl.chat import Chat
 from dsvl.data.encode import load_tokenizer
 from dsvl.data.images import BadImage, ImageProcessor, load
-from dsvl.model import VisualChat
 from orchestration.config import Experiment
 from orchestration.journal import read_json
 from orchestration.results import refuse_another
@@ -47,8 +46,7 @@ def open_chat(experiment: Experiment) -> Chat:
         raise FileNotFoundError(f"{folder}/checkpoints: no checkpoint yet; train or sweep first")
     refuse_another(chosen, found.manifest, where=found.folder)
     log.info("loading %s", found.folder)
-    model = VisualChat(chosen.model, precision=chosen.train.precision, seed=chosen.train.seed)
-    checkpoint.load_parameters(model, found.folder)
+    model = pretrained.load(found.folder, precision=chosen.train.precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Chat(
         model.to(device).eval(),

@@ -7,7 +7,7 @@ import ray.train
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dsvl import checkpoint
+from dsvl import checkpoint, pretrained
 from dsvl.chat import transcript
 from dsvl.config import EvaluationConfig
 from dsvl.data.encode import fingerprint, load_tokenizer
@@ -46,10 +46,7 @@ def work(config: dict) -> None:
         train=train,
         optim_config=experiment.optim,
     )
-    parts = {"language": experiment.model.language, "vision": experiment.model.vision}
-    frozen = from_rank_0(
-        lambda: {name: checkpoint.digest(part.checkpoint) for name, part in parts.items()}
-    )
+    frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
     start = resume(engine, experiment, folder, frozen=frozen)
     plan = Plan(len(prepared.train), train)
     if journal:
