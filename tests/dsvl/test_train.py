@@ -51,7 +51,7 @@ def _worker(rank, world, port, config, folder, options):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    join(backend="gloo")
+    join(backend="nccl" if options.get("device") == "cuda" else "gloo")
     torch.manual_seed(rank)
     engine_config = EngineConfig(
         zero_stage=options["stage"],
@@ -88,13 +88,14 @@ def _worker(rank, world, port, config, folder, options):
 
 
 def run(config, folder: Path, *, world: int = 2, **options):
-    """(loss, gradient norm, lr) of each update, from `world` forked gloo workers."""
+    """(loss, gradient norm, lr) of each update, from `world` workers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
+    method = "spawn" if options.get("device") == "cuda" else "fork"  # CUDA does not survive a fork
     mp.start_processes(
-        _worker, (world, port, config, folder, options), nprocs=world, start_method="fork"
+        _worker, (world, port, config, folder, options), nprocs=world, start_method=method
     )
     return torch.load(folder / "records.pt")
 
