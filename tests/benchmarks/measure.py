@@ -32,10 +32,10 @@ class Figures:
 def in_turns(ways: Mapping[str, Ready], *, rounds: int, device: torch.device) -> dict[str, Figures]:
     """Time every way once a round. The first of more than two rounds only warms up."""
     figures = {name: Figures() for name in ways}
+    gc.collect()
     for number in range(rounds):
         for name, ready in ways.items():
             run = ready()
-            gc.collect()
             seconds, wall = _time(run, device)
             if number or rounds <= 2:
                 figures[name].seconds.append(seconds)
