@@ -75,7 +75,7 @@ class VisualChat(nn.Module):
 
         Args:
             batch: images as pixels, or as features that the tower made of them earlier.
-            fresh: which of the images the layout has room for, where a store knows the others; else all.
+            fresh: while generating, which of the images are to be encoded, as a store may know the others.
 
         Returns:
             (M, D) text and (F, D) images.
@@ -92,8 +92,10 @@ class VisualChat(nn.Module):
                 f"{len(pixels)} images of {tokens} tokens each, but {len(layout.images)} image positions"
             )
         text = self.embedding(batch.ids.flatten()[layout.text])
+        if fresh is not None and not len(pixels):
+            return text, text[:0]
         # Without an image the path to the projection still runs, at zero weight: every rank takes part in
-        # every collective, and a text-only batch is ordinary.
+        # every collective, and a text-only batch is ordinary. (All ranks generate the same.)
         size = self.config.vision.image_size
         seen = pixels if len(pixels) else pixels.new_zeros(1, 3, size, size)
         features = self.vision(seen) if seen.ndim == 4 else seen.to(text.dtype)
