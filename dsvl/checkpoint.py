@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,10 +164,7 @@ def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> N
         )
     values = load_file(checkpoint.folder / "parameters.safetensors")
     moments = load_file(checkpoint.folder / "optimizer.safetensors")
-    if values.keys() != engine.parameters.keys():
-        raise ValueError(
-            f"{checkpoint.folder}: holds {sorted(values)}, but this model trains {sorted(engine.parameters)}"
-        )
+    _require_names(values.keys(), engine.parameters.keys(), where=checkpoint.folder)
     _create_optimizer_state(engine, step=checkpoint.step)
     _link_moments(engine)
     for name, parameter in engine.parameters.items():
@@ -196,12 +194,19 @@ def load_parameters(model: VisualChat, folder: Path) -> None:
     """Put the trained values of a checkpoint into a model outside an engine, strictly by name."""
     values = load_file(folder / "parameters.safetensors")
     trainable = model.trainable()
-    if values.keys() != trainable.keys():
-        raise ValueError(
-            f"{folder}: holds {sorted(values)}, but the model trains {sorted(trainable)}"
-        )
+    _require_names(values.keys(), trainable.keys(), where=folder)
     for name, parameter in trainable.items():
         parameter.data.copy_(values[name])
+
+
+def _require_names(held: Set[str], trained: Set[str], *, where: Path) -> None:
+    """Raise ValueError unless a checkpoint holds what the model trains, and no more."""
+    lost, strange = sorted(trained - held), sorted(held - trained)
+    if lost or strange:
+        raise ValueError(
+            f"{where}: lacks {len(lost)} parameters that the model trains and holds {len(strange)} that it "
+            f"does not, among them {', '.join([*lost[:2], *strange[:2]])}; set model as it was in the training"
+        )
 
 
 def digest(checkpoint: str) -> str:

@@ -94,7 +94,12 @@ class VisionConfig:
     @property
     def tokens(self) -> int:
         """Feature vectors that the tower makes of an image."""
-        return self.queries or (self.image_size // self.patch_size) ** 2 + int(self.class_token)
+        return self.queries or self.patches + int(self.class_token)
+
+    @property
+    def patches(self) -> int:
+        """Squares that an image is cut into."""
+        return (self.image_size // self.patch_size) ** 2
 
     @property
     def width(self) -> int:

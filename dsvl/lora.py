@@ -41,7 +41,9 @@ def adapt(part: nn.Module, config: LoraConfig, *, dtype: torch.dtype) -> None:
         Settings(r=config.rank, lora_alpha=alpha, target_modules=layers), part, ADAPTER
     )
     for parameter in part.parameters():
-        if parameter.requires_grad:  # peft leaves float32 where the weights of a layer are no floats
+        if (
+            parameter.requires_grad
+        ):  # peft leaves float32 where the weights of a layer are no floats
             parameter.data = parameter.data.to(dtype)
 
 
@@ -52,9 +54,7 @@ def merged(model: "VisualChat") -> "VisualChat":
     """
     plain = deepcopy(model)
     none = LoraConfig()
-    plain.config = replace(
-        model.config, language_lora=none, vision_lora=none, quantization="none"
-    )
+    plain.config = replace(model.config, language_lora=none, vision_lora=none, quantization="none")
     for part in (plain.language, plain.vision):
         _make_plain(part, dtype=model.embedding.weight.dtype)
     return plain

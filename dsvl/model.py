@@ -112,7 +112,12 @@ class VisualChat(nn.Module):
             features = self.vision(seen, recompute=self.recompute)
         else:
             rank = self.config.vision_lora.rank
-            require(rank == 0, "model.vision_lora.rank", rank, "trains the tower: pass images on as pixels")
+            require(
+                rank == 0,
+                "model.vision_lora.rank",
+                rank,
+                "trains the tower: pass images on as pixels",
+            )
             features = seen.to(text.dtype)
         images = self.projection(features).flatten(0, 1).to(text.dtype)
         if not len(pixels):

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestration.config import Experiment, legal_workers
-from orchestration.parameters import Part, parameters
+from orchestration.parameters import Part, linear_parameters, parameters
 
 GIB = 1024**3
 STATE_BYTES = 12
 """Of a trained parameter: its float32 master value and two moments."""
+QUANTIZED_BYTES = {"int8": (1.0, 0.0), "nf4": (1 / 2, 1 / 64 + 4 / (64 * 256))}
+"""Of a quantised weight, and of its share in scales: NF4's are one a block of 64, quantised themselves."""
 
 
 class PlanError(ValueError):
@@ -124,28 +126,53 @@ def memory(experiment: Experiment) -> dict[str, int]:
     A worker holds its share of what the ZeRO stage divides: 1 the optimizer, 2 the gradients too,
     3 the weights too. A frozen decoder keeps about 5.5 hidden + 3 intermediate values a token and
     layer for the way back, without checkpointing; the head keeps its logits and their gradient.
+    Adapters keep what enters them and their layer. A tower without them keeps nothing, with them
+    at most 5 hidden + 4 intermediate values a patch and layer.
     """
-    language, engine = experiment.model.language, experiment.engine
+    model, engine = experiment.model, experiment.engine
+    language, lora = model.language, model.language_lora
     width = 4 if experiment.train.precision == "fp32" else 2
-    counts = parameters(experiment.model).values()
+    counts = parameters(model).values()
     trainable = sum(part.trainable for part in counts)
     frozen = sum(part.total for part in counts) - trainable
+    frozen_bytes, scales = frozen * width, 0
+    if model.quantization != "none":
+        quantized = linear_parameters(language)
+        weight, scale = QUANTIZED_BYTES[model.quantization]
+        frozen_bytes += int(quantized * (weight - width))
+        scales = int(quantized * scale)
     tokens = engine.micro_batch * experiment.data.max_tokens
-    kept = language.num_hidden_layers * (
-        5.5 * language.hidden_size + 3 * language.intermediate_size
-    )
+    kept = 5.5 * language.hidden_size + 3 * language.intermediate_size
+    if lora.rank and lora.targets == "attention":
+        kept += 2.5 * language.hidden_size + 4 * lora.rank
+    elif lora.rank:
+        kept += 3.5 * language.hidden_size + language.intermediate_size + 7 * lora.rank
 
     def share(size: int, from_stage: int) -> int:
         return -(-size // experiment.cluster.workers) if engine.zero_stage >= from_stage else size
 
     return {
-        "frozen weights": share(frozen * width, 3),
+        "frozen weights": share(frozen_bytes, 3) + scales,
         "trainable weights": share(trainable * width, 3),
         "gradients": share(trainable * width, 2),
         "optimizer": share(trainable * STATE_BYTES, 1),
-        "activations": int(tokens * kept * width),
+        "activations": int(tokens * language.num_hidden_layers * kept * width)
+        + _tower_activations(experiment) * width,
         "logits": tokens * language.vocab_size * 8,
     }
+
+
+def _tower_activations(experiment: Experiment) -> int:
+    """Values that a tower with adapters keeps for the way back, if a micro batch is full of images."""
+    model, vision = experiment.model, experiment.model.vision
+    if not model.vision_lora.rank:
+        return 0
+    data = experiment.data
+    images = experiment.engine.micro_batch * min(
+        data.max_images, data.max_tokens // model.image_tokens
+    )
+    kept = 5 * vision.hidden_size + 4 * vision.intermediate_size + 6 * model.vision_lora.rank
+    return images * vision.patches * vision.num_hidden_layers * kept
 
 
 def prepared_folder(experiment: Experiment) -> Path | None:
@@ -194,10 +221,11 @@ def _remedy(experiment: Experiment, purpose: Literal["run", "trial"]) -> str:
     batch, engine = experiment.train.batch, experiment.engine
     workers = "cluster.workers" if purpose == "run" else "search.workers"
     now = (engine.zero_stage, engine.micro_batch, experiment.cluster.workers)
+    last = 2 if experiment.model.quantization == "int8" else 3
     micros = [size for size in range(engine.micro_batch, 0, -1) if batch % size == 0]
     choices = [
         (stage, micro, count)
-        for stage, micro in product(range(engine.zero_stage, 4), micros)
+        for stage, micro in product(range(engine.zero_stage, last + 1), micros)
         for count in legal_workers(batch, micro)
         if count >= experiment.cluster.workers
     ]
