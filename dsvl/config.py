@@ -97,12 +97,33 @@ class VisionConfig:
     @property
     def tokens(self) -> int:
         """Feature vectors that the tower makes of an image."""
-        return self.queries or (self.image_size // self.patch_size) ** 2 + int(self.class_token)
+        return self.queries or self.patches + int(self.class_token)
+
+    @property
+    def patches(self) -> int:
+        """Squares that an image is cut into."""
+        return (self.image_size // self.patch_size) ** 2
 
     @property
     def width(self) -> int:
         """Numbers in a feature vector."""
         return self.output_size or self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters: linear layers W of a frozen part become W + alpha / rank * B A (arXiv:2106.09685)."""
+
+    rank: int = 0
+    """Rows of A and columns of B, which are trained; 0 adds none."""
+    alpha: float = 16.0
+    """How much adapters weigh; Adam moves them in proportion to it, so it tunes their learning rate."""
+    targets: Literal["all", "attention"] = "all"
+    """Which linear layers have one: all, or only those of the attention."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "rank", self.rank, "must not be negative; 0 adds no adapters")
+        require(self.alpha > 0, "alpha", self.alpha, "must be positive, for instance 16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +145,13 @@ class ModelConfig:
     """Vectors that a perceiver or qformer makes of an image, whatever the tower gives."""
     train_embedding: bool = True
     """Train the decoder's input embedding beside the projection, as the paper does."""
+    language_lora: LoraConfig = LoraConfig()
+    """Adapters of the decoder."""
+    vision_lora: LoraConfig = LoraConfig()
+    """Adapters of the tower."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """How the decoder's frozen linear layers are held: in `train.precision`, in 8 bits (LLM.int8, which
+    rounds what enters a layer too) or in 4 (NF4, as in QLoRA). Embedding, norms and head stay as they are."""
 
     def __post_init__(self) -> None:
         require(

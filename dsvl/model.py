@@ -7,11 +7,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dsvl import attention as _attention  # noqa: F401  (registers the schemes with transformers)
-from dsvl.config import ModelConfig
+from dsvl.config import ModelConfig, require
 from dsvl.data.types import Batch
 from dsvl.decoder import decoder_for
 from dsvl.head import Head
+from dsvl.lora import adapt
 from dsvl.projection import PROJECTIONS
+from dsvl.quantization import how_to_load, keep_trainable
 from dsvl.vision import VisionTower, check_shape
 
 Embedded = tuple[torch.Tensor, torch.Tensor]
@@ -19,10 +21,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class VisualChat(nn.Module):
-    """Frozen tower + trained projection + frozen decoder, its input embedding trained (section 3)."""
+    """Frozen tower + trained projection + frozen decoder, its input embedding trained (section 3).
+
+    Tower and decoder may have adapters, which are trained too.
+    """
 
     def __init__(self, config: ModelConfig, *, precision: str, seed: int) -> None:
-        """Load the frozen parts and draw the projection from the seed.
+        """Load the frozen parts, and draw the projection and adapters from the seed.
 
         Raises:
             ValueError: where a checkpoint's shape is not the configured one.
@@ -32,10 +37,15 @@ class VisualChat(nn.Module):
         dtype = DTYPES[precision]
         self.vision = VisionTower(config.vision, dtype=dtype)
         self.language = AutoModelForCausalLM.from_pretrained(
-            config.language.checkpoint, dtype=dtype, attn_implementation=config.attention
+            config.language.checkpoint,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            quantization_config=how_to_load(config.quantization, dtype=dtype),
         )
+        keep_trainable(self.language)
         check_shape(config.language, self.language.config, section=f"model.languages.{config.size}")
         self._untie()
+        self.language.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projection = PROJECTIONS[config.projection](
@@ -44,7 +54,8 @@ class VisualChat(nn.Module):
                 layers=config.projection_layers,
                 queries=config.projection_queries,
             ).to(dtype)
-        self.language.requires_grad_(False)
+            adapt(self.language.model, config.language_lora, dtype=dtype)
+            adapt(self.vision.encoder, config.vision_lora, dtype=dtype)
         self.head = Head(self.language.lm_head)
         self.decoder = decoder_for(self.language.model, scheme=config.attention)
         self.recompute = False
@@ -81,7 +92,8 @@ class VisualChat(nn.Module):
             (M, D) text and (F, D) images.
 
         Raises:
-            ValueError: if images and image positions differ in number.
+            ValueError: if images and image positions differ in number; if there are features of a tower that
+                is trained, for these are soon those of another one.
         """
         layout, pixels = batch.layout, batch.pixels
         if fresh is not None:
@@ -98,7 +110,17 @@ class VisualChat(nn.Module):
         # every collective, and a text-only batch is ordinary. (All ranks generate the same.)
         size = self.config.vision.image_size
         seen = pixels if len(pixels) else pixels.new_zeros(1, 3, size, size)
-        features = self.vision(seen) if seen.ndim == 4 else seen.to(text.dtype)
+        if seen.ndim == 4:
+            features = self.vision(seen, recompute=self.recompute)
+        else:
+            rank = self.config.vision_lora.rank
+            require(
+                rank == 0,
+                "model.vision_lora.rank",
+                rank,
+                "trains the tower: pass images on as pixels",
+            )
+            features = seen.to(text.dtype)
         images = self.projection(features).flatten(0, 1).to(text.dtype)
         if not len(pixels):
             return text + 0.0 * images.mean(), images[:0]  # a sum may overflow in fp16

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from dsvl.config import VisionConfig, require
@@ -41,10 +42,14 @@ class VisionTower(nn.Module):
         check_shape(config, self.encoder.config, section="model.vision")
         self.encoder.requires_grad_(False)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, *, recompute: bool = False) -> torch.Tensor:
         """(I, 3, P, P) normalised pixels -> (I, tokens, width).
 
         Without gradients, unless something within the tower is trained.
+
+        Args:
+            pixels: of I images.
+            recompute: keep nothing for the backward pass but the pixels.
 
         Raises:
             ValueError: if P is not the size of the tower.
@@ -57,7 +62,11 @@ class VisionTower(nn.Module):
             )
         trained = any(weight.requires_grad for weight in self.encoder.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            hidden = self.encoder(pixels.to(self.encoder.dtype)).last_hidden_state
+            pixels = pixels.to(self.encoder.dtype)
+            if recompute and torch.is_grad_enabled():
+                hidden = checkpoint(self.encoder, pixels, use_reentrant=False).last_hidden_state
+            else:
+                hidden = self.encoder(pixels).last_hidden_state
         dropped = int(self.config.kind == "clip" and not self.config.class_token)
         return hidden[:, dropped:]
 

@@ -115,7 +115,12 @@ class Experiment(Section):
     @classmethod
     def _sections_agree(cls, engine: EngineConfig, info: ValidationInfo) -> EngineConfig:
         train, cluster = info.data.get("train"), info.data.get("cluster")
-        problems = []
+        model, problems = info.data.get("model"), []
+        if model and model.quantization == "int8" and engine.zero_stage == 3:
+            rule = "3 does not divide the weights of model.quantization=int8"
+            problems.append(
+                Problem(("engine", "zero_stage"), f"{rule}; set that to nf4, or this to 2")
+            )
         if train and engine.zero_stage == 0 and train.precision != "fp32":
             rule = f"0 keeps no float32 master values for train.precision={train.precision}"
             problems.append(Problem(("engine", "zero_stage"), f"{rule}; set it to 1, 2 or 3"))

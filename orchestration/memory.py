@@ -2,13 +2,15 @@
 
 from typing import Literal
 
-from dsvl.config import LOGIT_BYTES
+from dsvl.config import LOGIT_BYTES, ModelConfig
 from orchestration.config import Experiment, legal_workers
-from orchestration.parameters import parameters
+from orchestration.parameters import linear_parameters, parameters
 
 GIB = 1024**3
 STATE_BYTES = 12
 """Of a trained parameter: its float32 master value and two moments."""
+QUANTIZED_BYTES = {"int8": (1.0, 0.0), "nf4": (1 / 2, 1 / 64 + 4 / (64 * 256))}
+"""Of a quantised weight, and of its share in scales: NF4's are one a block of 64, quantised themselves."""
 
 
 def memory(experiment: Experiment) -> dict[str, int]:
@@ -31,11 +33,12 @@ def remedy(experiment: Experiment, purpose: Literal["run", "trial"]) -> str:
     """The fewest and smallest changes of recomputation, ZeRO stage, micro batch and workers that fit."""
     batch, engine = experiment.train.batch, experiment.engine
     recompute = engine.gradient_checkpointing
+    last = 2 if experiment.model.quantization == "int8" else 3
     now = (recompute, engine.zero_stage, engine.micro_batch, experiment.cluster.workers)
     choices = [
         (again, stage, micro, count)
         for again in ((recompute,) if recompute is not False else (False, True))
-        for stage in range(engine.zero_stage, 4)
+        for stage in range(engine.zero_stage, last + 1)
         for micro in range(engine.micro_batch, 0, -1)
         if batch % micro == 0
         for count in legal_workers(batch, micro)
@@ -68,29 +71,66 @@ def _memory(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
     A worker holds its share of what the ZeRO stage divides: 1 the optimizer, 2 the gradients too,
     3 the weights too.
     """
-    language, engine = experiment.model.language, experiment.engine
+    model, engine = experiment.model, experiment.engine
+    language = model.language
     width = 4 if experiment.train.precision == "fp32" else 2
-    counts = parameters(experiment.model).values()
+    counts = parameters(model).values()
     trainable = sum(part.trainable for part in counts)
     frozen = sum(part.total for part in counts) - trainable
+    frozen_bytes, scales = frozen * width, 0
+    if model.quantization != "none":
+        quantized = linear_parameters(language)
+        weight, scale = QUANTIZED_BYTES[model.quantization]
+        frozen_bytes += int(quantized * (weight - width))
+        scales = int(quantized * scale)
     tokens = engine.micro_batch * experiment.data.max_tokens
-    hidden, layers = language.hidden_size, language.num_hidden_layers
-    grouped = hidden * language.num_key_value_heads // language.num_attention_heads
-    # A frozen layer keeps, a token: three of its MLP; queries, keys, values and what they were mixed to, laid
-    # out anew; and its two norms, which work in float32.
-    layer = width * (3 * language.intermediate_size + 4 * hidden + 2 * grouped) + 4 * 2 * hidden
+    layer = _kept_by_a_layer(model, width)
     # In the backward pass one layer is at work beside what was kept.
-    kept = layers * width * hidden + 2 * layer if recompute else (layers + 1) * layer
+    layers = language.num_hidden_layers
+    inputs = layers * width * language.hidden_size
+    kept = inputs + 2 * layer if recompute else (layers + 1) * layer
 
     def share(size: int, from_stage: int) -> int:
         return -(-size // experiment.cluster.workers) if engine.zero_stage >= from_stage else size
 
     return {
-        "frozen weights": share(frozen * width, 3),
+        "frozen weights": share(frozen_bytes, 3) + scales,
         "trainable weights": share(trainable * width, 3),
         "gradients": share(trainable * width, 2),
         "optimizer": share(trainable * STATE_BYTES, 1),
-        "activations": tokens * kept,
+        "activations": tokens * kept + _kept_by_the_tower(experiment) * width,
         # Of a chunk: as computed, in float32, and their gradient.
         "logits": 3 * min(LOGIT_BYTES, 4 * tokens * language.vocab_size),
     }
+
+
+def _kept_by_a_layer(model: ModelConfig, width: int) -> int:
+    """Bytes that a frozen layer of the decoder keeps for the backward pass, a token.
+
+    Three values of its MLP; queries, keys, values and what they were mixed to, laid out anew; and its two
+    norms, which work in float32. Adapters keep what enters them and their layer.
+    """
+    language, lora = model.language, model.language_lora
+    hidden, wide = language.hidden_size, language.intermediate_size
+    grouped = hidden * language.num_key_value_heads // language.num_attention_heads
+    kept = 3 * wide + 4 * hidden + 2 * grouped
+    if lora.rank and lora.targets == "attention":
+        kept += 5 * hidden // 2 + 4 * lora.rank
+    elif lora.rank:
+        kept += 7 * hidden // 2 + wide + 7 * lora.rank
+    return kept * width + 4 * 2 * hidden
+
+
+def _kept_by_the_tower(experiment: Experiment) -> int:
+    """Values that a tower with adapters keeps, if a micro batch is full of images; without them, none.
+
+    At most 5 hidden + 4 intermediate values a patch and layer.
+    """
+    model, vision, data = experiment.model, experiment.model.vision, experiment.data
+    if not model.vision_lora.rank:
+        return 0
+    images = experiment.engine.micro_batch * min(
+        data.max_images, data.max_tokens // model.image_tokens
+    )
+    kept = 5 * vision.hidden_size + 4 * vision.intermediate_size + 6 * model.vision_lora.rank
+    return images * vision.patches * vision.num_hidden_layers * kept

@@ -1,6 +1,7 @@
 """The parameters of a model, counted from its settings alone: no torch, no weights."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dsvl.config import LanguageConfig, ModelConfig, VisionConfig
 
@@ -20,27 +21,46 @@ def parameters(model: ModelConfig) -> dict[str, Part]:
     parts = {name: Part(total, 0) for name, total in frozen.items()}
     if model.train_embedding:
         parts["embedding"] = Part(frozen["embedding"], frozen["embedding"])
-    return {"projection": Part(projection, projection)} | parts
+    adapters = {
+        f"{part} adapters": Part(n, n) for part, n in adapter_parameters(model).items() if n
+    }
+    return {"projection": Part(projection, projection)} | parts | adapters
 
 
 def language_parameters(language: LanguageConfig) -> dict[str, int]:
     """Parameters of a LLaMA decoder with an untied head, by part."""
-    hidden = language.hidden_size
-    grouped = hidden // language.num_attention_heads * language.num_key_value_heads
-    attention = 2 * hidden * hidden + 2 * hidden * grouped  # query, output; key, value
-    layer = attention + 3 * hidden * language.intermediate_size + 2 * hidden
+    hidden, norms = language.hidden_size, 2 * language.hidden_size
     return {
         "embedding": language.vocab_size * hidden,
-        "layers": language.num_hidden_layers * layer,
+        "layers": linear_parameters(language) + language.num_hidden_layers * norms,
         "norm": hidden,
         "head": language.vocab_size * hidden,
+    }
+
+
+def linear_parameters(language: LanguageConfig) -> int:
+    """Weights of the linear layers of a decoder: what may be quantised."""
+    return language.num_hidden_layers * sum(i * o for i, o in _linear(language, "all"))
+
+
+def adapter_parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters of the adapters of decoder and tower: rank x (in + out) for each linear layer."""
+    language, vision, lora = model.language, model.vision, model.vision_lora
+    hidden, wide, output = vision.hidden_size, vision.intermediate_size, vision.output_size
+    attention = [(hidden, 3 * hidden), (hidden, hidden)] if output else [(hidden, hidden)] * 4
+    mlp = [(hidden, wide), (wide, hidden)] if lora.targets == "all" else []
+    resampler = [(hidden, output), (output, output)] if output else []
+    return {
+        "language": model.language_lora.rank
+        * _ends(_linear(language, model.language_lora.targets) * language.num_hidden_layers),
+        "vision": lora.rank * _ends((attention + mlp) * vision.num_hidden_layers + resampler),
     }
 
 
 def vision_parameters(vision: VisionConfig) -> int:
     """Parameters of an image tower, without what pools its vectors to compare them with texts."""
     hidden, output = vision.hidden_size, vision.output_size
-    patches = (vision.image_size // vision.patch_size) ** 2
+    patches = vision.patches
     layers = vision.num_hidden_layers * _layer(hidden, vision.intermediate_size)
     rest = {
         "clip": hidden + (patches + 1) * hidden + 4 * hidden,  # class, positions, two norms
@@ -65,6 +85,20 @@ def projection_parameters(model: ModelConfig) -> int:
         + looking * (_attention(width) + 2 * width) + 2 * width,
     }  # fmt: skip
     return inner[model.projection] + width * output + output
+
+
+def _linear(
+    language: LanguageConfig, targets: Literal["all", "attention"]
+) -> list[tuple[int, int]]:
+    """(in, out) of the linear layers in one layer of a decoder."""
+    hidden, wide = language.hidden_size, language.intermediate_size
+    grouped = hidden // language.num_attention_heads * language.num_key_value_heads
+    attention = [(hidden, hidden), (hidden, grouped), (hidden, grouped), (hidden, hidden)]
+    return attention + ([(hidden, wide)] * 2 + [(wide, hidden)] if targets == "all" else [])
+
+
+def _ends(layers: list[tuple[int, int]]) -> int:
+    return sum(map(sum, layers))
 
 
 def _layer(hidden: int, wide: int) -> int:

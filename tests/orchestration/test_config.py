@@ -44,6 +44,13 @@ WHAT = {
     "model.projection_queries": 8,
     "model.attention": "causal",
     "model.train_embedding": False,
+    "model.language_lora.rank": 4,
+    "model.language_lora.alpha": 32,
+    "model.language_lora.targets": "attention",
+    "model.vision_lora.rank": 4,
+    "model.vision_lora.alpha": 32,
+    "model.vision_lora.targets": "attention",
+    "model.quantization": "nf4",
     "data.sets.chats.annotations": ["chats.json", "more.json"],
     "data.sets.chats.images": "other",
     "data.sets.chats.split": "train",
@@ -214,6 +221,24 @@ def test_fp16_without_gpus_is_refused_beside_the_other_rules(settings, search):
     assert lines({**settings, "search": search | {"samples": 1}}) == [
         f"search.space.train.precision: {says}"
     ]
+
+
+def test_int8_is_not_divided_by_zero_3(settings):
+    settings["model"]["quantization"] = "int8"
+    settings["engine"] = {"zero_stage": 3}
+    assert lines(settings) == [
+        "engine.zero_stage: 3 does not divide the weights of model.quantization=int8; "
+        "set that to nf4, or this to 2"
+    ]
+    settings["model"]["quantization"] = "nf4"
+    validated(settings)
+
+
+@pytest.mark.parametrize(("field", "value"), [("rank", -1), ("alpha", 0.0)])
+def test_an_adapter_that_cannot_be_is_refused_where_it_stands(settings, field, value):
+    settings["model"]["vision_lora"] = {field: value}
+    (problem,) = lines(settings)
+    assert problem.startswith(f"model.vision_lora.{field}: {value} must")
 
 
 def test_the_default_engine_is_held_to_the_rule_too(settings):
