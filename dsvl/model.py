@@ -10,6 +10,7 @@ from dsvl import attention as _attention  # noqa: F401  (registers the schemes w
 from dsvl.config import ModelConfig
 from dsvl.data.types import Batch
 from dsvl.decoder import decoder_for
+from dsvl.gated import Gated, blocks
 from dsvl.head import Head
 from dsvl.projection import PROJECTIONS
 from dsvl.vision import VisionTower, check_shape
@@ -22,7 +23,7 @@ class VisualChat(nn.Module):
     """Frozen tower + trained projection + frozen decoder, its input embedding trained (section 3)."""
 
     def __init__(self, config: ModelConfig, *, precision: str, seed: int) -> None:
-        """Load the frozen parts and draw the projection from the seed.
+        """Load the frozen parts and draw the new ones from the seed.
 
         Raises:
             ValueError: where a checkpoint's shape is not the configured one.
@@ -30,9 +31,12 @@ class VisualChat(nn.Module):
         super().__init__()
         self.config = config
         dtype = DTYPES[precision]
+        scheme = (
+            "causal" if config.cross_blocks else config.attention
+        )  # of the decoder's own layers
         self.vision = VisionTower(config.vision, dtype=dtype)
         self.language = AutoModelForCausalLM.from_pretrained(
-            config.language.checkpoint, dtype=dtype, attn_implementation=config.attention
+            config.language.checkpoint, dtype=dtype, attn_implementation=scheme
         )
         check_shape(config.language, self.language.config, section=f"model.languages.{config.size}")
         self._untie()
@@ -44,9 +48,15 @@ class VisualChat(nn.Module):
                 layers=config.projection_layers,
                 queries=config.projection_queries,
             ).to(dtype)
+            self.cross = blocks(config).to(dtype)
         self.language.requires_grad_(False)
         self.head = Head(self.language.lm_head)
-        self.decoder = decoder_for(self.language.model, scheme=config.attention)
+        stock = self.language.model
+        self.decoder = (
+            Gated(stock, self.cross, every=config.cross_every, image_tokens=config.image_tokens)
+            if config.cross_blocks
+            else decoder_for(stock, scheme=scheme)
+        )
         self.recompute = False
         """Whether the backward pass computes the layers anew instead of keeping what they gave."""
         self.embedding.weight.requires_grad_(config.train_embedding)
