@@ -79,8 +79,16 @@ def _memory(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
     # A frozen layer keeps, a token: three of its MLP; queries, keys, values and what they were mixed to, laid
     # out anew; and its two norms, which work in float32.
     layer = width * (3 * language.intermediate_size + 4 * hidden + 2 * grouped) + 4 * 2 * hidden
+    # A block of gated cross-attention keeps, as its weights are trained, what enters each product: of a token
+    # two vectors four times as wide, and ten more.
+    blocks = experiment.model.cross_blocks
+    block = width * (2 * 4 + 10) * hidden if blocks else 0
     # In the backward pass one layer is at work beside what was kept.
-    kept = layers * width * hidden + 2 * layer if recompute else (layers + 1) * layer
+    kept = (
+        layers * width * hidden + 2 * (layer + block)
+        if recompute
+        else (layers + 1) * layer + (blocks + 1) * block
+    )
 
     def share(size: int, from_stage: int) -> int:
         return -(-size // experiment.cluster.workers) if engine.zero_stage >= from_stage else size

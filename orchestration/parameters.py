@@ -20,7 +20,17 @@ def parameters(model: ModelConfig) -> dict[str, Part]:
     parts = {name: Part(total, 0) for name, total in frozen.items()}
     if model.train_embedding:
         parts["embedding"] = Part(frozen["embedding"], frozen["embedding"])
-    return {"projection": Part(projection, projection)} | parts
+    trained = {"projection": Part(projection, projection)}
+    if model.cross_blocks:
+        blocks = cross_parameters(model)
+        trained["cross-attention"] = Part(blocks, blocks)
+    return trained | parts
+
+
+def cross_parameters(model: ModelConfig) -> int:
+    """Parameters of the blocks of gated cross-attention."""
+    width = model.language.hidden_size
+    return model.cross_blocks * (12 * width * width + 2 * 2 * width + 2)  # two norms, two gates
 
 
 def language_parameters(language: LanguageConfig) -> dict[str, int]:
