@@ -1,18 +1,21 @@
 """Gated cross-attention is its definition: a text token sees the last image before it; packed, cached too."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2Model, MistralConfig, MistralModel
+from transformers import GPT2Config, GPT2Model, LlamaForCausalLM, MistralConfig, MistralModel
 
 from dsvl.cache import ImageStore, KnownImages
 from dsvl.data.layout import lay_out
 from dsvl.data.types import Kind
 from dsvl.gated import Block, Gated
+from dsvl.model import VisualChat
 from tests.dsvl.test_decoder import FAMILIES, SHAPE, kinds_of, tokens
+from tests.dsvl.test_model import batch_of, example
 
 TOKENS = 2
 EVERY = 2
@@ -294,3 +297,49 @@ def test_decoders_that_it_does_not_know_are_refused():
     windowed = MistralModel(MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=8))
     with pytest.raises(ValueError, match=r"'gated_cross' supports neither .*sliding_window=8"):
         Gated(windowed, nn.ModuleList(), every=1, image_tokens=1)
+
+
+def test_a_new_model_is_its_decoder_without_images_bit_for_bit(model_config):
+    config = replace(model_config, attention="gated_cross", cross_every=1)
+    model = VisualChat(config, precision="fp32", seed=0)
+    stock = LlamaForCausalLM.from_pretrained(config.language.checkpoint)
+    batch = batch_of(example("t1ttt1tTTT"))
+    text = batch.ids[:, batch.kinds[0] == Kind.TEXT]
+    with torch.no_grad():
+        expected = stock(text).logits[0, -4:-1]
+        assert torch.equal(model.head.logits(model.states(batch)), expected)
+
+
+def test_blocks_are_trained_and_drawn_from_the_seed_after_the_projection(model_config):
+    config = replace(model_config, attention="gated_cross", cross_every=2)
+    one, same, other = (VisualChat(config, precision="fp32", seed=seed) for seed in (1, 1, 2))
+    plain = VisualChat(model_config, precision="fp32", seed=1)
+    assert torch.equal(one.projection.weight, plain.projection.weight)
+    assert torch.equal(one.cross[0].query.weight, same.cross[0].query.weight)
+    assert not torch.equal(one.cross[0].query.weight, other.cross[0].query.weight)
+    new = {f"cross.{name}" for name, _ in one.cross.named_parameters()}
+    assert len(new) == 10
+    assert one.trainable().keys() == plain.trainable().keys() | new
+
+
+def test_a_question_is_answered_by_looking_once_the_gates_are_open(gated_model):
+    batch = batch_of(example("t1tTT"))
+    other = replace(batch, pixels=batch.pixels + 1.0)
+    assert not torch.allclose(gated_model(batch), gated_model(other))
+    gated_model(batch).backward()
+    assert all(weight.grad.any() for weight in gated_model.trainable().values())
+
+
+def test_a_batch_without_images_trains_the_looking_by_zero(gated_model):
+    gated_model(batch_of(example("ttTT"))).backward()
+    for name, weight in gated_model.trainable().items():
+        assert weight.grad is not None, name
+        looking = name.startswith(("projection", "cross")) and "feed_forward" not in name
+        assert weight.grad.any() == (not looking), name
+
+
+def test_fewer_layers_than_one_block_needs_are_refused(model_config):
+    with pytest.raises(
+        ValueError, match=r"cross_every=4: must be at most the 3 layers of size tiny"
+    ):
+        replace(model_config, attention="gated_cross")
