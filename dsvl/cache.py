@@ -6,12 +6,20 @@ B samples, K key heads, G query heads a key head, H head size, C positions of ro
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dsvl.attention import KeyValues
 from dsvl.data.layout import Layout
+
+
+class Cache(Protocol):
+    """What a decoder keeps of its samples, in a form of its own."""
+
+    past: list[tuple[int, int]]
+    """Text and image tokens of each sample."""
 
 
 class StreamCache:

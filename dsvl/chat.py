@@ -13,7 +13,7 @@ from dsvl.data.collate import collate
 from dsvl.data.encode import Encoder
 from dsvl.data.store import Prepared
 from dsvl.data.types import IGNORED, Example, Kind, Part, Turn
-from dsvl.decoder import Streams
+from dsvl.decoder import Interleaved
 from dsvl.generate import Sampling, generate
 from dsvl.model import VisualChat
 from dsvl.template import text
@@ -48,7 +48,7 @@ class Chat:
             tokenizer, image_tokens=model.config.image_tokens, max_tokens=max_tokens
         )
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
-        self.store = store if isinstance(model.decoder, Streams) else None
+        self.store = None if isinstance(model.decoder, Interleaved) else store
         self.clear()
 
     def clear(self) -> None:

@@ -24,10 +24,14 @@ from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 
 from dsvl import pretrained
 from dsvl.data.store import sha256
@@ -174,7 +178,12 @@ def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> N
     _link_moments(engine)
     for name, parameter in engine.parameters.items():
         value = values[name].to(engine.device)
-        if engine.stage > 0:
+        if engine.stage == 3:
+            safe_set_local_fp32_param(parameter, _share(engine, parameter, value))
+            for key in MOMENTS:
+                moment = moments[f"{key}/{name}"].to(engine.device)
+                safe_set_local_optimizer_state(parameter, _share(engine, parameter, moment), key)
+        elif engine.stage > 0:
             safe_set_full_fp32_param(parameter, value)
             for key in MOMENTS:
                 safe_set_full_optimizer_state(
@@ -209,6 +218,18 @@ def _gather(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torch.Ten
         whole = {key: _on_cpu(moment) for key, moment in moments.items()}
         gathered[name] = (_on_cpu(value), whole)
     return gathered
+
+
+def _share(engine: Engine, parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor under ZeRO 3: shares are equal, filled up with zeros at the end.
+
+    DeepSpeed's own setter of whole tensors fails where they do not divide among the ranks.
+    """
+    held = safe_get_local_fp32_param(parameter)
+    assert held is not None, "every trainable parameter has a master value"
+    size = held.numel()
+    filled = pad(whole.flatten(), (0, size * engine.workers - whole.numel()))
+    return filled[size * engine.rank : size * (engine.rank + 1)]
 
 
 def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor:

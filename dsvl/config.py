@@ -135,8 +135,12 @@ class ModelConfig:
     languages: dict[str, LanguageConfig]
     """The family: one decoder a size, sharing a tokenizer."""
     vision: VisionConfig
-    attention: Literal["causal", "causal_cross", "mmca"] = "mmca"
-    """Multi-modal causal attention, or one of its rivals (paper, section 4.1)."""
+    attention: Literal["causal", "causal_cross", "mmca", "gated_cross"] = "mmca"
+    """Multi-modal causal attention, or one of its rivals (paper, section 4.1).
+
+    gated_cross alone adds parameters (`dsvl/gated.py`)."""
+    cross_every: int = 4
+    """gated_cross has a block ahead of each so many-th layer of the decoder (Flamingo-9B: 4)."""
     projection: Literal["linear", "mlp", "vit", "perceiver", "qformer"] = "linear"
     """How vision features reach the width of the decoder (`dsvl/projection.py`)."""
     projection_layers: int = 1
@@ -160,12 +164,25 @@ class ModelConfig:
             self.size,
             f"must be one of {', '.join(self.languages)}",
         )
-        for name in ("projection_layers", "projection_queries"):
+        for name in ("projection_layers", "projection_queries", "cross_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        layers = self.language.num_hidden_layers
+        require(
+            self.attention != "gated_cross" or self.cross_every <= layers,
+            "cross_every",
+            self.cross_every,
+            f"must be at most the {layers} layers of size {self.size}, or there is no block",
+        )
+
+    @property
+    def cross_blocks(self) -> int:
+        """Blocks of gated cross-attention."""
+        gated = self.attention == "gated_cross"
+        return self.language.num_hidden_layers // self.cross_every if gated else 0
 
     @property
     def image_tokens(self) -> int:
-        """Positions that an image takes in the decoder."""
+        """Positions that an image takes in a sample."""
         resampled = self.projection in ("perceiver", "qformer")
         return self.projection_queries if resampled else self.vision.tokens
 

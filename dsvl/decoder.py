@@ -4,6 +4,7 @@ The modules are those of transformers, untouched; only the loop over layers is o
 tokens and n wanted tokens of a batch as in `dsvl.data.layout`; D width, N query and K key heads of size H.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from transformers import DynamicCache, LlamaModel, MistralModel, Qwen2Model
 from transformers.models.llama.modeling_llama import rotate_half
 
 from dsvl.attention import KeyValues, attend_spans, whole
-from dsvl.cache import KnownImages, StreamCache
+from dsvl.cache import Cache, KnownImages, StreamCache
 from dsvl.data.layout import Layout, Span
 
 STREAMED = (LlamaModel, MistralModel, Qwen2Model)
 """Decoders whose layers are made of the same parts; any other runs interleaved."""
+
+Before = Callable[[int, torch.Tensor], torch.Tensor]
+"""Number of a layer and (1, M + F, D) -> (1, M + F, D)."""
 
 
 class Streams:
@@ -50,9 +54,10 @@ class Streams:
         images: torch.Tensor,
         layout: Layout,
         *,
-        cache: "Cache | None" = None,
+        cache: Cache | None = None,
         known: KnownImages | None = None,
         recompute: bool = False,
+        before: Before | None = None,
     ) -> torch.Tensor:
         """(M, D) and (F, D) embedded tokens -> (n, D) final states, normalised, in the order of `wanted`.
 
@@ -63,6 +68,7 @@ class Streams:
             cache: earlier tokens of the same samples, to which these are added.
             known: images that do not pass through the decoder; needs a cache.
             recompute: keep nothing of a layer for the backward pass but its input.
+            before: what is done to the tokens ahead of each layer, and recomputed with it.
         """
         hidden = torch.cat([text, images])[None]
         places = torch.cat([layout.text_rotary, layout.image_rotary])
@@ -71,7 +77,7 @@ class Streams:
             assert isinstance(cache, StreamCache)
             cache.begin(layout)
         for number, layer in enumerate(self.decoder.layers):
-            arguments = (number, layer, hidden, turns, layout, cache, known)
+            arguments = (number, layer, hidden, turns, layout, cache, known, before)
             if recompute and hidden.requires_grad:
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
@@ -91,8 +97,11 @@ class Streams:
         layout: Layout,
         cache: StreamCache | None,
         known: KnownImages | None,
+        before: Before | None,
     ) -> torch.Tensor:
         """(1, M + F, D) -> (1, M + F, D), or (1, n, D) in the last layer."""
+        if before is not None:
+            hidden = before(number, hidden)
         attention, texts = layer.self_attn, len(layout.text)
         cos, sin = turns
 
@@ -205,7 +214,7 @@ class Interleaved:
         images: torch.Tensor,
         layout: Layout,
         *,
-        cache: "Cache | None" = None,
+        cache: Cache | None = None,
         known: KnownImages | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
@@ -237,9 +246,6 @@ class Interleaved:
             use_cache=cache is not None,
         ).last_hidden_state
         return hidden.flatten(0, 1)[layout.wanted_positions]
-
-
-Cache = StreamCache | InterleavedCache
 
 
 def decoder_for(decoder: nn.Module, *, scheme: str) -> Streams | Interleaved:

@@ -12,11 +12,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dsvl.cache import ImageStore, KnownImages
+from dsvl.cache import Cache, ImageStore, KnownImages
 from dsvl.config import require
 from dsvl.data.layout import lay_out
 from dsvl.data.types import Batch, Kind
-from dsvl.decoder import Cache
 from dsvl.model import VisualChat
 
 
@@ -72,7 +71,7 @@ def generate(
         sampling: how to draw; greedy without it.
         cache: `model.decoder.cache(1)`, for one sample that goes on; it comes to hold all but the last token.
         store: images known to the decoder, which are then neither encoded nor passed through it again.
-            Only where the decoder runs as two streams.
+            Not where the decoder runs interleaved.
 
     Yields:
         A token for each sample, or None where its answer has ended.

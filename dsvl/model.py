@@ -10,6 +10,7 @@ from dsvl import attention as _attention  # noqa: F401  (registers the schemes w
 from dsvl.config import ModelConfig, require
 from dsvl.data.types import Batch
 from dsvl.decoder import decoder_for
+from dsvl.gated import Gated, blocks
 from dsvl.head import Head
 from dsvl.lora import adapt
 from dsvl.projection import PROJECTIONS
@@ -27,7 +28,7 @@ class VisualChat(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, *, precision: str, seed: int) -> None:
-        """Load the frozen parts, and draw the projection and adapters from the seed.
+        """Load the frozen parts, and draw the new ones from the seed.
 
         Raises:
             ValueError: where a checkpoint's shape is not the configured one.
@@ -35,11 +36,13 @@ class VisualChat(nn.Module):
         super().__init__()
         self.config = config
         dtype = DTYPES[precision]
+        # With blocks of cross-attention the decoder itself reads text alone.
+        scheme = "causal" if config.cross_blocks else config.attention
         self.vision = VisionTower(config.vision, dtype=dtype)
         self.language = AutoModelForCausalLM.from_pretrained(
             config.language.checkpoint,
             dtype=dtype,
-            attn_implementation=config.attention,
+            attn_implementation=scheme,
             quantization_config=how_to_load(config.quantization, dtype=dtype),
         )
         keep_trainable(self.language)
@@ -54,10 +57,16 @@ class VisualChat(nn.Module):
                 layers=config.projection_layers,
                 queries=config.projection_queries,
             ).to(dtype)
+            self.cross = blocks(config).to(dtype)
             adapt(self.language.model, config.language_lora, dtype=dtype)
             adapt(self.vision.encoder, config.vision_lora, dtype=dtype)
         self.head = Head(self.language.lm_head)
-        self.decoder = decoder_for(self.language.model, scheme=config.attention)
+        stock = self.language.model
+        self.decoder = (
+            Gated(stock, self.cross, every=config.cross_every, image_tokens=config.image_tokens)
+            if config.cross_blocks
+            else decoder_for(stock, scheme=scheme)
+        )
         self.recompute = False
         """Whether the backward pass computes the layers anew instead of keeping what they gave."""
         self.embedding.weight.requires_grad_(config.train_embedding)

@@ -84,11 +84,13 @@ def _memory(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
         frozen_bytes += int(quantized * (weight - width))
         scales = int(quantized * scale)
     tokens = engine.micro_batch * experiment.data.max_tokens
-    layer = _kept_by_a_layer(model, width)
+    layer, block = _kept_by_a_layer(model, width), _kept_by_a_block(model) * width
     # In the backward pass one layer is at work beside what was kept.
-    layers = language.num_hidden_layers
+    layers, blocks = language.num_hidden_layers, model.cross_blocks
     inputs = layers * width * language.hidden_size
-    kept = inputs + 2 * layer if recompute else (layers + 1) * layer
+    kept = (
+        inputs + 2 * (layer + block) if recompute else (layers + 1) * layer + (blocks + 1) * block
+    )
 
     def share(size: int, from_stage: int) -> int:
         return -(-size // experiment.cluster.workers) if engine.zero_stage >= from_stage else size
@@ -119,6 +121,14 @@ def _kept_by_a_layer(model: ModelConfig, width: int) -> int:
     elif lora.rank:
         kept += 7 * hidden // 2 + wide + 7 * lora.rank
     return kept * width + 4 * 2 * hidden
+
+
+def _kept_by_a_block(model: ModelConfig) -> int:
+    """Values that a block of gated cross-attention keeps, a token; without such blocks, none.
+
+    As its weights are trained, what enters each product: two vectors four times as wide, and ten more.
+    """
+    return (2 * 4 + 10) * model.language.hidden_size if model.cross_blocks else 0
 
 
 def _kept_by_the_tower(experiment: Experiment) -> int:

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsvl.data.layout import lay_out
 from dsvl.data.types import Kind
 from dsvl.decoder import Streams
+from dsvl.gated import Block, Gated
 from orchestration.config import validated
 from orchestration.memory import GIB, gradient_checkpointing, memory
 
@@ -57,8 +59,31 @@ def test_what_a_layer_keeps_is_bounded_closely_from_above(
     assert eight_kept <= eight_planned <= 1.3 * eight_kept
 
 
-def kept_for_the_backward_pass(shape, precision, *, recompute):
-    """Bytes that autograd saves in a decoder's forward pass over 128 text and 32 image tokens."""
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_block_of_gated_cross_attention_keeps_is_bounded_closely_from_above(
+    settings, recompute, precision
+):
+    settings["train"]["precision"] = precision
+    settings["engine"] = {"gradient_checkpointing": recompute}
+    settings["data"]["max_tokens"] = 160
+    shape = settings["model"]["languages"]["small"]
+    shape |= {"hidden_size": 128, "num_attention_heads": 8, "num_hidden_layers": 4}
+    settings["model"]["attention"] = "gated_cross"
+    planned, kept = [], []
+    for every in (1, 4):
+        settings["model"]["cross_every"] = every
+        planned.append(memory(validated(settings))["activations"])
+        kept.append(kept_for_the_backward_pass(shape, precision, recompute=recompute, every=every))
+    three_planned, three_kept = planned[0] - planned[1], kept[0] - kept[1]
+    assert three_kept <= three_planned <= 1.3 * three_kept
+
+
+def kept_for_the_backward_pass(shape, precision, *, recompute, every=None):
+    """Bytes that autograd saves in a decoder's forward pass over 128 text and 32 image tokens.
+
+    With a block of gated cross-attention ahead of `every` so many-th layer.
+    """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     config = {name: value for name, value in shape.items() if name != "checkpoint"}
     stock = LlamaForCausalLM(LlamaConfig(**config)).to(dtype).requires_grad_(False)
@@ -67,6 +92,10 @@ def kept_for_the_backward_pass(shape, precision, *, recompute):
     wanted = np.zeros((1, 160), bool)
     wanted[0, -40:-1] = True
     text, images = (torch.randn(count, 128, dtype=dtype, requires_grad=True) for count in (128, 32))
+    decode = Streams(stock.model, scheme="mmca")
+    if every is not None:
+        stock.blocks = nn.ModuleList(Block(128, 8) for _ in range(4 // every)).to(dtype)
+        decode = Gated(stock.model, stock.blocks, every=every, image_tokens=16)
     weights = {weight.untyped_storage().data_ptr() for weight in stock.parameters()}
     held, saved = {}, []
 
@@ -77,9 +106,7 @@ def kept_for_the_backward_pass(shape, precision, *, recompute):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        Streams(stock.model, scheme="mmca")(
-            text, images, lay_out(kinds, wanted), recompute=recompute
-        )
+        decode(text, images, lay_out(kinds, wanted), recompute=recompute)
     return sum(size for address, size in held.items() if address not in weights)
 
 
