@@ -7,6 +7,8 @@ The paper (section 4.1, Figure 2) names three schemes that need no new parameter
 - `mmca`: an image token sees only itself. A text token attends to the text up to itself and, in a second
   softmax with weights of its own, to the images before it; the two results are added.
 
+`dsvl.gated` has the fourth, which needs them.
+
 Shapes: B batch, T query positions, S key positions, N query heads, K key heads (dividing N), H head size.
 """
 

@@ -180,11 +180,9 @@ class _Views:
             (texts + b - a, images + d - c)
             for (texts, images), (a, b, c, d) in zip(past, layout.samples, strict=True)
         ]
-        self.runs = [
-            (run.start, run.end, image(span.sample, run.images))
-            for span in layout.spans
-            for run in span.runs
-        ]
+        runs = [(span.sample, run) for span in layout.spans for run in span.runs]
+        self.lengths = [run.end - run.start for _, run in runs]
+        self.seen = [image(sample, run.images) for sample, run in runs]
         self.last = [image(sample, images) for sample, (_, images) in enumerate(self.past)]
         self.stepping = cache is not None and all(
             (b - a, d - c) == (1, 0) for a, b, c, d in layout.samples
@@ -205,11 +203,12 @@ class _Views:
         )
         if self.cache is not None:
             self.cache.images[number] = key[self.last], value[self.last]
-        seen = [
-            scaled_dot_product_attention(query[:, :, start:end], key[i : i + 1], value[i : i + 1])
-            for start, end, i in self.runs
+        queries, keys, values = query.split(self.lengths, dim=2), key.split(1), value.split(1)
+        outputs = [
+            scaled_dot_product_attention(asking, keys[k], values[k])
+            for asking, k in zip(queries, self.seen, strict=True)
         ]
-        return torch.cat(seen, dim=2) if seen else query
+        return torch.cat(outputs, dim=2) if outputs else query
 
 
 def _text_alone(layout: Layout) -> Layout:

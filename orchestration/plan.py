@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,13 +85,15 @@ class Plan:
 
 
 def plan(experiment: Experiment) -> Plan:
-    """Count what the run, and each size of its search, needs; a PlanError where it cannot fit."""
+    """Count what the run, and each shape of its trials, needs; a PlanError where it cannot fit."""
     search = experiment.search
     sizes = [_size_plan(experiment, "run")]
     if search is not None:
-        domain = search.space.get("model.size")
-        for size in domain.probes() if domain else (experiment.model.size,):
-            sizes.append(_size_plan(experiment.trial({"model.size": size}), "trial"))
+        deciding = [path for path in ("model.size", "model.attention") if path in search.space]
+        for values in product(*(search.space[path].probes() for path in deciding)):
+            trial = experiment.trial(dict(zip(deciding, values, strict=True)))
+            if (size := _size_plan(trial, "trial")) not in sizes:
+                sizes.append(size)
     samples, source = _samples(experiment)
     batch, epochs = experiment.train.batch, experiment.train.epochs
     if samples is not None and samples < batch:
@@ -177,7 +180,7 @@ def _table(sizes: tuple[SizePlan, ...]) -> list[tuple[str, ...]]:
     def row(name: str, cell: Callable[[SizePlan], str]) -> tuple[str, ...]:
         return name, *(cell(size) for size in sizes)
 
-    trained = {name for name, part in sizes[0].parameters.items() if part.trainable}
+    parts = {name: part for size in sizes for name, part in size.parameters.items()}
     return [
         row("", lambda size: f"{size.purpose} {size.size}"),
         row("workers", lambda size: _count(size.workers)),
@@ -186,10 +189,10 @@ def _table(sizes: tuple[SizePlan, ...]) -> list[tuple[str, ...]]:
         row("  trained", lambda size: _count(sum(p.trainable for p in size.parameters.values()))),
         *(
             row(
-                f"  {part}{' (trained)' if part in trained else ''}",
-                lambda size, part=part: _count(size.parameters[part].total),
+                f"  {name}{' (trained)' if part.trainable else ''}",
+                lambda size, name=name: _count(size.parameters.get(name, Part(0, 0)).total),
             )
-            for part in sizes[0].parameters
+            for name, part in parts.items()
         ),
         row("memory a worker", lambda size: _bytes(size.memory_bytes)),
         *(

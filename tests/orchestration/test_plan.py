@@ -7,6 +7,7 @@ import pytest
 
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
+from orchestration.parameters import Part
 from orchestration.plan import PlanError, plan
 
 
@@ -82,6 +83,24 @@ def test_a_sweep_is_planned_for_each_size_with_the_workers_of_a_trial(settings, 
     ]
     small, large = planned.sizes[1:]
     assert large.parameters["layers"].total == 2 * small.parameters["layers"].total
+
+
+def test_a_sweep_over_attention_is_planned_for_the_scheme_with_parameters_too(settings):
+    settings["model"]["cross_every"] = 1
+    space = {
+        "model.attention": {"kind": "grid", "values": ["causal", "mmca", "gated_cross"]},
+        "model.size": {"kind": "grid", "values": ["small", "large"]},
+    }
+    planned = plan(validated(settings | {"search": {"space": space}}))
+    blocks = [
+        size.parameters.get("cross-attention", Part(0, 0)).trainable for size in planned.sizes
+    ]
+    block = 12 * 8 * 8 + 4 * 8 + 2
+    assert blocks == [0, 0, 2 * block, 0, 4 * block]
+    small, gated = planned.sizes[1:3]
+    assert gated.memory["optimizer"] - small.memory["optimizer"] == 12 * 2 * block
+    table = [line.split() for line in planned.render().splitlines()]
+    assert ["cross-attention", "(trained)", *(f"{count:,}" for count in blocks)] in table
 
 
 def test_a_plan_is_json_and_an_aligned_text(settings, search):
