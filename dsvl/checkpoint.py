@@ -205,7 +205,7 @@ def _require_names(held: Set[str], trained: Set[str], *, where: Path) -> None:
     if lost or strange:
         raise ValueError(
             f"{where}: lacks {len(lost)} parameters that the model trains and holds {len(strange)} that it "
-            f"does not, among them {', '.join([*lost[:2], *strange[:2]])}; set model as it was in the training"
+            f"does not, among them {', '.join([*lost[:2], *strange[:2]])}; set model as it was in training"
         )
 
 

@@ -159,6 +159,14 @@ class ModelConfig:
         )
         for name in ("projection_layers", "projection_queries"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        widths = (self.language.hidden_size, self.language.intermediate_size)
+        require(
+            self.quantization != "nf4" or all(width % 64 == 0 for width in widths),
+            "quantization",
+            self.quantization,
+            "must be int8 or none, as nf4 rounds 64 numbers of a row at a time, and hidden_size and "
+            f"intermediate_size of languages.{self.size}, {widths[0]} and {widths[1]}, are no multiples",
+        )
 
     @property
     def image_tokens(self) -> int:

@@ -1,13 +1,23 @@
 """Plans count parameters, bytes and steps as known models have them, and refuse with a remedy."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
+from dsvl.config import LoraConfig
+from dsvl.data.layout import lay_out
+from dsvl.data.types import Kind
+from dsvl.decoder import decoder_for
+from dsvl.lora import adapt
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
-from orchestration.plan import PlanError, memory, plan
+from orchestration.plan import QUANTIZED_BYTES, PlanError, memory, plan
+from tests.orchestration.test_parameters import shape
 
 
 def test_only_the_projection_and_the_embedding_are_trained(settings):
@@ -42,6 +52,66 @@ def test_half_precision_halves_weights_but_not_the_optimizer(settings):
     half = memory(validated(settings).with_overrides({"train.precision": "bf16"}))
     assert half["frozen weights"] * 2 == full["frozen weights"]
     assert half["optimizer"] == full["optimizer"] == 12 * (8 * 8 + 8 + 32 * 8)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("int8", 1 / 2), ("nf4", 1 / 4)])
+def test_a_quantised_decoder_takes_a_half_or_a_quarter_and_nothing_else_changes(kind, share):
+    stock, quantised = memory(shipped()), memory(shipped(f"model.quantization={kind}"))
+    saved = stock.pop("frozen weights") - quantised.pop("frozen weights")
+    assert saved == pytest.approx(2 * 32 * 202_375_168 * (1 - share), rel=0.02)
+    assert quantised == stock
+
+
+def test_a_weight_in_nf4_takes_the_bytes_that_are_planned():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(2048, 2048, bias=False, quant_type="nf4").to("cpu")
+    state = layer.weight.quant_state
+    held = (layer.weight, state.absmax, state.code, state.state2.absmax, state.state2.code)
+    found = sum(tensor.nbytes for tensor in held)
+    assert sum(QUANTIZED_BYTES["nf4"]) * 2048**2 == pytest.approx(found, rel=1e-3)
+
+
+def saved_values(run: Callable[[], object]) -> int:
+    """How many float32 values a pass keeps for the way back, weights left out."""
+    held: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes() // 4, tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(size for size, _ in held.values())
+
+
+@pytest.mark.parametrize("targets", ["all", "attention"])
+def test_adapters_keep_no_more_for_the_way_back_than_is_planned(settings, targets):
+    lora = {"rank": 8, "targets": targets}
+    settings["model"]["languages"]["small"] |= {"hidden_size": 64, "intermediate_size": 172}
+    settings["model"]["vision"] |= {"image_size": 32, "hidden_size": 64, "intermediate_size": 256}
+    settings |= {"data": settings["data"] | {"max_tokens": 256, "max_images": 1}}
+    settings["train"]["precision"] = "fp32"
+    experiment = validated(settings)
+    model, found, planned = experiment.model, {}, {}
+    language = LlamaModel(LlamaConfig(**shape(model.language))).requires_grad_(False)
+    tower = CLIPVisionModel(CLIPVisionConfig(**shape(model.vision), num_attention_heads=2))
+    kinds = np.full((1, 256), Kind.TEXT, np.int8)
+    kinds[0, 5:69] = Kind.IMAGE
+    layout = lay_out(kinds, kinds == kinds)
+    text, images = (torch.randn(n, 64, requires_grad=True) for n in (192, 64))
+    decode = decoder_for(language, scheme="mmca")
+    before = saved_values(lambda: decode(text, images, layout))
+    config = LoraConfig(rank=8, targets=targets)
+    adapt(language, config, dtype=torch.float32)
+    adapt(tower.requires_grad_(False), config, dtype=torch.float32)
+    found["language_lora"] = saved_values(lambda: decode(text, images, layout)) - before
+    found["vision_lora"] = saved_values(lambda: tower(torch.randn(1, 3, 32, 32)))
+    for part in found:
+        more = memory(experiment.with_overrides({f"model.{part}": lora}))["activations"]
+        planned[part] = (more - memory(experiment)["activations"]) // 4
+        assert found[part] <= planned[part] <= 3 * found[part], part
 
 
 def test_steps_are_unknown_until_the_samples_are(settings):
@@ -136,6 +206,10 @@ def shipped(*overrides: str) -> Experiment:
             "set engine.zero_stage=3 engine.micro_batch=2",
         ),
         (["model.size=70b"], "no ZeRO stage, micro batch or number of workers fits"),
+        (  # ZeRO 3 would do, were it not refused
+            ["model.size=70b", "data.max_tokens=1024", "model.quantization=int8"],
+            "no ZeRO stage, micro batch or number of workers fits",
+        ),
     ],
 )
 def test_what_does_not_fit_names_its_parts_and_the_nearest_that_does(overrides, remedy):
