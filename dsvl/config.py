@@ -173,6 +173,14 @@ class ModelConfig:
             self.cross_every,
             f"must be at most the {layers} layers of size {self.size}, or there is no block",
         )
+        widths = (self.language.hidden_size, self.language.intermediate_size)
+        require(
+            self.quantization != "nf4" or all(width % 64 == 0 for width in widths),
+            "quantization",
+            self.quantization,
+            "must be int8 or none, as nf4 rounds 64 numbers of a row at a time, and hidden_size and "
+            f"intermediate_size of languages.{self.size}, {widths[0]} and {widths[1]}, are no multiples",
+        )
 
     @property
     def cross_blocks(self) -> int:

@@ -22,7 +22,7 @@ ADAPTER = "default"
 
 
 def adapt(part: nn.Module, config: LoraConfig, *, dtype: torch.dtype) -> None:
-    """Give linear layers of a frozen part trained adapters, drawn from the generator; they begin by adding 0.
+    """Give linear layers of a frozen part trained adapters, drawn from torch's generator, that begin as 0.
 
     They are named after the layer: `LAYER.lora_A.default.weight`, (rank, in), and `lora_B`, (out, rank).
     """
@@ -61,6 +61,7 @@ def merged(model: "VisualChat") -> "VisualChat":
 
 
 def _make_plain(module: nn.Module, *, dtype: torch.dtype) -> None:
+    layer: Any
     for name, layer in module.named_children():
         adapted = hasattr(layer, "lora_A")
         base: Any = layer.base_layer if adapted else layer

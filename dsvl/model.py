@@ -70,6 +70,7 @@ class VisualChat(nn.Module):
         self.recompute = False
         """Whether the backward pass computes the layers anew instead of keeping what they gave."""
         self.embedding.weight.requires_grad_(config.train_embedding)
+        self.train()  # parts that are loaded begin in evaluation, where some compute otherwise
 
     @property
     def embedding(self) -> nn.Embedding:

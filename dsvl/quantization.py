@@ -42,6 +42,7 @@ def keep_trainable(decoder: nn.Module) -> None:
     On CPUs with AVX512-BF16 they would in their first pass without gradients, and from then on compute in
     bfloat16 and let no gradient through.
     """
+    layer: Any
     for layer in decoder.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False

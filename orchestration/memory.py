@@ -117,9 +117,9 @@ def _kept_by_a_layer(model: ModelConfig, width: int) -> int:
     grouped = hidden * language.num_key_value_heads // language.num_attention_heads
     kept = 3 * wide + 4 * hidden + 2 * grouped
     if lora.rank and lora.targets == "attention":
-        kept += 5 * hidden // 2 + 4 * lora.rank
+        kept += 3 * hidden + 4 * lora.rank
     elif lora.rank:
-        kept += 7 * hidden // 2 + wide + 7 * lora.rank
+        kept += 4 * hidden + wide + 7 * lora.rank
     return kept * width + 4 * 2 * hidden
 
 

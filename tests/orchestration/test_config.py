@@ -51,7 +51,7 @@ WHAT = {
     "model.vision_lora.rank": 4,
     "model.vision_lora.alpha": 32,
     "model.vision_lora.targets": "attention",
-    "model.quantization": "nf4",
+    "model.quantization": "int8",
     "data.sets.chats.annotations": ["chats.json", "more.json"],
     "data.sets.chats.images": "other",
     "data.sets.chats.split": "train",
@@ -231,8 +231,17 @@ def test_int8_is_not_divided_by_zero_3(settings):
         "engine.zero_stage: 3 does not divide the weights of model.quantization=int8; "
         "set that to nf4, or this to 2"
     ]
+    assert validated(settings | {"engine": {"zero_stage": 2}})
+
+
+def test_nf4_takes_whole_blocks_of_a_row(settings):
     settings["model"]["quantization"] = "nf4"
-    validated(settings)
+    assert lines(settings) == [
+        "model.quantization: 'nf4' must be int8 or none, as nf4 rounds 64 numbers of a row at a time, and "
+        "hidden_size and intermediate_size of languages.small, 8 and 16, are no multiples"
+    ]
+    settings["model"]["languages"]["small"] |= {"hidden_size": 128, "intermediate_size": 192}
+    assert validated(settings | {"engine": {"zero_stage": 3}})
 
 
 @pytest.mark.parametrize(("field", "value"), [("rank", -1), ("alpha", 0.0)])

@@ -13,13 +13,16 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from dsvl.config import LanguageConfig, ModelConfig, VisionConfig
+from dsvl.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from dsvl.gated import blocks
+from dsvl.lora import adapt
 from dsvl.projection import PROJECTIONS
 from dsvl.qwen_vision import QwenVisionConfig, QwenVisionModel
 from orchestration.parameters import (
     Part,
+    adapter_parameters,
     language_parameters,
+    linear_parameters,
     parameters,
     projection_parameters,
     vision_parameters,
@@ -105,6 +108,44 @@ def test_a_tower_has_as_many_parameters_as_its_module(name):
 def test_towers_have_their_published_number_of_parameters():
     assert vision_parameters(CLIP_LARGE) == 303_179_776
     assert vision_parameters(QWEN) == 9_656_935_168 - 7_721_324_544  # Qwen-VL less Qwen-7B
+
+
+def linear(module: torch.nn.Module) -> int:
+    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
+    return sum(layer.weight.numel() for layer in layers)
+
+
+@pytest.mark.parametrize("targets", ["all", "attention"])
+@pytest.mark.parametrize("name", ["clip-small", "siglip-so400m", "qwen-small"])
+def test_adapters_have_as_many_parameters_as_their_modules(name, targets):
+    vision, settings, tower, heads = TOWERS[name]
+    language = llama(64, 160, 3, 8, 2)
+    loras = LoraConfig(rank=4, targets=targets), LoraConfig(rank=7, targets=targets)
+    model = ModelConfig(
+        size="t",
+        languages={"t": language},
+        vision=vision,
+        language_lora=loras[0],
+        vision_lora=loras[1],
+        train_embedding=False,
+    )
+    extra = {"vision_use_head": False} if vision.kind == "siglip" else {}
+    with torch.device("meta"):
+        parts = {
+            "language": AutoModelForCausalLM.from_config(LlamaConfig(**shape(language))).model,
+            "vision": tower(settings(num_attention_heads=heads, **shape(vision), **extra)),
+        }
+        assert linear_parameters(language) == linear(parts["language"])
+        for part, lora in zip(parts.values(), loras, strict=True):
+            adapt(part.requires_grad_(False), lora, dtype=torch.bfloat16)
+    added = {
+        name: sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
+        for name, part in parts.items()
+    }
+    assert adapter_parameters(model) == added
+    counted = {name: part.trainable for name, part in parameters(model).items() if part.trainable}
+    del counted["projection"]
+    assert counted == {f"{name} adapters": count for name, count in added.items()}
 
 
 @pytest.mark.parametrize("kind", PROJECTIONS)

@@ -137,6 +137,10 @@ def shipped(*overrides: str) -> Experiment:
             ["model.size=70b", "data.max_tokens=300000"],
             "no ZeRO stage, micro batch or number of workers fits",
         ),
+        (  # ZeRO 3 would do, were it not refused
+            ["model.size=70b", "data.max_tokens=8192", "model.quantization=int8"],
+            "no ZeRO stage, micro batch or number of workers fits",
+        ),
     ],
 )
 def test_what_does_not_fit_names_its_parts_and_the_nearest_that_does(overrides, remedy):
