@@ -75,7 +75,8 @@ class VisualChat(nn.Module):
 
         Args:
             batch: images as pixels, or as features that the tower made of them earlier.
-            fresh: which of the images the layout has room for, where a store knows the others; else all.
+            fresh: to decode: which of the images the layout has room for, as a store knows the others. Where
+                it names none, neither tower nor projection is run.
 
         Returns:
             (M, D) text and (F, D) images.
@@ -92,6 +93,8 @@ class VisualChat(nn.Module):
                 f"{len(pixels)} images of {tokens} tokens each, but {len(layout.images)} image positions"
             )
         text = self.embedding(batch.ids.flatten()[layout.text])
+        if fresh is not None and not len(pixels):
+            return text, text[:0]
         # Without an image the path to the projection still runs, at zero weight: every rank takes part in
         # every collective, and a text-only batch is ordinary.
         size = self.config.vision.image_size

@@ -3,10 +3,14 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
+from dsvl.attention import SCHEMES
 from dsvl.data.types import IGNORED, Kind
-from dsvl.generate import greedy
+from dsvl.decoder import Interleaved
+from dsvl.generate import Sampling, generate, greedy
+from dsvl.model import VisualChat
 from tests.dsvl.test_model import batch_of, example, wanting
 
 PROMPTS = [
@@ -14,17 +18,26 @@ PROMPTS = [
     example("t", seed=3),
     example("t1t1ttttt", seed=4),
     example("ttt", seed=5),
+    example("1", seed=6),
 ]
 
 
+@pytest.fixture(scope="module", params=SCHEMES)
+def model(request, model_config):
+    """The tiny model in float64, where no two tokens are as good as tied."""
+    config = replace(model_config, attention=request.param)
+    return VisualChat(config, precision="fp32", seed=0).double().eval()
+
+
 def greedy_without_cache(model, prompt, count):
-    """One row at a time, the whole row again for each new token."""
-    new: list[int] = []
+    """One row at a time, the whole row again for each new token, through the stock decoder."""
+    stock, new = Interleaved(model.language.model), []
     for _ in range(count):
         whole = grown(prompt, new)
         last = np.arange(len(whole.ids))[None] == len(whole.ids) - 1
         with torch.no_grad():
-            states = model.states(wanting(batch_of(whole), last))
+            batch = wanting(batch_of(whole), last)
+            states = stock(*model.embed(batch), batch.layout)
         new.append(int(model.language.lm_head(states[0]).argmax()))
     return new
 
@@ -50,3 +63,42 @@ def test_a_row_stops_at_its_end_and_the_others_go_on(model):
     end = free[0][3]
     stopped = greedy(model, batch_of(*PROMPTS), end=end, max_new_tokens=12)
     assert stopped == [row[: row.index(end)] if end in row else row for row in free]
+
+
+def test_packed_prompts_are_continued_as_each_alone(model):
+    expected = [greedy_without_cache(model, prompt, 5) for prompt in PROMPTS]
+    packed = batch_of(*PROMPTS, rows=[0, 0, 1, 1, 1])
+    if isinstance(model.decoder, Interleaved):
+        with pytest.raises(ValueError, match="5 samples in 2 rows"):
+            greedy(model, packed, end=-1, max_new_tokens=5)
+    else:
+        assert greedy(model, packed, end=-1, max_new_tokens=5) == expected
+
+
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_batch(model):
+    def drawn(*prompts):
+        pieces = generate(
+            model, batch_of(*prompts), end=-1, max_new_tokens=9, sampling=Sampling(seed=3)
+        )
+        return list(zip(*pieces, strict=True))
+
+    assert drawn(*PROMPTS) == [drawn(prompt)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("model", ["mmca"], indirect=True)
+def test_draws_fall_on_the_likeliest_as_often_as_their_shares_say(model):
+    prompt, count = PROMPTS[0], 200
+    last = np.arange(len(prompt.ids))[None] == len(prompt.ids) - 1
+    batch = wanting(batch_of(prompt), last)
+    with torch.no_grad():
+        shares = (model.head.logits(model.states(batch))[0] / 0.3).softmax(-1)
+    drawn = [
+        next(generate(model, batch_of(prompt), end=-1, max_new_tokens=1, sampling=sampling))[0]
+        for seed in range(count)
+        for sampling in [Sampling(seed=seed, temperature=0.3, top_k=3)]
+    ]
+    best, places = shares.topk(3)
+    assert set(drawn) == set(places.tolist())
+    for place, share in zip(places.tolist(), best / best.sum(), strict=True):
+        spread = (share * (1 - share) / count) ** 0.5
+        assert abs(drawn.count(place) / count - share) < 3 * spread
