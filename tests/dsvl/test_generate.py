@@ -50,3 +50,12 @@ def test_a_row_stops_at_its_end_and_the_others_go_on(model):
     end = free[0][3]
     stopped = greedy(model, batch_of(*PROMPTS), end=end, max_new_tokens=12)
     assert stopped == [row[: row.index(end)] if end in row else row for row in free]
+
+
+def test_what_shows_no_image_calls_no_tower(model):
+    calls = []
+    model.vision.register_forward_hook(lambda *_: calls.append(1))
+    greedy(model, batch_of(PROMPTS[3]), end=-1, max_new_tokens=2)
+    assert not calls
+    greedy(model, batch_of(PROMPTS[0]), end=-1, max_new_tokens=2)
+    assert len(calls) == 1
