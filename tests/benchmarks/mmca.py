@@ -79,9 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(name: str, setting: Setting, options: argparse.Namespace) -> dict:
     """What there is to tell of a case."""
-    case = CASES[name](setting)
-    figures = in_turns(case.ways, rounds=case.rounds, device=setting.device)
-    if setting.device.type == "cuda":
+    torch.manual_seed(0)
+    case, on_gpu = CASES[name](setting), setting.device.type == "cuda"
+    rounds = 6 if on_gpu else case.rounds
+    figures = in_turns(case.ways, rounds=rounds, device=setting.device)
+    if on_gpu:
         found = peaks(case, device=setting.device)
     elif any(target.smaller for target in case.targets.values()):
         found = _peaks_in_a_process(name, options)

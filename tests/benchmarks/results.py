@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -77,18 +78,25 @@ def _row(way: str, found: dict[str, Any], rival: dict[str, Any] | None) -> str:
         _short(found["tflops"]) + (f" ({share:.0%})" if share else ""),
         _short(found["peak_mib"]),
     ]
-    for kind in ("faster", "smaller"):
-        value = rival and rival[kind]
-        if rival is None or value is None:
-            cells.append("")
-            continue
-        reached, target = value[0] if kind == "faster" else value, rival[f"{kind}_target"]
-        verdict = f", {'met' if reached >= target else 'MISSED'}: {target:g}×" if target else ""
-        cells.append((_spread(value) if kind == "faster" else _short(value)) + f"×{verdict}")
+    if rival:
+        cells.append(_times(rival["faster"][0], rival["faster_target"], rival["faster"]))
+        cells.append(_times(rival["smaller"], rival["smaller_target"]))
+    else:
+        cells += ["", ""]
     return f"| {' | '.join(cells)} |"
 
 
-def _spread(values: tuple[float, float, float]) -> str:
+def _times(value: float | None, target: float | None, spread: Sequence[float] = ()) -> str:
+    """How many times, and whether that reaches the target."""
+    if value is None:
+        return ""
+    found = (_spread(spread) if spread else _short(value)) + "×"
+    if target is None:
+        return found
+    return f"{found}, {'met' if value >= target else 'MISSED'}: {target:g}×"
+
+
+def _spread(values: Sequence[float]) -> str:
     median, least, most = map(_short, values)
     return f"{median} [{least}..{most}]"
 

@@ -46,7 +46,7 @@ class Size:
     """Words of a question in a chat, and of an answer."""
 
     @property
-    def language(self) -> dict[str, int]:
+    def language(self) -> dict[str, Any]:
         """The decoder's shape under the names of its configuration."""
         return {
             "vocab_size": self.vocabulary,
@@ -58,7 +58,7 @@ class Size:
         }
 
     @property
-    def vision(self) -> dict[str, int]:
+    def vision(self) -> dict[str, Any]:
         """The same of the tower."""
         return {
             "image_size": PATCH * round(self.image_tokens**0.5),

@@ -1,6 +1,7 @@
 """Every benchmark runs, at a tiny size, and what it compares computes the same."""
 
 import json
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -56,7 +57,7 @@ def test_a_known_image_is_neither_encoded_nor_passed_through_the_decoder_again(s
 
 
 def test_the_sample_that_is_measured_is_15_percent_labelled():
-    setting = Setting(SIZES["100m"], torch.device("cpu"), "fp32", None)
+    setting = Setting(SIZES["100m"], torch.device("cpu"), "fp32", Path())
     batch = sample(setting, *setting.size.many)
     assert (batch.kinds == Kind.IMAGE).sum() == 8 * 256
     assert abs(batch.targets / batch.kinds.numel() - 0.15) < 0.001

@@ -81,6 +81,7 @@ def attention(setting: Setting, shown: tuple[int, int], targets: dict[str, Targe
         targets,
         same=ORIGINAL,
         aligned=aligned,
+        rounds=4 if shown == size.many else 10,
         positions=length,
         flops={
             ORIGINAL: needed,

@@ -102,7 +102,7 @@ def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_batch(model, prompts)
 
 
 @pytest.mark.parametrize("model", ["mmca"], indirect=True)
-def test_draws_fall_on_the_likeliest_as_often_as_their_shares_say(model, prompts):
+def test_draws_fall_on_the_likeliest_as_often_as_their_shares_say(model):
     prompt, count = PROMPTS[0], 200
     last = np.arange(len(prompt.ids))[None] == len(prompt.ids) - 1
     batch = wanting(batch_of(prompt), last)
@@ -121,10 +121,9 @@ def test_draws_fall_on_the_likeliest_as_often_as_their_shares_say(model, prompts
 
 
 def test_rounds_on_one_cache_write_what_the_whole_conversation_would(model):
-    known = not isinstance(
-        model.decoder, Interleaved
-    )  # under causal attention no image is the same twice
-    cache, store = model.decoder.cache(1), ImageStore(limit_bytes=10**6) if known else None
+    # Under causal attention no image is the same twice.
+    store = None if isinstance(model.decoder, Interleaved) else ImageStore(limit_bytes=10**6)
+    cache = model.decoder.cache(1)
     whole = unread = example("")
     for seed, (layout, images) in enumerate([("t1tt", "3"), ("tt", ""), ("1tt1t", "30")]):
         question = example(layout, images=images, seed=seed)
@@ -142,3 +141,12 @@ def test_rounds_on_one_cache_write_what_the_whole_conversation_would(model):
         ]
         assert new == greedy_without_cache(model, whole, 5)
         whole, unread = grown(whole, new), grown(example(""), new[-1:])
+
+
+def test_what_shows_no_image_calls_no_tower(model):
+    calls = []
+    model.vision.register_forward_hook(lambda *_: calls.append(1))
+    greedy(model, batch_of(PROMPTS[3]), end=-1, max_new_tokens=2)
+    assert not calls
+    greedy(model, batch_of(PROMPTS[0]), end=-1, max_new_tokens=2)
+    assert len(calls) == 1
