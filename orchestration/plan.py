@@ -144,9 +144,9 @@ def memory(experiment: Experiment) -> dict[str, int]:
     tokens = engine.micro_batch * experiment.data.max_tokens
     kept = 5.5 * language.hidden_size + 3 * language.intermediate_size
     if lora.rank and lora.targets == "attention":
-        kept += 3 * language.hidden_size + 4 * lora.rank
+        kept += 2.5 * language.hidden_size + 4 * lora.rank
     elif lora.rank:
-        kept += 4 * language.hidden_size + language.intermediate_size + 7 * lora.rank
+        kept += 3.5 * language.hidden_size + language.intermediate_size + 7 * lora.rank
 
     def share(size: int, from_stage: int) -> int:
         return -(-size // experiment.cluster.workers) if engine.zero_stage >= from_stage else size
