@@ -7,6 +7,8 @@ The paper (section 4.1, Figure 2) names three schemes that need no new parameter
 - `mmca`: an image token sees only itself. A text token attends to the text up to itself and, in a second
   softmax with weights of its own, to the images before it; the two results are added.
 
+`dsvl.gated` has the fourth, which needs them.
+
 Shapes: B batch, T query positions, S key positions, N query heads, K key heads (dividing N), H head size.
 """
 
@@ -17,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from dsvl.data.layout import Span
+from dsvl.data.layout import Run, Span
 from dsvl.data.types import Kind
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
@@ -116,31 +118,54 @@ def attend_spans(
     Returns:
         The outputs (1, N, ?, H) of the queries in order, to be concatenated along the queries.
     """
-    outputs = []
-    for span in spans:
-        key, value = (tensor[:, :, : span.text] for tensor in text(span.sample))
-        seen = images(span.sample)
-        if scheme == "mmca":
-            written = _causal(query[:, :, span.start : span.end], key, value)
-            for run in span.runs:
-                output = written[:, :, run.start - span.start : run.end - span.start]
-                if run.images:
-                    pictures = (tensor[:, :, : run.images] for tensor in seen)
-                    output = output + _whole(query[:, :, run.start : run.end], *pictures)
-                outputs.append(output)
-            continue
-        for (
-            run
-        ) in span.runs:  # one softmax: the images stand before the text, where nothing is masked
-            end = span.text - (span.end - run.end)
-            both = (
-                torch.cat([pictures[:, :, : run.images], words[:, :, :end]], dim=2)
-                if run.images
-                else words[:, :, :end]
-                for pictures, words in zip(seen, (key, value), strict=True)
-            )
-            outputs.append(_causal(query[:, :, run.start : run.end], *both))
+    outputs: list[torch.Tensor] = []
+    parts = query.split([span.end - span.start for span in spans], dim=2)
+    for span, asking in zip(spans, parts, strict=True):
+        attended = _attend_runs if scheme == "mmca" else _attend_runs_jointly
+        words = _first(text(span.sample), span.text)
+        outputs += attended(asking, span, words, images(span.sample))
     return outputs
+
+
+def _attend_runs(
+    query: torch.Tensor, span: Span, words: KeyValues, pictures: KeyValues
+) -> list[torch.Tensor]:
+    """The outputs of a span's runs under `mmca`: all text at once, then in another softmax the images."""
+    sizes = [run.end - run.start for run in span.runs]
+    outputs = list(_causal(query, *words).split(sizes, dim=2))
+    pieces = query.split(sizes, dim=2)
+    for number, run in _last_first(span.runs):
+        if run.images:
+            pictures = _first(pictures, run.images)
+            outputs[number] = outputs[number] + whole(pieces[number], *pictures)
+    return outputs
+
+
+def _attend_runs_jointly(
+    query: torch.Tensor, span: Span, words: KeyValues, pictures: KeyValues
+) -> list[torch.Tensor]:
+    """The same under `causal_cross`: one softmax, the images before the text, where nothing is masked."""
+    outputs = list(query.split([run.end - run.start for run in span.runs], dim=2))
+    for number, run in _last_first(span.runs):
+        pictures = _first(pictures, run.images)
+        words = _first(words, span.text - (span.end - run.end))
+        both = words
+        if run.images:
+            both = (torch.cat(pair, dim=2) for pair in zip(pictures, words, strict=True))
+        outputs[number] = _causal(outputs[number], *both)
+    return outputs
+
+
+def _last_first(runs: Sequence[Run]) -> list[tuple[int, Run]]:
+    """Runs with their numbers, from the last, which sees most, to the first.
+
+    What a run sees is cut from what the one after it sees, so that its gradient is no larger than that.
+    """
+    return list(enumerate(runs))[::-1]
+
+
+def _first(keys: KeyValues, count: int) -> KeyValues:
+    return keys[0][:, :, :count], keys[1][:, :, :count]
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -156,7 +181,7 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     )
 
 
-def _whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Every query sees every key. Heads that share keys are laid end to end, so that none is copied."""
     batch, heads, queries, size = query.shape
     folded = query.reshape(batch, key.shape[1], -1, size)

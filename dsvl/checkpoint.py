@@ -2,19 +2,18 @@
 
 A checkpoint is a folder `step-NNNNNN`, written under a temporary name and renamed:
 
-- `parameters.safetensors`: the float32 master value of each trainable parameter under its own name;
+- `parameters.safetensors`: the float32 master value of each trainable parameter under its own name, and
+  `model.json`: together a model that `dsvl.pretrained` loads;
 - `optimizer.safetensors`: its moments, as `exp_avg/NAME` and `exp_avg_sq/NAME`;
 - `rng.safetensors`: the generator state of each rank;
 - `state.json`: step, data position, schedule, loss scale;
 - `manifest.json`: sha256 of each file, identity of the experiment, digests of the frozen parts.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +24,19 @@ from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from safetensors.torch import load_file, save_file
-from transformers.utils.hub import cached_file
+from torch.nn.functional import pad
 
+from dsvl import pretrained
 from dsvl.data.store import sha256
 from dsvl.engine import Engine
-from dsvl.model import VisualChat
+from dsvl.pretrained import require_same
 
 SCHEMA_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -85,9 +88,11 @@ def save(
         for left in folder.glob(".step-*"):
             shutil.rmtree(left)  # by a save that was killed
         unfinished.mkdir(parents=True)
-        save_file(
+        pretrained.write(
+            unfinished,
+            engine.model.config,
             {name: value for name, (value, _) in tensors.items()},
-            unfinished / "parameters.safetensors",
+            frozen=frozen,
         )
         save_file(
             {
@@ -162,14 +167,23 @@ def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> N
             f"{checkpoint.folder}: trained on frozen parts {checkpoint.manifest['frozen']}, "
             f"but the checkpoints named now are {frozen}; point model to the former or use another name"
         )
-    values = load_file(checkpoint.folder / "parameters.safetensors")
+    values = load_file(checkpoint.folder / pretrained.PARAMETERS)
     moments = load_file(checkpoint.folder / "optimizer.safetensors")
-    _require_names(values.keys(), engine.parameters.keys(), where=checkpoint.folder)
+    require_same(
+        {name: tuple(value.shape) for name, value in values.items()},
+        engine.shapes,
+        where=checkpoint.folder,
+    )
     _create_optimizer_state(engine, step=checkpoint.step)
     _link_moments(engine)
     for name, parameter in engine.parameters.items():
         value = values[name].to(engine.device)
-        if engine.stage > 0:
+        if engine.stage == 3:
+            safe_set_local_fp32_param(parameter, _share(engine, parameter, value))
+            for key in MOMENTS:
+                moment = moments[f"{key}/{name}"].to(engine.device)
+                safe_set_local_optimizer_state(parameter, _share(engine, parameter, moment), key)
+        elif engine.stage > 0:
             safe_set_full_fp32_param(parameter, value)
             for key in MOMENTS:
                 safe_set_full_optimizer_state(
@@ -190,47 +204,6 @@ def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> N
         torch.set_rng_state(generators[f"rank{engine.rank}"])
 
 
-def load_parameters(model: VisualChat, folder: Path) -> None:
-    """Put the trained values of a checkpoint into a model outside an engine, strictly by name."""
-    values = load_file(folder / "parameters.safetensors")
-    trainable = model.trainable()
-    _require_names(values.keys(), trainable.keys(), where=folder)
-    for name, parameter in trainable.items():
-        parameter.data.copy_(values[name])
-
-
-def _require_names(held: Set[str], trained: Set[str], *, where: Path) -> None:
-    """Raise ValueError unless a checkpoint holds what the model trains, and no more."""
-    lost, strange = sorted(trained - held), sorted(held - trained)
-    if lost or strange:
-        raise ValueError(
-            f"{where}: lacks {len(lost)} parameters that the model trains and holds {len(strange)} that it "
-            f"does not, among them {', '.join([*lost[:2], *strange[:2]])}; set model as it was in training"
-        )
-
-
-def digest(checkpoint: str) -> str:
-    """sha256 over the weights of a frozen part, by the names and bytes of its safetensors files.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    config = cached_file(checkpoint, "config.json")
-    assert config is not None, "a missing file raises"
-    folder = Path(config).parent
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ValueError(
-            f"{checkpoint}: has no *.safetensors, by which a frozen part is known again; "
-            "load it with transformers and write it with save_pretrained"
-        )
-    total = hashlib.sha256()
-    for path in paths:
-        total.update(path.name.encode())
-        total.update(sha256(path).encode())
-    return total.hexdigest()
-
-
 def _gather(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Name -> (float32 value, moments) of every trainable parameter, whole, on the CPU; a collective."""
     _link_moments(engine)
@@ -245,6 +218,18 @@ def _gather(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torch.Ten
         whole = {key: _on_cpu(moment) for key, moment in moments.items()}
         gathered[name] = (_on_cpu(value), whole)
     return gathered
+
+
+def _share(engine: Engine, parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor under ZeRO 3: shares are equal, filled up with zeros at the end.
+
+    DeepSpeed's own setter of whole tensors fails where they do not divide among the ranks.
+    """
+    held = safe_get_local_fp32_param(parameter)
+    assert held is not None, "every trainable parameter has a master value"
+    size = held.numel()
+    filled = pad(whole.flatten(), (0, size * engine.workers - whole.numel()))
+    return filled[size * engine.rank : size * (engine.rank + 1)]
 
 
 def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor:

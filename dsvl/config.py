@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Literal
 
+LOGIT_BYTES = 2**25
+"""Float32 logits that the output head holds at once."""
+
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
     """Raise ValueError naming the field, its value and the rule (which says what to set) unless it holds."""
@@ -132,8 +135,12 @@ class ModelConfig:
     languages: dict[str, LanguageConfig]
     """The family: one decoder a size, sharing a tokenizer."""
     vision: VisionConfig
-    attention: Literal["causal", "causal_cross", "mmca"] = "mmca"
-    """Multi-modal causal attention, or one of its rivals (paper, section 4.1)."""
+    attention: Literal["causal", "causal_cross", "mmca", "gated_cross"] = "mmca"
+    """Multi-modal causal attention, or one of its rivals (paper, section 4.1).
+
+    gated_cross alone adds parameters (`dsvl/gated.py`)."""
+    cross_every: int = 4
+    """gated_cross has a block ahead of each so many-th layer of the decoder (Flamingo-9B: 4)."""
     projection: Literal["linear", "mlp", "vit", "perceiver", "qformer"] = "linear"
     """How vision features reach the width of the decoder (`dsvl/projection.py`)."""
     projection_layers: int = 1
@@ -157,8 +164,15 @@ class ModelConfig:
             self.size,
             f"must be one of {', '.join(self.languages)}",
         )
-        for name in ("projection_layers", "projection_queries"):
+        for name in ("projection_layers", "projection_queries", "cross_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        layers = self.language.num_hidden_layers
+        require(
+            self.attention != "gated_cross" or self.cross_every <= layers,
+            "cross_every",
+            self.cross_every,
+            f"must be at most the {layers} layers of size {self.size}, or there is no block",
+        )
         widths = (self.language.hidden_size, self.language.intermediate_size)
         require(
             self.quantization != "nf4" or all(width % 64 == 0 for width in widths),
@@ -169,8 +183,14 @@ class ModelConfig:
         )
 
     @property
+    def cross_blocks(self) -> int:
+        """Blocks of gated cross-attention."""
+        gated = self.attention == "gated_cross"
+        return self.language.num_hidden_layers // self.cross_every if gated else 0
+
+    @property
     def image_tokens(self) -> int:
-        """Positions that an image takes in the decoder."""
+        """Positions that an image takes in a sample."""
         resampled = self.projection in ("perceiver", "qformer")
         return self.projection_queries if resampled else self.vision.tokens
 
@@ -291,6 +311,9 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 2
     micro_batch: int = 1
     """Samples a worker passes through the model at once."""
+    gradient_checkpointing: bool | None = None
+    """Compute the decoder's layers anew in the backward pass instead of keeping what they gave, which takes a
+    third of a step; when empty, only where `cluster.gpu_memory_gib` asks for it."""
 
     def __post_init__(self) -> None:
         require(self.micro_batch > 0, "micro_batch", self.micro_batch, "must be positive")

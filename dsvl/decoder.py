@@ -4,6 +4,7 @@ The modules are those of transformers, untouched; only the loop over layers is o
 tokens and n wanted tokens of a batch as in `dsvl.data.layout`; D width, N query and K key heads of size H.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaModel, MistralModel, Qwen2Model
 from transformers.models.llama.modeling_llama import rotate_half
 
-from dsvl.attention import KeyValues, attend_spans
-from dsvl.cache import KnownImages, StreamCache
+from dsvl.attention import KeyValues, attend_spans, whole
+from dsvl.cache import Cache, KnownImages, StreamCache
 from dsvl.data.layout import Layout, Span
 
 STREAMED = (LlamaModel, MistralModel, Qwen2Model)
 """Decoders whose layers are made of the same parts; any other runs interleaved."""
+
+Before = Callable[[int, torch.Tensor], torch.Tensor]
+"""Number of a layer and (1, M + F, D) -> (1, M + F, D)."""
 
 
 class Streams:
@@ -50,9 +54,10 @@ class Streams:
         images: torch.Tensor,
         layout: Layout,
         *,
-        cache: "Cache | None" = None,
+        cache: Cache | None = None,
         known: KnownImages | None = None,
         recompute: bool = False,
+        before: Before | None = None,
     ) -> torch.Tensor:
         """(M, D) and (F, D) embedded tokens -> (n, D) final states, normalised, in the order of `wanted`.
 
@@ -63,6 +68,7 @@ class Streams:
             cache: earlier tokens of the same samples, to which these are added.
             known: images that do not pass through the decoder; needs a cache.
             recompute: keep nothing of a layer for the backward pass but its input.
+            before: what is done to the tokens ahead of each layer, and recomputed with it.
         """
         hidden = torch.cat([text, images])[None]
         places = torch.cat([layout.text_rotary, layout.image_rotary])
@@ -71,7 +77,7 @@ class Streams:
             assert isinstance(cache, StreamCache)
             cache.begin(layout)
         for number, layer in enumerate(self.decoder.layers):
-            arguments = (number, layer, hidden, turns, layout, cache, known)
+            arguments = (number, layer, hidden, turns, layout, cache, known, before)
             if recompute and hidden.requires_grad:
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
@@ -91,8 +97,11 @@ class Streams:
         layout: Layout,
         cache: StreamCache | None,
         known: KnownImages | None,
+        before: Before | None,
     ) -> torch.Tensor:
         """(1, M + F, D) -> (1, M + F, D), or (1, n, D) in the last layer."""
+        if before is not None:
+            hidden = before(number, hidden)
         attention, texts = layer.self_attn, len(layout.text)
         cos, sin = turns
 
@@ -121,8 +130,10 @@ class Streams:
         else:
             cache.extend(number, text, images)
             outputs = self._after(query, spans, cache, number)
-        if not spans:  # adapters of query and key get a gradient of zero: ranks await it in turn
-            outputs.append(query + key[:, :1, :0])
+        if not spans:
+            # Where no text asks, its projections take part with no rows: ZeRO 3 expects every rank to
+            # differentiate every module.
+            outputs.append(whole(query, *text))
         outputs.append(own.repeat_interleave(query.shape[1] // own.shape[1], dim=1))
         mixed = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
         hidden = hidden + attention.o_proj(mixed)
@@ -203,13 +214,22 @@ class Interleaved:
         images: torch.Tensor,
         layout: Layout,
         *,
-        cache: "Cache | None" = None,
+        cache: Cache | None = None,
         known: KnownImages | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
-        """As `Streams`; a cache takes rows of one sample each, and no image is known."""
+        """As `Streams`, but no image is known.
+
+        Raises:
+            ValueError: if rows of several samples come with a cache, which keeps a sample a row.
+        """
         assert known is None
         rows, length = layout.kinds.shape
+        if cache is not None and len(layout.samples) != rows:
+            raise ValueError(
+                f"{len(layout.samples)} samples in {rows} rows: attention={self.scheme} with this decoder "
+                "generates from a row a sample; leave `rows` out of collate()"
+            )
         embedded = text.new_zeros(rows * length, text.shape[-1])
         embedded = embedded.index_copy(0, layout.text, text).index_copy(0, layout.images, images)
         places = layout.kinds.new_zeros(rows * length, dtype=torch.int64)
@@ -235,9 +255,6 @@ class Interleaved:
             use_cache=cache is not None,
         ).last_hidden_state
         return hidden.flatten(0, 1)[layout.wanted_positions]
-
-
-Cache = StreamCache | InterleavedCache
 
 
 def decoder_for(decoder: nn.Module, *, scheme: str) -> Streams | Interleaved:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from dsvl import optim
 from dsvl.config import EngineConfig, OptimConfig, TrainConfig
 from dsvl.data.types import Batch
-from dsvl.decoder import Interleaved
 from dsvl.model import VisualChat
 
 T = TypeVar("T")
@@ -80,10 +79,10 @@ class Engine:
         self.stage = engine.zero_stage
         self.workers, self.rank = dist.get_world_size(), dist.get_rank()
         self.model = model
-        if self.stage == 3:
-            # ZeRO 3 gathers weights in the order in which the stock decoder's own forward asks for them.
-            model.decoder = Interleaved(model.language.model)
+        model.recompute = bool(engine.gradient_checkpointing)
         self.parameters = model.trainable()
+        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        """Before ZeRO 3 divides them."""
         self.optimizer = torch.optim.AdamW(
             optim.groups(self.parameters, optim_config),
             lr=optim_config.lr,

@@ -12,11 +12,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dsvl.cache import ImageStore, KnownImages
+from dsvl.cache import Cache, ImageStore, KnownImages
 from dsvl.config import require
 from dsvl.data.layout import lay_out
 from dsvl.data.types import Batch, Kind
-from dsvl.decoder import Cache
 from dsvl.model import VisualChat
 
 
@@ -32,7 +31,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require(
+            self.temperature > 0,
+            "temperature",
+            self.temperature,
+            "must be positive; leave sampling out for the likeliest tokens",
+        )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
         require(self.top_k >= 0, "top_k", self.top_k, "must not be negative")
 
@@ -72,7 +76,7 @@ def generate(
         sampling: how to draw; greedy without it.
         cache: `model.decoder.cache(1)`, for one sample that goes on; it comes to hold all but the last token.
         store: images known to the decoder, which are then neither encoded nor passed through it again.
-            Only where the decoder runs as two streams.
+            Not where the decoder runs interleaved.
 
     Yields:
         A token for each sample, or None where its answer has ended.

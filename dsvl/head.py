@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-LOGIT_BYTES = 2**25
-"""Float32 logits held at once."""
+from dsvl.config import LOGIT_BYTES
 
 
 class Head(nn.Module):

@@ -10,6 +10,7 @@ from dsvl import attention as _attention  # noqa: F401  (registers the schemes w
 from dsvl.config import ModelConfig, require
 from dsvl.data.types import Batch
 from dsvl.decoder import decoder_for
+from dsvl.gated import Gated, blocks
 from dsvl.head import Head
 from dsvl.lora import adapt
 from dsvl.projection import PROJECTIONS
@@ -27,7 +28,7 @@ class VisualChat(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, *, precision: str, seed: int) -> None:
-        """Load the frozen parts, and draw the projection and adapters from the seed.
+        """Load the frozen parts, and draw the new ones from the seed.
 
         Raises:
             ValueError: where a checkpoint's shape is not the configured one.
@@ -35,11 +36,13 @@ class VisualChat(nn.Module):
         super().__init__()
         self.config = config
         dtype = DTYPES[precision]
+        # With blocks of cross-attention the decoder itself reads text alone.
+        scheme = "causal" if config.cross_blocks else config.attention
         self.vision = VisionTower(config.vision, dtype=dtype)
         self.language = AutoModelForCausalLM.from_pretrained(
             config.language.checkpoint,
             dtype=dtype,
-            attn_implementation=config.attention,
+            attn_implementation=scheme,
             quantization_config=how_to_load(config.quantization, dtype=dtype),
         )
         keep_trainable(self.language)
@@ -54,10 +57,16 @@ class VisualChat(nn.Module):
                 layers=config.projection_layers,
                 queries=config.projection_queries,
             ).to(dtype)
+            self.cross = blocks(config).to(dtype)
             adapt(self.language.model, config.language_lora, dtype=dtype)
             adapt(self.vision.encoder, config.vision_lora, dtype=dtype)
         self.head = Head(self.language.lm_head)
-        self.decoder = decoder_for(self.language.model, scheme=config.attention)
+        stock = self.language.model
+        self.decoder = (
+            Gated(stock, self.cross, every=config.cross_every, image_tokens=config.image_tokens)
+            if config.cross_blocks
+            else decoder_for(stock, scheme=scheme)
+        )
         self.recompute = False
         """Whether the backward pass computes the layers anew instead of keeping what they gave."""
         self.embedding.weight.requires_grad_(config.train_embedding)
@@ -87,7 +96,8 @@ class VisualChat(nn.Module):
 
         Args:
             batch: images as pixels, or as features that the tower made of them earlier.
-            fresh: which of the images the layout has room for, where a store knows the others; else all.
+            fresh: to decode: which of the images the layout has room for, as a store knows the others. Where
+                it names none, neither tower nor projection is run.
 
         Returns:
             (M, D) text and (F, D) images.
@@ -105,8 +115,10 @@ class VisualChat(nn.Module):
                 f"{len(pixels)} images of {tokens} tokens each, but {len(layout.images)} image positions"
             )
         text = self.embedding(batch.ids.flatten()[layout.text])
+        if fresh is not None and not len(pixels):
+            return text, text[:0]
         # Without an image the path to the projection still runs, at zero weight: every rank takes part in
-        # every collective, and a text-only batch is ordinary.
+        # every collective, and a text-only batch is ordinary. (All ranks generate the same.)
         size = self.config.vision.image_size
         seen = pixels if len(pixels) else pixels.new_zeros(1, 3, size, size)
         if seen.ndim == 4:

@@ -21,10 +21,15 @@ def parameters(model: ModelConfig) -> dict[str, Part]:
     parts = {name: Part(total, 0) for name, total in frozen.items()}
     if model.train_embedding:
         parts["embedding"] = Part(frozen["embedding"], frozen["embedding"])
-    adapters = {
-        f"{part} adapters": Part(n, n) for part, n in adapter_parameters(model).items() if n
-    }
-    return {"projection": Part(projection, projection)} | parts | adapters
+    trained = {"projection": projection, "cross-attention": cross_parameters(model)}
+    trained |= {f"{part} adapters": n for part, n in adapter_parameters(model).items()}
+    return {name: Part(n, n) for name, n in trained.items() if n} | parts
+
+
+def cross_parameters(model: ModelConfig) -> int:
+    """Parameters of the blocks of gated cross-attention."""
+    width = model.language.hidden_size
+    return model.cross_blocks * (12 * width * width + 2 * 2 * width + 2)  # two norms, two gates
 
 
 def language_parameters(language: LanguageConfig) -> dict[str, int]:

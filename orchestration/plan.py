@@ -7,14 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestration.config import Experiment, legal_workers
-from orchestration.parameters import Part, linear_parameters, parameters
-
-GIB = 1024**3
-STATE_BYTES = 12
-"""Of a trained parameter: its float32 master value and two moments."""
-QUANTIZED_BYTES = {"int8": (1.0, 0.0), "nf4": (1 / 2, 1 / 64 + 4 / (64 * 256))}
-"""Of a quantised weight, and of its share in scales: NF4's are one a block of 64, quantised themselves."""
+from orchestration.config import Experiment
+from orchestration.memory import GIB, STATE_BYTES, gradient_checkpointing, memory, remedy
+from orchestration.parameters import Part, parameters
 
 
 class PlanError(ValueError):
@@ -31,6 +26,8 @@ class SizePlan:
     parameters: dict[str, Part]
     memory: dict[str, int]
     """Component -> bytes per worker; the activations are an estimate from above."""
+    gradient_checkpointing: bool
+    """Whether layers are computed anew in the backward pass."""
     accumulation: int
     """Passes of a worker for one optimizer update."""
     checkpoint_bytes: int
@@ -88,13 +85,15 @@ class Plan:
 
 
 def plan(experiment: Experiment) -> Plan:
-    """Count what the run, and each size of its search, needs; a PlanError where it cannot fit."""
+    """Count what the run, and each shape of its trials, needs; a PlanError where it cannot fit."""
     search = experiment.search
     sizes = [_size_plan(experiment, "run")]
     if search is not None:
-        domain = search.space.get("model.size")
-        for size in domain.probes() if domain else (experiment.model.size,):
-            sizes.append(_size_plan(experiment.trial({"model.size": size}), "trial"))
+        deciding = [path for path in ("model.size", "model.attention") if path in search.space]
+        for values in product(*(search.space[path].probes() for path in deciding)):
+            trial = experiment.trial(dict(zip(deciding, values, strict=True)))
+            if (size := _size_plan(trial, "trial")) not in sizes:
+                sizes.append(size)
     samples, source = _samples(experiment)
     batch, epochs = experiment.train.batch, experiment.train.epochs
     if samples is not None and samples < batch:
@@ -118,61 +117,6 @@ def plan(experiment: Experiment) -> Plan:
         trials_at_once=min(search.concurrent, search.trials) if search else None,
         sizes=tuple(sizes),
     )
-
-
-def memory(experiment: Experiment) -> dict[str, int]:
-    """Bytes that a worker needs, by component.
-
-    A worker holds its share of what the ZeRO stage divides: 1 the optimizer, 2 the gradients too,
-    3 the weights too. A frozen decoder keeps about 5.5 hidden + 3 intermediate values a token and
-    layer for the way back, without checkpointing; the head keeps its logits and their gradient.
-    Adapters keep what enters them and their layer. A tower without them keeps nothing, with them
-    at most 5 hidden + 4 intermediate values a patch and layer.
-    """
-    model, engine = experiment.model, experiment.engine
-    language, lora = model.language, model.language_lora
-    width = 4 if experiment.train.precision == "fp32" else 2
-    counts = parameters(model).values()
-    trainable = sum(part.trainable for part in counts)
-    frozen = sum(part.total for part in counts) - trainable
-    frozen_bytes, scales = frozen * width, 0
-    if model.quantization != "none":
-        quantized = linear_parameters(language)
-        weight, scale = QUANTIZED_BYTES[model.quantization]
-        frozen_bytes += int(quantized * (weight - width))
-        scales = int(quantized * scale)
-    tokens = engine.micro_batch * experiment.data.max_tokens
-    kept = 5.5 * language.hidden_size + 3 * language.intermediate_size
-    if lora.rank and lora.targets == "attention":
-        kept += 2.5 * language.hidden_size + 4 * lora.rank
-    elif lora.rank:
-        kept += 3.5 * language.hidden_size + language.intermediate_size + 7 * lora.rank
-
-    def share(size: int, from_stage: int) -> int:
-        return -(-size // experiment.cluster.workers) if engine.zero_stage >= from_stage else size
-
-    return {
-        "frozen weights": share(frozen_bytes, 3) + scales,
-        "trainable weights": share(trainable * width, 3),
-        "gradients": share(trainable * width, 2),
-        "optimizer": share(trainable * STATE_BYTES, 1),
-        "activations": int(tokens * language.num_hidden_layers * kept * width)
-        + _tower_activations(experiment) * width,
-        "logits": tokens * language.vocab_size * 8,
-    }
-
-
-def _tower_activations(experiment: Experiment) -> int:
-    """Values that a tower with adapters keeps for the way back, if a micro batch is full of images."""
-    model, vision = experiment.model, experiment.model.vision
-    if not model.vision_lora.rank:
-        return 0
-    data = experiment.data
-    images = experiment.engine.micro_batch * min(
-        data.max_images, data.max_tokens // model.image_tokens
-    )
-    kept = 5 * vision.hidden_size + 4 * vision.intermediate_size + 6 * model.vision_lora.rank
-    return images * vision.patches * vision.num_hidden_layers * kept
 
 
 def prepared_folder(experiment: Experiment) -> Path | None:
@@ -202,6 +146,7 @@ def _size_plan(experiment: Experiment, purpose: Literal["run", "trial"]) -> Size
         workers=workers,
         parameters=parts,
         memory=memory(experiment),
+        gradient_checkpointing=gradient_checkpointing(experiment),
         accumulation=experiment.train.batch // (workers * micro_batch),
         checkpoint_bytes=STATE_BYTES * sum(part.trainable for part in parts.values()),
     )
@@ -211,39 +156,9 @@ def _size_plan(experiment: Experiment, purpose: Literal["run", "trial"]) -> Size
         raise PlanError(
             f"model.size={size.size}: a worker of this {purpose} needs "
             f"{_bytes(size.memory_bytes)} but cluster.gpu_memory_gib={limit:g}: {components}; "
-            f"{_remedy(experiment, purpose)}"
+            f"{remedy(experiment, purpose)}"
         )
     return size
-
-
-def _remedy(experiment: Experiment, purpose: Literal["run", "trial"]) -> str:
-    """The fewest and smallest changes of ZeRO stage, workers and micro batch that fit."""
-    batch, engine = experiment.train.batch, experiment.engine
-    workers = "cluster.workers" if purpose == "run" else "search.workers"
-    now = (engine.zero_stage, engine.micro_batch, experiment.cluster.workers)
-    last = 2 if experiment.model.quantization == "int8" else 3
-    micros = [size for size in range(engine.micro_batch, 0, -1) if batch % size == 0]
-    choices = [
-        (stage, micro, count)
-        for stage, micro in product(range(engine.zero_stage, last + 1), micros)
-        for count in legal_workers(batch, micro)
-        if count >= experiment.cluster.workers
-    ]
-
-    def distance(choice: tuple[int, int, int]) -> tuple[int, int, int, int]:
-        changed = sum(value != before for value, before in zip(choice, now, strict=True))
-        return changed, choice[2], choice[0], -choice[1]
-
-    for choice in sorted(choices, key=distance):
-        names = ("engine.zero_stage", "engine.micro_batch", "cluster.workers")
-        other = experiment.with_overrides({**dict(zip(names, choice, strict=True)), "search": None})
-        if sum(memory(other).values()) <= (experiment.cluster.gpu_memory_gib or 0) * GIB:
-            settings = zip((*names[:2], workers), choice, now, strict=True)
-            return "set " + " ".join(f"{name}={new}" for name, new, old in settings if new != old)
-    return (
-        "no ZeRO stage, micro batch or number of workers fits; lower data.max_tokens, "
-        "choose a smaller model.size or a GPU with more memory"
-    )
 
 
 def _samples(experiment: Experiment) -> tuple[int | None, str]:
@@ -265,7 +180,7 @@ def _table(sizes: tuple[SizePlan, ...]) -> list[tuple[str, ...]]:
     def row(name: str, cell: Callable[[SizePlan], str]) -> tuple[str, ...]:
         return name, *(cell(size) for size in sizes)
 
-    trained = {name for name, part in sizes[0].parameters.items() if part.trainable}
+    parts = {name: part for size in sizes for name, part in size.parameters.items()}
     return [
         row("", lambda size: f"{size.purpose} {size.size}"),
         row("workers", lambda size: _count(size.workers)),
@@ -274,16 +189,17 @@ def _table(sizes: tuple[SizePlan, ...]) -> list[tuple[str, ...]]:
         row("  trained", lambda size: _count(sum(p.trainable for p in size.parameters.values()))),
         *(
             row(
-                f"  {part}{' (trained)' if part in trained else ''}",
-                lambda size, part=part: _count(size.parameters[part].total),
+                f"  {name}{' (trained)' if part.trainable else ''}",
+                lambda size, name=name: _count(size.parameters.get(name, Part(0, 0)).total),
             )
-            for part in sizes[0].parameters
+            for name, part in parts.items()
         ),
         row("memory a worker", lambda size: _bytes(size.memory_bytes)),
         *(
             row(f"  {component}", lambda size, component=component: _bytes(size.memory[component]))
             for component in sizes[0].memory
         ),
+        row("layers recomputed", lambda size: "yes" if size.gradient_checkpointing else "no"),
         row("a checkpoint", lambda size: _bytes(size.checkpoint_bytes)),
     ]
 

@@ -19,7 +19,7 @@ from orchestration import sweep_report
 from orchestration.config import Experiment
 from orchestration.journal import write_whole
 from orchestration.page import cards, chat, document, duration, facts, grid, note, number, percent
-from orchestration.parameters import language_parameters
+from orchestration.parameters import language_parameters, parameters
 from orchestration.plots import SHARES, Series, chart, figure, thin
 from orchestration.record import Record, Run, read_data, read_if_there, read_images
 
@@ -105,7 +105,7 @@ def asked(record: Record) -> str:
         shape = f"{language.num_hidden_layers} layers, {language.hidden_size} wide"
         count = _count(sum(language_parameters(language).values()))
         rows.append((f"size {size}", f"{language.checkpoint}: {shape}, {count} parameters"))
-    trained = "projection, input embedding" if model.train_embedding else "projection"
+    trained = ", ".join(name for name, part in parameters(model).items() if part.trainable)
     rows += [
         ("image tower", f"{model.vision.checkpoint}: {model.vision.tokens} vectors an image"),
         ("attention", model.attention),

@@ -1,12 +1,13 @@
 """What each Ray Train worker does: build, resume, and the `for` over the library's steps."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import ray.train
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dsvl import checkpoint
+from dsvl import checkpoint, pretrained
 from dsvl.chat import transcript
 from dsvl.config import EvaluationConfig
 from dsvl.data.encode import fingerprint, load_tokenizer
@@ -17,6 +18,7 @@ from dsvl.model import VisualChat
 from dsvl.train import Plan, steps
 from orchestration.config import Experiment
 from orchestration.journal import Journal, write_json
+from orchestration.memory import gradient_checkpointing
 from orchestration.results import refuse_another, write_result
 
 
@@ -37,11 +39,14 @@ def work(config: dict) -> None:
     train = experiment.train
     torch.manual_seed(train.seed + torch.distributed.get_rank())  # Ray leaves it to chance
     model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
-    engine = Engine(model, engine=experiment.engine, train=train, optim_config=experiment.optim)
-    parts = {"language": experiment.model.language, "vision": experiment.model.vision}
-    frozen = from_rank_0(
-        lambda: {name: checkpoint.digest(part.checkpoint) for name, part in parts.items()}
+    checkpointing = gradient_checkpointing(experiment)
+    engine = Engine(
+        model,
+        engine=replace(experiment.engine, gradient_checkpointing=checkpointing),
+        train=train,
+        optim_config=experiment.optim,
     )
+    frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
     start = resume(engine, experiment, folder, frozen=frozen)
     plan = Plan(len(prepared.train), train)
     if journal:

@@ -1,7 +1,10 @@
 """Models of the real architectures at tiny width, saved and loaded as ordinary checkpoints."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from dsvl.config import LanguageConfig, ModelConfig, VisionConfig
@@ -52,3 +55,24 @@ def model_config(checkpoints):
 def model(model_config):
     """The tiny model in float32."""
     return VisualChat(model_config, precision="fp32", seed=0)
+
+
+@pytest.fixture
+def model_of(model_config):
+    """Attention -> the tiny model with it; with gated cross-attention ahead of each layer, its gates open."""
+
+    def make(attention):
+        config = replace(model_config, attention=attention, cross_every=1)
+        model = VisualChat(config, precision="fp32", seed=0)
+        for name, weight in model.cross.named_parameters():
+            if name.endswith("gate"):
+                nn.init.constant_(weight, 0.7)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def gated_model(model_of):
+    """The tiny model with gated cross-attention."""
+    return model_of("gated_cross")

@@ -3,10 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
+from dsvl.attention import SCHEMES
+from dsvl.cache import ImageStore
 from dsvl.data.types import IGNORED, Kind
-from dsvl.generate import greedy
+from dsvl.decoder import Interleaved
+from dsvl.gated import Gated
+from dsvl.generate import Sampling, generate, greedy
 from tests.dsvl.test_model import batch_of, example, wanting
 
 PROMPTS = [
@@ -14,17 +19,32 @@ PROMPTS = [
     example("t", seed=3),
     example("t1t1ttttt", seed=4),
     example("ttt", seed=5),
+    example("1", seed=6),
 ]
 
 
+@pytest.fixture(params=[*SCHEMES, "gated_cross"])
+def model(request, model_of):
+    """The tiny model in float64, where no two tokens are as good as tied."""
+    return model_of(request.param).double().eval()
+
+
+@pytest.fixture
+def prompts(model):
+    """All, or those that end in text, without which gated cross-attention writes nothing."""
+    return PROMPTS[:-1] if isinstance(model.decoder, Gated) else PROMPTS
+
+
 def greedy_without_cache(model, prompt, count):
-    """One row at a time, the whole row again for each new token."""
-    new: list[int] = []
+    """One row at a time, the whole row again for each new token, through the stock decoder where it can."""
+    gated = isinstance(model.decoder, Gated)
+    stock, new = model.decoder if gated else Interleaved(model.language.model), []
     for _ in range(count):
         whole = grown(prompt, new)
         last = np.arange(len(whole.ids))[None] == len(whole.ids) - 1
         with torch.no_grad():
-            states = model.states(wanting(batch_of(whole), last))
+            batch = wanting(batch_of(whole), last)
+            states = stock(*model.embed(batch), batch.layout)
         new.append(int(model.language.lm_head(states[0]).argmax()))
     return new
 
@@ -40,13 +60,85 @@ def grown(prompt, ids):
     )
 
 
-def test_cached_batched_decoding_equals_single_uncached_decoding(model):
-    expected = [greedy_without_cache(model, prompt, 12) for prompt in PROMPTS]
-    assert greedy(model, batch_of(*PROMPTS), end=-1, max_new_tokens=12) == expected
+def joined(first, second):
+    """One prompt after the other."""
+    columns = {
+        name: np.concatenate([getattr(first, name), getattr(second, name)])
+        for name in ("ids", "labels", "kinds")
+    }
+    return replace(first, **columns, images=first.images + second.images)
 
 
-def test_a_row_stops_at_its_end_and_the_others_go_on(model):
-    free = greedy(model, batch_of(*PROMPTS), end=-1, max_new_tokens=12)
+def test_cached_batched_decoding_equals_single_uncached_decoding(model, prompts):
+    expected = [greedy_without_cache(model, prompt, 12) for prompt in prompts]
+    assert greedy(model, batch_of(*prompts), end=-1, max_new_tokens=12) == expected
+
+
+def test_a_row_stops_at_its_end_and_the_others_go_on(model, prompts):
+    free = greedy(model, batch_of(*prompts), end=-1, max_new_tokens=12)
     end = free[0][3]
-    stopped = greedy(model, batch_of(*PROMPTS), end=end, max_new_tokens=12)
+    stopped = greedy(model, batch_of(*prompts), end=end, max_new_tokens=12)
     assert stopped == [row[: row.index(end)] if end in row else row for row in free]
+
+
+def test_packed_prompts_are_continued_as_each_alone(model, prompts):
+    expected = [greedy_without_cache(model, prompt, 5) for prompt in prompts]
+    packed = batch_of(*prompts, rows=[0, 0, 1, 1, 1][: len(prompts)])
+    if isinstance(model.decoder, Interleaved):
+        with pytest.raises(ValueError, match="5 samples in 2 rows"):
+            greedy(model, packed, end=-1, max_new_tokens=5)
+    else:
+        assert greedy(model, packed, end=-1, max_new_tokens=5) == expected
+
+
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_batch(model, prompts):
+    def drawn(*prompts):
+        pieces = generate(
+            model, batch_of(*prompts), end=-1, max_new_tokens=9, sampling=Sampling(seed=3)
+        )
+        return list(zip(*pieces, strict=True))
+
+    assert drawn(*prompts) == [drawn(prompt)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("model", ["mmca"], indirect=True)
+def test_draws_fall_on_the_likeliest_as_often_as_their_shares_say(model, prompts):
+    prompt, count = PROMPTS[0], 200
+    last = np.arange(len(prompt.ids))[None] == len(prompt.ids) - 1
+    batch = wanting(batch_of(prompt), last)
+    with torch.no_grad():
+        shares = (model.head.logits(model.states(batch))[0] / 0.3).softmax(-1)
+    drawn = [
+        next(generate(model, batch_of(prompt), end=-1, max_new_tokens=1, sampling=sampling))[0]
+        for seed in range(count)
+        for sampling in [Sampling(seed=seed, temperature=0.3, top_k=3)]
+    ]
+    best, places = shares.topk(3)
+    assert set(drawn) == set(places.tolist())
+    for place, share in zip(places.tolist(), best / best.sum(), strict=True):
+        spread = (share * (1 - share) / count) ** 0.5
+        assert abs(drawn.count(place) / count - share) < 3 * spread
+
+
+def test_rounds_on_one_cache_write_what_the_whole_conversation_would(model):
+    known = not isinstance(
+        model.decoder, Interleaved
+    )  # under causal attention no image is the same twice
+    cache, store = model.decoder.cache(1), ImageStore(limit_bytes=10**6) if known else None
+    whole = unread = example("")
+    for seed, (layout, images) in enumerate([("t1tt", "3"), ("tt", ""), ("1tt1t", "30")]):
+        question = example(layout, images=images, seed=seed)
+        whole = joined(whole, question)
+        new = [
+            token
+            for (token,) in generate(
+                model,
+                batch_of(joined(unread, question)),
+                end=-1,
+                max_new_tokens=5,
+                cache=cache,
+                store=store,
+            )
+        ]
+        assert new == greedy_without_cache(model, whole, 5)
+        whole, unread = grown(whole, new), grown(example(""), new[-1:])

@@ -3,6 +3,7 @@
 import math
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,9 @@ OPTIM = OptimConfig(lr=0.05, warmup_fraction=0.2)
 class Examples(list):
     """Encoded samples in memory, as the store gives them."""
 
-    def __init__(self):
-        """Eighteen samples, two of them without an image."""
-        super().__init__(example(layout, seed=k) for k, layout in enumerate(LAYOUTS * 2))
+    def __init__(self, layouts=LAYOUTS):
+        """Eighteen samples, four of them without an image."""
+        super().__init__(example(layout, seed=k) for k, layout in enumerate(layouts * 2))
         self.targets = np.array([int((e.labels[1:] != -100).sum()) for e in self])
         self.lengths = np.array([len(e.ids) for e in self])
 
@@ -51,9 +52,13 @@ def _worker(rank, world, port, config, folder, options):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    join(backend="gloo")
+    join(backend="nccl" if options.get("device") == "cuda" else "gloo")
     torch.manual_seed(rank)
-    engine_config = EngineConfig(zero_stage=options["stage"], micro_batch=options.get("micro", 1))
+    engine_config = EngineConfig(
+        zero_stage=options["stage"],
+        micro_batch=options.get("micro", 1),
+        gradient_checkpointing=options.get("recompute"),
+    )
     train = TrainConfig(**{**vars(TRAIN), "precision": options.get("precision", "fp32")})
     model = VisualChat(config, precision=train.precision, seed=0)
     engine = Engine(model, engine=engine_config, train=train, optim_config=OPTIM)
@@ -84,13 +89,14 @@ def _worker(rank, world, port, config, folder, options):
 
 
 def run(config, folder: Path, *, world: int = 2, **options):
-    """(loss, gradient norm, lr) of each update, from `world` forked gloo workers."""
+    """(loss, gradient norm, lr) of each update, from `world` workers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
+    method = "spawn" if options.get("device") == "cuda" else "fork"  # CUDA does not survive a fork
     mp.start_processes(
-        _worker, (world, port, config, folder, options), nprocs=world, start_method="fork"
+        _worker, (world, port, config, folder, options), nprocs=world, start_method=method
     )
     return torch.load(folder / "records.pt")
 
@@ -123,12 +129,29 @@ def reference(model_config):
 
 
 @pytest.mark.parametrize(
-    ("stage", "world", "micro"), [(0, 1, 4), (0, 2, 1), (1, 2, 2), (2, 2, 1), (3, 2, 2), (2, 4, 1)]
+    ("stage", "world", "micro", "recompute"),
+    [
+        (0, 1, 4, False),
+        (0, 2, 1, False),
+        (1, 2, 2, False),
+        (2, 2, 1, True),
+        (2, 4, 1, False),
+        (3, 2, 1, False),
+        (3, 2, 2, True),
+    ],
 )
 def test_every_way_of_sharding_trains_as_a_plain_loop_does(
-    model_config, reference, tmp_path, stage, world, micro
+    model_config, reference, tmp_path, stage, world, micro, recompute
 ):
-    records = run(model_config, tmp_path, stage=stage, world=world, micro=micro, save=(12,))
+    records = run(
+        model_config,
+        tmp_path,
+        stage=stage,
+        world=world,
+        micro=micro,
+        recompute=recompute,
+        save=(12,),
+    )
     np.testing.assert_allclose(records, reference[0], rtol=2e-5, atol=2e-6)
     values = checkpoint.load_file(tmp_path / "step-000012/parameters.safetensors")
     for name, expected in reference[1].items():
@@ -160,6 +183,43 @@ def test_a_checkpoint_resumes_at_another_stage_and_world_size(
     run(model_config, tmp_path, stage=before[0], world=before[1], save=(5,), stop=5)
     records = run(model_config, tmp_path, stage=after[0], world=after[1])
     np.testing.assert_allclose(records, reference[0][5:], rtol=2e-5, atol=2e-6)
+
+
+@pytest.fixture
+def gated_config(model_config, monkeypatch):
+    """With gated cross-attention, and text between every image and an answer."""
+    apart = tuple(layout.replace("1T", "1tT") for layout in LAYOUTS)
+    monkeypatch.setattr(Prepared, "train", Examples(apart))
+    # Behind gates just above zero gradients are tiny, and Adam would take rounding for a direction.
+    monkeypatch.setitem(globals(), "OPTIM", replace(OPTIM, lr=0.01, eps=1e-2))
+    return replace(model_config, attention="gated_cross", cross_every=1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "micro", "recompute"),
+    [(0, 2, 1, False), (1, 2, 2, False), (2, 2, 1, True), (3, 2, 1, False)],
+)
+def test_gated_cross_attention_trains_as_a_plain_loop_does(
+    gated_config, tmp_path, stage, world, micro, recompute
+):
+    torch.set_num_threads(1)
+    records, parameters = plain(gated_config)
+    options = {"stage": stage, "world": world, "micro": micro, "recompute": recompute}
+    found = run(gated_config, tmp_path, **options, save=(12,))
+    np.testing.assert_allclose(found, records, rtol=2e-5, atol=2e-6)
+    values = checkpoint.load_file(tmp_path / "step-000012/parameters.safetensors")
+    assert values["cross.0.attention_gate"].abs() > 1e-3
+    for name, expected in parameters.items():
+        torch.testing.assert_close(values[name], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gated_cross_attention_resumes_bit_for_bit(gated_config, tmp_path, stage):
+    unbroken = run(gated_config, tmp_path / "unbroken", stage=stage, save=(5, 12))
+    first = run(gated_config, tmp_path / "broken", stage=stage, save=(5,), stop=8)
+    second = run(gated_config, tmp_path / "broken", stage=stage, save=(12,))
+    assert first + second[3:] == unbroken
+    assert files_of(tmp_path / "unbroken/step-000012") == files_of(tmp_path / "broken/step-000012")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -106,7 +106,7 @@ def test_an_override_reaches_into_a_searched_field():
         ("optim: 3", "2: optim: must be a mapping of fields, not 3"),
         ("optim: {betas: [0]}", "2: optim.betas.1: is missing; set it"),
         ("model: {attention: mmcaa}", "2: model.attention: 'mmcaa' must be one of 'causal', "
-                                      "'causal_cross' or 'mmca'; did you mean 'mmca'?"),
+                                      "'causal_cross', 'mmca' or 'gated_cross'; did you mean 'mmca'?"),
         ("model: {size: huge}", "2: model.size: 'huge' must be one of large, small"),
         ("train: {batch: 10}\ncluster: {workers: 4}",
          "2: train.batch: 10 must be a multiple of cluster.workers x engine.micro_batch = "

@@ -43,6 +43,7 @@ WHAT = {
     "model.projection_layers": 2,
     "model.projection_queries": 8,
     "model.attention": "causal",
+    "model.cross_every": 2,
     "model.train_embedding": False,
     "model.language_lora.rank": 4,
     "model.language_lora.alpha": 32,

@@ -14,10 +14,12 @@ from transformers import (
 )
 
 from dsvl.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
+from dsvl.gated import blocks
 from dsvl.lora import adapt
 from dsvl.projection import PROJECTIONS
 from dsvl.qwen_vision import QwenVisionConfig, QwenVisionModel
 from orchestration.parameters import (
+    Part,
     adapter_parameters,
     language_parameters,
     linear_parameters,
@@ -161,6 +163,23 @@ def test_a_projection_has_as_many_parameters_as_its_module(kind, layers, vision)
     with torch.device("meta"):
         module = PROJECTIONS[kind](vision.width, 4096, layers=layers, queries=32)
     assert projection_parameters(model) == count(module)
+
+
+@pytest.mark.parametrize("every", [1, 4, 7])
+@pytest.mark.parametrize("size", LLAMA_2)
+def test_gated_cross_attention_has_as_many_parameters_as_its_modules(size, every):
+    model = ModelConfig(
+        size=size,
+        languages={size: LLAMA_2[size][0]},
+        vision=CLIP_LARGE,
+        attention="gated_cross",
+        cross_every=every,
+    )
+    with torch.device("meta"):
+        modules = blocks(model)
+    assert len(modules) == model.language.num_hidden_layers // every
+    assert parameters(model)["cross-attention"] == Part(count(modules), count(modules))
+    assert "cross-attention" not in parameters(replace(model, attention="mmca"))
 
 
 @pytest.mark.parametrize(("vision", "projection"), [(CLIP_LARGE, 1025 * 4096), (QWEN, 4097 * 4096)])

@@ -1,0 +1,151 @@
+"""A model as files: what was trained, beside a description that names the frozen parts by digest.
+
+- `parameters.safetensors`: each trained parameter in float32 under its own name;
+- `model.json`: the model's configuration, the digest of each frozen part, and the sha256 of the parameters.
+
+The folder of every training checkpoint is one.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils.hub import cached_file
+
+from dsvl.config import ModelConfig
+from dsvl.data.store import sha256
+from dsvl.model import VisualChat
+
+PARAMETERS = "parameters.safetensors"
+DESCRIPTION = "model.json"
+
+
+def save(model: VisualChat, folder: Path) -> None:
+    """Write a model into a folder that has none yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {name: p.detach().float().cpu() for name, p in model.trainable().items()}
+    write(folder, model.config, values, frozen=digests(model.config))
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    values: Mapping[str, torch.Tensor],
+    *,
+    frozen: Mapping[str, str],
+) -> None:
+    """As `save`, from the float32 values of the trained parameters and the `digests` of the frozen parts."""
+    save_file({name: value.contiguous() for name, value in values.items()}, folder / PARAMETERS)
+    described = asdict(config) | {"languages": {config.size: asdict(config.language)}}
+    description = {
+        "model": described,
+        "frozen": dict(frozen),
+        PARAMETERS: sha256(folder / PARAMETERS),
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+
+
+def load(folder: Path, *, precision: str) -> VisualChat:
+    """The model of a folder, its frozen parts read from where the description says.
+
+    Raises:
+        ValueError: where a file is missing or damaged, a frozen part is not the one it was trained with,
+            or parameters are missing, left over or of another shape.
+    """
+    for name in (DESCRIPTION, PARAMETERS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: holds no {name}; name the folder of a checkpoint")
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    if sha256(folder / PARAMETERS) != description[PARAMETERS]:
+        raise ValueError(f"{folder / PARAMETERS}: is not what its sha256 in {DESCRIPTION} says")
+    config = _built(ModelConfig, description["model"])
+    for part, found in digests(config).items():
+        if found != (trained := description["frozen"][part]):
+            checkpoint = getattr(config, part).checkpoint
+            raise ValueError(
+                f"{folder}: trained with the {part} part {trained[:12]}, but {checkpoint} is {found[:12]}; "
+                f"name the former in {DESCRIPTION}"
+            )
+    model = VisualChat(config, precision=precision, seed=0)
+    put(model, load_file(folder / PARAMETERS), where=folder)
+    return model
+
+
+def put(model: VisualChat, values: Mapping[str, torch.Tensor], *, where: Path) -> None:
+    """Give a model its trained values, strictly by name and shape."""
+    trainable = model.trainable()
+    require_same(
+        {name: tuple(value.shape) for name, value in values.items()},
+        {name: tuple(parameter.shape) for name, parameter in trainable.items()},
+        where=where,
+    )
+    for name, parameter in trainable.items():
+        parameter.data.copy_(values[name])
+
+
+def require_same(
+    held: Mapping[str, tuple[int, ...]], trained: Mapping[str, tuple[int, ...]], *, where: Path
+) -> None:
+    """Raise ValueError unless a file holds exactly the parameters, name -> shape, that a model trains."""
+    differing = [
+        f"{name} {held.get(name, 'missing')} (the model: {trained.get(name, 'has none')})"
+        for name in sorted(held.keys() | trained.keys())
+        if held.get(name) != trained.get(name)
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"{where}: of {len(held)} parameters held and {len(trained)} that the model trains, "
+            f"{len(differing)} differ: {', '.join(differing[:3])}{more}"
+        )
+
+
+def digests(config: ModelConfig) -> dict[str, str]:
+    """The digest of each frozen part."""
+    return {
+        part: digest(checkpoint)
+        for part, checkpoint in (
+            ("language", config.language.checkpoint),
+            ("vision", config.vision.checkpoint),
+        )
+    }
+
+
+def digest(checkpoint: str) -> str:
+    """sha256 over the weights of a frozen part, by the names and bytes of its safetensors files.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    config = cached_file(checkpoint, "config.json")
+    assert config is not None, "a missing file raises"
+    folder = Path(config).parent
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(
+            f"{checkpoint}: has no *.safetensors, by which a frozen part is known again; "
+            "load it with transformers and write it with save_pretrained"
+        )
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(path.name.encode())
+        total.update(sha256(path).encode())
+    return total.hexdigest()
+
+
+def _built(kind: Any, value: Any) -> Any:
+    """What a JSON value stands for, where a value of this kind was written."""
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return kind(**{name: _built(kinds[name], each) for name, each in value.items()})  # pyright: ignore[reportCallIssue]
+    if get_origin(kind) is dict:
+        return {name: _built(get_args(kind)[1], each) for name, each in value.items()}
+    if get_origin(kind) is UnionType and value is not None:
+        return _built(get_args(kind)[0], value)
+    return value

@@ -1,0 +1,176 @@
+"""What a worker holds follows ZeRO, the precision and what the decoder really keeps for the backward pass."""
+
+from pathlib import Path
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from dsvl.config import LoraConfig
+from dsvl.data.layout import lay_out
+from dsvl.data.types import Kind
+from dsvl.decoder import Streams
+from dsvl.gated import Block, Gated
+from dsvl.lora import adapt
+from orchestration.compose import load
+from orchestration.config import validated
+from orchestration.memory import GIB, QUANTIZED_BYTES, gradient_checkpointing, memory
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_stage_of_zero_divides_one_thing_more(settings, stage):
+    settings["train"]["precision"] = "fp32"
+    alone = memory(validated(settings | {"engine": {"zero_stage": 0}}))
+    engine, cluster = {"zero_stage": stage}, {"workers": 4}
+    shared = memory(validated(settings | {"engine": engine, "cluster": cluster}))
+    divided = {name for name in alone if shared[name] < alone[name]}
+    weights = {"frozen weights", "trainable weights"}
+    expected = [
+        set(),
+        {"optimizer"},
+        {"optimizer", "gradients"},
+        {"optimizer", "gradients"} | weights,
+    ]
+    assert divided == expected[stage]
+    assert all(shared[name] * 4 == alone[name] for name in divided)
+
+
+def test_half_precision_halves_weights_but_not_the_optimizer(settings):
+    full = memory(validated(settings).with_overrides({"train.precision": "fp32"}))
+    half = memory(validated(settings).with_overrides({"train.precision": "bf16"}))
+    assert half["frozen weights"] * 2 == full["frozen weights"]
+    assert half["optimizer"] == full["optimizer"] == 12 * (8 * 8 + 8 + 32 * 8)
+
+
+@pytest.mark.parametrize("adapters", [None, "all", "attention"])
+@pytest.mark.parametrize("key_heads", [2, 8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_layer_keeps_is_bounded_closely_from_above(
+    settings, recompute, precision, key_heads, adapters
+):
+    if adapters:
+        settings["model"]["language_lora"] = {"rank": 8, "targets": adapters}
+    settings["train"]["precision"] = precision
+    settings["engine"] = {"gradient_checkpointing": recompute}
+    settings["data"]["max_tokens"] = 160
+    shape = settings["model"]["languages"]["small"]
+    shape |= {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8}
+    shape["num_key_value_heads"] = key_heads
+    planned, kept = [], []
+    for shape["num_hidden_layers"] in (4, 12):
+        planned.append(memory(validated(settings))["activations"])
+        kept.append(
+            kept_for_the_backward_pass(shape, precision, recompute=recompute, adapters=adapters)
+        )
+    eight_planned, eight_kept = planned[1] - planned[0], kept[1] - kept[0]
+    assert eight_kept <= eight_planned <= 1.3 * eight_kept
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_block_of_gated_cross_attention_keeps_is_bounded_closely_from_above(
+    settings, recompute, precision
+):
+    settings["train"]["precision"] = precision
+    settings["engine"] = {"gradient_checkpointing": recompute}
+    settings["data"]["max_tokens"] = 160
+    shape = settings["model"]["languages"]["small"]
+    shape |= {"hidden_size": 128, "num_attention_heads": 8, "num_hidden_layers": 4}
+    settings["model"]["attention"] = "gated_cross"
+    planned, kept = [], []
+    for every in (1, 4):
+        settings["model"]["cross_every"] = every
+        planned.append(memory(validated(settings))["activations"])
+        kept.append(kept_for_the_backward_pass(shape, precision, recompute=recompute, every=every))
+    three_planned, three_kept = planned[0] - planned[1], kept[0] - kept[1]
+    assert three_kept <= three_planned <= 1.3 * three_kept
+
+
+def kept_for_the_backward_pass(shape, precision, *, recompute, every=None, adapters=None):
+    """Bytes that autograd saves in a decoder's forward pass over 128 text and 32 image tokens.
+
+    With a block of gated cross-attention ahead of `every` so many-th layer, or adapters in some layers.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    config = {name: value for name, value in shape.items() if name != "checkpoint"}
+    stock = LlamaForCausalLM(LlamaConfig(**config)).to(dtype).requires_grad_(False)
+    if adapters:
+        adapt(stock, LoraConfig(rank=8, targets=adapters), dtype=dtype)
+    kinds = np.full((1, 160), Kind.TEXT)
+    kinds[0, 20:36] = kinds[0, 70:86] = Kind.IMAGE
+    wanted = np.zeros((1, 160), bool)
+    wanted[0, -40:-1] = True
+    text, images = (torch.randn(count, 128, dtype=dtype, requires_grad=True) for count in (128, 32))
+    decode = Streams(stock.model, scheme="mmca")
+    if every is not None:
+        stock.blocks = nn.ModuleList(Block(128, 8) for _ in range(4 // every)).to(dtype)
+        decode = Gated(stock.model, stock.blocks, every=every, image_tokens=16)
+    return saved_bytes(
+        lambda: decode(text, images, lay_out(kinds, wanted), recompute=recompute), stock
+    )
+
+
+def saved_bytes(forward, module):
+    """Bytes of all that autograd keeps of a forward pass, weights left out."""
+    weights = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
+    held, saved = {}, []
+
+    def keep(tensor):
+        saved.append(tensor)  # so that no address is used twice
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(size for address, size in held.items() if address not in weights)
+
+
+@pytest.mark.parametrize("targets", ["all", "attention"])
+def test_a_tower_with_adapters_keeps_no_more_than_is_planned(settings, targets):
+    settings["model"]["vision"] |= {"image_size": 32, "hidden_size": 64, "intermediate_size": 256}
+    settings["data"] |= {"max_tokens": 256, "max_images": 1}
+    settings["train"]["precision"] = "fp32"
+    lora = {"rank": 8, "targets": targets}
+    without, experiment = (
+        validated(settings | {"model": settings["model"] | {"vision_lora": each}})
+        for each in ({}, lora)
+    )
+    shape = {n: v for n, v in settings["model"]["vision"].items() if n != "checkpoint"}
+    tower = CLIPVisionModel(CLIPVisionConfig(**shape, num_attention_heads=2)).requires_grad_(False)
+    adapt(tower, LoraConfig(**lora), dtype=torch.float32)
+    kept = saved_bytes(lambda: tower(torch.randn(1, 3, 32, 32)), tower)
+    planned = memory(experiment)["activations"] - memory(without)["activations"]
+    assert kept <= planned <= 3 * kept
+
+
+@pytest.mark.parametrize(("kind", "share"), [("int8", 1 / 2), ("nf4", 1 / 4)])
+def test_a_quantised_decoder_takes_a_half_or_a_quarter_and_nothing_else_changes(kind, share):
+    shipped = load(Path(__file__).parents[2] / "configs/experiment/llava_7b.yaml", ())
+    stock = memory(shipped)
+    quantised = memory(shipped.with_overrides({"model.quantization": kind}))
+    saved = stock.pop("frozen weights") - quantised.pop("frozen weights")
+    assert saved == pytest.approx(2 * 32 * 202_375_168 * (1 - share), rel=0.02)
+    assert quantised == stock
+
+
+def test_a_weight_in_nf4_takes_the_bytes_that_are_planned():
+    layer = bitsandbytes.nn.Linear4bit(2048, 2048, bias=False, quant_type="nf4").to("cpu")
+    state = layer.weight.quant_state
+    held = (layer.weight, state.absmax, state.code, state.state2.absmax, state.state2.code)
+    found = sum(tensor.nbytes for tensor in held)
+    assert sum(QUANTIZED_BYTES["nf4"]) * 2048**2 == pytest.approx(found, rel=1e-3)
+
+
+@pytest.mark.parametrize("chosen", [None, False, True])
+def test_layers_are_recomputed_as_configured_or_only_where_no_more_fits(settings, chosen):
+    settings["engine"] = {"gradient_checkpointing": False}
+    needed = sum(memory(validated(settings)).values()) / GIB
+    settings["engine"] = {"gradient_checkpointing": chosen}
+    for limit, scarce in ((None, False), (1.01 * needed, False), (0.99 * needed, True)):
+        settings["cluster"] = {"gpu_memory_gib": limit}
+        assert gradient_checkpointing(validated(settings)) == (scarce if chosen is None else chosen)
