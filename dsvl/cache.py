@@ -194,7 +194,8 @@ LayerImages = tuple[KeyValues, ...]
 class ImageStore:
     """Images as a frozen decoder sees them under MMCA: the same in every conversation and at every place.
 
-    Holds the most recently used ones within a limit.
+    Holds the most recently used ones within a limit. It belongs to one model as it is: once projection or
+    adapters are trained further, the images in it are no longer theirs.
     """
 
     def __init__(self, *, limit_bytes: int) -> None:

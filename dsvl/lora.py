@@ -41,9 +41,7 @@ def adapt(part: nn.Module, config: LoraConfig, *, dtype: torch.dtype) -> None:
         Settings(r=config.rank, lora_alpha=alpha, target_modules=layers), part, ADAPTER
     )
     for parameter in part.parameters():
-        if (
-            parameter.requires_grad
-        ):  # peft leaves float32 where the weights of a layer are no floats
+        if parameter.requires_grad:  # beside quantised weights peft leaves float32
             parameter.data = parameter.data.to(dtype)
 
 
