@@ -48,14 +48,15 @@ class StreamCache:
 
     def extend(self, number: int, text: KeyValues, images: KeyValues) -> None:
         """Add to a layer the keys and values (1, K, M, H) and (1, K, F, H) of the new tokens."""
-        self._text[number].make_room(text, self._texts)
-        if self.stepping:
-            self._text[number].put_one_each(text, self._where_B)
-        else:
-            self._text[number].put(text, self._texts)
-            if self._pictures.tokens:
-                self._images[number].make_room(images, self._pictures)
-                self._images[number].put(images, self._pictures)
+        streams = (self._text, text, self._texts), (self._images, images, self._pictures)
+        for buffers, new, growth in streams:
+            if not growth.tokens:
+                continue
+            buffers[number].make_room(new, growth)
+            if self.stepping:
+                buffers[number].put_one_each(new, self._where_B)
+            else:
+                buffers[number].put(new, growth)
 
     def end(self) -> None:
         """All layers have the new tokens."""

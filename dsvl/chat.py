@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dsvl.cache import ImageStore
+from dsvl.config import require
 from dsvl.data.collate import collate
 from dsvl.data.encode import Encoder
 from dsvl.data.store import Prepared
@@ -63,13 +64,24 @@ class Chat:
     def ask(self, question: str, *, images: Sequence[np.ndarray] = ()) -> str:
         """Ask about new images, each (3, P, P) as the tower wants it, and all earlier ones.
 
+        The conversation is left as it was where this raises.
+
         Raises:
-            TooLongError: if the conversation would become longer than `max_tokens`; it is left as it was.
+            ValueError: if an image has another shape.
+            TooLongError: if the conversation would become longer than `max_tokens`.
         """
         return "".join(self.stream(question, images=images))
 
     def stream(self, question: str, *, images: Sequence[np.ndarray] = ()) -> Iterator[str]:
         """As `ask`, piece by piece as the answer is written."""
+        size = self.model.config.vision.image_size
+        for number, image in enumerate(images, start=self.images + 1):
+            require(
+                image.shape == (3, size, size),
+                f"image {number}: shape",
+                image.shape,
+                f"must be {(3, size, size)}, as dsvl.data.images.pixels gives it for this tower",
+            )
         numbers = range(self.images, self.images + len(images))
         content = (*(Part("image", image=n) for n in numbers), Part("text", text=question))
         turns = [*self.turns, Turn("user", content)]
@@ -105,11 +117,13 @@ class Chat:
             ):
                 assert token is not None
                 written.append(token)
-                text = self.encoder.decode(written)
-                if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
-                    yield text[len(told) :]
-                    told = text
-            yield self.encoder.decode(written)[len(told) :]
+                said = self.encoder.decode(written)
+                half = said.endswith("\N{REPLACEMENT CHARACTER}")  # of a character, perhaps
+                if said != told and not half:
+                    yield said[len(told) :]
+                    told = said
+            if (said := self.encoder.decode(written)) != told:
+                yield said[len(told) :]
         finally:  # whoever stops listening has heard an answer all the same
             read = sum(self._cache.past[0])
             if read > before:

@@ -218,9 +218,18 @@ class Interleaved:
         known: KnownImages | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
-        """As `Streams`; a cache takes rows of one sample each, and no image is known."""
+        """As `Streams`, but no image is known.
+
+        Raises:
+            ValueError: if rows of several samples come with a cache, which keeps a sample a row.
+        """
         assert known is None
         rows, length = layout.kinds.shape
+        if cache is not None and len(layout.samples) != rows:
+            raise ValueError(
+                f"{len(layout.samples)} samples in {rows} rows: attention={self.scheme} with this decoder "
+                "generates from a row a sample; leave `rows` out of collate()"
+            )
         embedded = text.new_zeros(rows * length, text.shape[-1])
         embedded = embedded.index_copy(0, layout.text, text).index_copy(0, layout.images, images)
         places = layout.kinds.new_zeros(rows * length, dtype=torch.int64)

@@ -31,7 +31,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require(
+            self.temperature > 0,
+            "temperature",
+            self.temperature,
+            "must be positive; leave sampling out for the likeliest tokens",
+        )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
         require(self.top_k >= 0, "top_k", self.top_k, "must not be negative")
 

@@ -61,7 +61,11 @@ def model(model_config):
 def gated_model(model_config):
     """The tiny model with gated cross-attention ahead of each layer, its gates open."""
     config = replace(model_config, attention="gated_cross", cross_every=1)
-    model = VisualChat(config, precision="fp32", seed=0)
+    return open_gates(VisualChat(config, precision="fp32", seed=0))
+
+
+def open_gates(model: VisualChat) -> VisualChat:
+    """A model whose text sees images, as after some training."""
     for name, weight in model.cross.named_parameters():
         if name.endswith("gate"):
             nn.init.constant_(weight, 0.7)

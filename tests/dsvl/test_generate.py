@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from dsvl.attention import SCHEMES
 from dsvl.cache import ImageStore
 from dsvl.data.types import IGNORED, Kind
-from dsvl.generate import generate, greedy
+from dsvl.decoder import Interleaved
+from dsvl.generate import Sampling, generate, greedy
+from dsvl.model import VisualChat
 from tests.dsvl.test_model import batch_of, example, wanting
 
 PROMPTS = [
@@ -19,20 +22,26 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(params=["model", "gated_model"])
-def model(request):
-    """With MMCA, and with gated cross-attention."""
-    return request.getfixturevalue(request.param)
+@pytest.fixture(params=[*SCHEMES, "gated_cross"])
+def model(request, model_config):
+    """The tiny model in float64, where no two tokens are as good as tied."""
+    if request.param == "gated_cross":
+        return request.getfixturevalue("gated_model").double().eval()
+    config = replace(model_config, attention=request.param)
+    return VisualChat(config, precision="fp32", seed=0).double().eval()
 
 
 def greedy_without_cache(model, prompt, count):
     """One row at a time, the whole row again for each new token."""
+    gated = model.config.attention == "gated_cross"
+    decoder = model.decoder if gated else Interleaved(model.language.model)  # by definition
     new: list[int] = []
     for _ in range(count):
         whole = grown(prompt, new)
         last = np.arange(len(whole.ids))[None] == len(whole.ids) - 1
         with torch.no_grad():
-            states = model.states(wanting(batch_of(whole), last))
+            batch = wanting(batch_of(whole), last)
+            states = decoder(*model.embed(batch), batch.layout)
         new.append(int(model.language.lm_head(states[0]).argmax()))
     return new
 
@@ -70,7 +79,8 @@ def joined(first, second):
 
 
 def test_rounds_on_one_cache_write_what_the_whole_conversation_would(model):
-    cache, store = model.decoder.cache(1), ImageStore(limit_bytes=10**6)
+    cache = model.decoder.cache(1)
+    store = None if isinstance(model.decoder, Interleaved) else ImageStore(limit_bytes=10**6)
     whole = unread = example("")
     for seed, (layout, images) in enumerate([("t1tt", "3"), ("tt", ""), ("1tt1t", "30")]):
         question = example(layout, images=images, seed=seed)
@@ -88,3 +98,49 @@ def test_rounds_on_one_cache_write_what_the_whole_conversation_would(model):
         ]
         assert new == greedy_without_cache(model, whole, 5)
         whole, unread = grown(whole, new), grown(example(""), new[-1:])
+
+
+@pytest.mark.parametrize("model", SCHEMES, indirect=True)
+def test_an_image_alone_is_a_prompt(model):
+    expected = [greedy_without_cache(model, prompt, 5) for prompt in (example("1"), PROMPTS[0])]
+    assert greedy(model, batch_of(example("1")), end=-1, max_new_tokens=5) == expected[:1]
+    assert greedy(model, batch_of(example("1"), PROMPTS[0]), end=-1, max_new_tokens=5) == expected
+
+
+def test_packed_prompts_are_continued_as_each_alone(model):
+    expected = [greedy_without_cache(model, prompt, 5) for prompt in PROMPTS]
+    packed = batch_of(*PROMPTS, rows=[0, 0, 1, 1])
+    if isinstance(model.decoder, Interleaved):
+        with pytest.raises(ValueError, match="4 samples in 2 rows"):
+            greedy(model, packed, end=-1, max_new_tokens=5)
+    else:
+        assert greedy(model, packed, end=-1, max_new_tokens=5) == expected
+
+
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_batch(model):
+    def drawn(*prompts):
+        pieces = generate(
+            model, batch_of(*prompts), end=-1, max_new_tokens=9, sampling=Sampling(seed=3)
+        )
+        return list(zip(*pieces, strict=True))
+
+    assert drawn(*PROMPTS) == [drawn(prompt)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("model", ["mmca"], indirect=True)
+def test_draws_fall_on_the_likeliest_as_often_as_their_shares_say(model):
+    prompt, count = PROMPTS[0], 200
+    last = np.arange(len(prompt.ids))[None] == len(prompt.ids) - 1
+    batch = wanting(batch_of(prompt), last)
+    with torch.no_grad():
+        shares = (model.head.logits(model.states(batch))[0] / 0.3).softmax(-1)
+    drawn = [
+        next(generate(model, batch_of(prompt), end=-1, max_new_tokens=1, sampling=sampling))[0]
+        for seed in range(count)
+        for sampling in [Sampling(seed=seed, temperature=0.3, top_k=3)]
+    ]
+    best, places = shares.topk(3)
+    assert set(drawn) == set(places.tolist())
+    for place, share in zip(places.tolist(), best / best.sum(), strict=True):
+        spread = (share * (1 - share) / count) ** 0.5
+        assert abs(drawn.count(place) / count - share) < 3 * spread
