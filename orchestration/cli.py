@@ -11,8 +11,9 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from pydantic_core import to_json
 
@@ -90,15 +91,15 @@ def _doctor(experiment: Experiment) -> Result:
     return result, render(result)
 
 
-def _chat(experiment: Experiment) -> Result:
+def _chat(experiment: Experiment, *, out: TextIO) -> Result:
     """Talk to the best model that the experiment has."""
     from orchestration.terminal import talk
 
-    assert sys.__stdout__ is not None
-    return _described(talk(experiment, out=sys.__stdout__))
+    result = talk(experiment, out=out)
+    return result, f"answered: {result['answered']}"
 
 
-VERBS: dict[str, Callable[[Experiment], Result]] = {
+VERBS: dict[str, Callable[..., Result]] = {
     "quickstart": _quickstart,
     "check": _check,
     "plan": _plan,
@@ -127,8 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         request = _parser().parse_intermixed_args(arguments)
         verb = request.verb
         experiment = _experiment(request)
+        work = VERBS[verb]
+        if verb == "chat":  # which is read while it works
+            work = partial(work, out=sys.stderr if as_json else sys.stdout)
         with redirect_stdout(sys.stderr):  # what libraries print is no result
-            result, text = VERBS[verb](experiment)
+            result, text = work(experiment)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         return _fail(str(error), as_json=as_json, status=2)
     except KeyboardInterrupt:

@@ -3,12 +3,15 @@
 import logging
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 
 from dsvl import checkpoint, pretrained
+from dsvl.cache import ImageStore
 from dsvl.chat import Chat
 from dsvl.data.encode import load_tokenizer
 from dsvl.data.images import BadImage, ImageProcessor, load
@@ -53,15 +56,27 @@ def open_chat(experiment: Experiment) -> Chat:
         load_tokenizer(chosen.model.language.checkpoint),
         device=device,
         max_tokens=chosen.data.max_tokens,
+        store=ImageStore(limit_bytes=2**30),
     )
 
 
 def talk(experiment: Experiment, *, out: TextIO) -> dict:
-    """Answer the lines of standard input, on `out`, until it ends; returns how many."""
+    """Answer the lines of standard input until it ends, on `out` piece by piece as answers are written.
+
+    Returns:
+        `answered`, how many questions were; and `rounds`, of every question the `round` of its conversation,
+        the `images` that it showed, the `question` and the `answer`, or the `error` in its place.
+    """
     chat = open_chat(experiment)
     processor = ImageProcessor.from_checkpoint(experiment.model.vision.checkpoint)
+
+    def pixels(path: Path) -> np.ndarray:
+        limit = experiment.data.max_image_pixels
+        image = load(path.parent, path.name, processor=processor, max_pixels=limit)
+        return processor.normalise(image.fitted)
+
     images: list[Path] = []
-    answered = 0
+    rounds: list[dict] = []
     print(HELP, file=sys.stderr)
     while (line := _read_line(chat.images, len(images))) is not None:
         command, _, rest = line.partition(" ")
@@ -78,26 +93,30 @@ def talk(experiment: Experiment, *, out: TextIO) -> dict:
         elif command.startswith("/"):
             print(f"no command {command}. {HELP}", file=sys.stderr)
         elif line:
+            said = {
+                "round": len(chat.turns) // 2 + 1,
+                "images": list(map(str, images)),
+                "question": line,
+            }
             try:
-                shown = [
-                    processor.normalise(
-                        load(
-                            path.parent,
-                            path.name,
-                            processor=processor,
-                            max_pixels=experiment.data.max_image_pixels,
-                        ).fitted
-                    )
-                    for path in images
-                ]
-                answer = chat.ask(line, images=shown)
+                pieces = chat.stream(line, images=list(map(pixels, images)))
+                said["answer"] = _show(pieces, out)
             except (BadImage, ValueError) as error:
                 print(error, file=sys.stderr)
-            else:
-                print(answer, file=out, flush=True)
-                answered += 1
+                said["error"] = str(error)
+            rounds.append(said)
             images = []
-    return {"answered": answered}
+    return {"answered": sum("answer" in said for said in rounds), "rounds": rounds}
+
+
+def _show(pieces: Iterable[str], out: TextIO) -> str:
+    """Write the pieces of an answer as they come, and return it."""
+    answer = ""
+    for piece in pieces:
+        print(piece, end="", file=out, flush=True)
+        answer += piece
+    print(file=out, flush=True)
+    return answer
 
 
 def _read_line(shown: int, waiting: int) -> str | None:

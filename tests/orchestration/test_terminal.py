@@ -1,21 +1,22 @@
 """Talking to a trained model through the real command: answers on stdout, all else on stderr."""
 
 import io
+import json
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
 import pytest
 
-from orchestration import cli
+from orchestration import cli, terminal
 from orchestration.compose import load
 
 pytestmark = pytest.mark.ray
 
 
-def typed(dsvl: Any, path: Path, *lines: str) -> tuple[int, str, str]:
+def typed(dsvl: Any, path: Path, *lines: str, options: tuple = ()) -> tuple[int, str, str]:
     """What `dsvl chat` makes of these lines and the end of its input: status, stdout, stderr."""
-    chat = dsvl("chat", path, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    chat = dsvl("chat", path, *options, stdin=PIPE, stdout=PIPE, stderr=PIPE)
     out, err = chat.communicate("".join(f"{line}\n" for line in lines))
     return chat.returncode, out, err
 
@@ -60,12 +61,56 @@ def test_a_conversation_answers_questions_and_survives_everything_else(storage, 
         assert message in err
 
 
-def test_quit_ends_a_conversation_before_its_input_does(trained_run, monkeypatch):
-    from orchestration.terminal import talk
+def test_with_json_stdout_is_one_document_of_all_that_was_said(storage, trained_run, dsvl):
+    one, two = map(str, sorted((storage / "raw/digits/images").iterdir())[:2])
+    lines = (
+        f"/image {one} {two}",
+        "What digit is in image 1?",
+        "Which digit is larger, image 1 or image 2?",
+        "word " * 1000,
+        "/clear",
+        "What?",
+    )
+    _, spoken, _ = typed(dsvl, trained_run, *lines)
+    status, out, err = typed(dsvl, trained_run, *lines, options=("--json",))
+    assert status == 0, err
+    document = json.loads(out)
+    rounds = document["rounds"]
+    assert document["answered"] == 3
+    assert [said["round"] for said in rounds] == [1, 2, 3, 1]
+    assert [said["images"] for said in rounds] == [[one, two], [], [], []]
+    assert [said["question"] for said in rounds] == [lines[n].strip() for n in (1, 2, 3, 5)]
+    assert "clear it to go on" in rounds[2]["error"]
+    answers = [said["answer"] for said in rounds if "answer" in said]
+    assert answers == spoken.splitlines()[:-1], "the same as without --json"
+    assert all(answer in err.splitlines() for answer in answers), "and told meanwhile"
 
+
+def test_an_answer_appears_piece_by_piece(trained_run, monkeypatch):
+    out = io.StringIO()
+
+    class Parrot:
+        """A chat that says again what it is asked, and looks at what has been shown of it."""
+
+        turns, images = (), 0
+
+        def stream(self, question, *, images):
+            said = ""
+            for word in question.split():
+                assert out.getvalue().endswith(said)
+                said += f"{word} "
+                yield f"{word} "
+
+    monkeypatch.setattr(terminal, "open_chat", lambda experiment: Parrot())
+    monkeypatch.setattr("sys.stdin", io.StringIO("one two three\nfour five\n"))
+    assert terminal.talk(load(trained_run), out=out)["answered"] == 2
+    assert out.getvalue() == "one two three \nfour five \n"
+
+
+def test_quit_ends_a_conversation_before_its_input_does(trained_run, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("/quit\nWhat digit is in image 1?\n"))
     out = io.StringIO()
-    assert talk(load(trained_run), out=out) == {"answered": 0}
+    assert terminal.talk(load(trained_run), out=out) == {"answered": 0, "rounds": []}
     assert out.getvalue() == ""
 
 
