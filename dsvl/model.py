@@ -96,8 +96,8 @@ class VisualChat(nn.Module):
 
         Args:
             batch: images as pixels, or as features that the tower made of them earlier.
-            fresh: to decode: which of the images the layout has room for, as a store knows the others. Where
-                it names none, neither tower nor projection is run.
+            fresh: while generating, which of the images are to be encoded, as a store may know the others.
+                Where there are none, neither tower nor projection is run.
 
         Returns:
             (M, D) text and (F, D) images.

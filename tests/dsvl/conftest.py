@@ -58,21 +58,15 @@ def model(model_config):
 
 
 @pytest.fixture
-def model_of(model_config):
-    """Attention -> the tiny model with it; with gated cross-attention ahead of each layer, its gates open."""
-
-    def make(attention):
-        config = replace(model_config, attention=attention, cross_every=1)
-        model = VisualChat(config, precision="fp32", seed=0)
-        for name, weight in model.cross.named_parameters():
-            if name.endswith("gate"):
-                nn.init.constant_(weight, 0.7)
-        return model
-
-    return make
+def gated_model(model_config):
+    """The tiny model with gated cross-attention ahead of each layer, its gates open."""
+    config = replace(model_config, attention="gated_cross", cross_every=1)
+    return open_gates(VisualChat(config, precision="fp32", seed=0))
 
 
-@pytest.fixture
-def gated_model(model_of):
-    """The tiny model with gated cross-attention."""
-    return model_of("gated_cross")
+def open_gates(model: VisualChat) -> VisualChat:
+    """A model whose text sees images, as after some training."""
+    for name, weight in model.cross.named_parameters():
+        if name.endswith("gate"):
+            nn.init.constant_(weight, 0.7)
+    return model

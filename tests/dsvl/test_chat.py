@@ -19,7 +19,7 @@ from dsvl.data.types import IGNORED, Example, Kind, Part, Turn
 from dsvl.decoder import Interleaved
 from dsvl.generate import Sampling, generate
 from dsvl.model import VisualChat
-from tests.dsvl.conftest import SHAPE
+from tests.dsvl.conftest import SHAPE, open_gates
 from tests.dsvl.test_model import PIXELS, wanting
 
 CPU = torch.device("cpu")
@@ -47,13 +47,13 @@ def language(tokenizer, tmp_path_factory):
 
 def talker(model_config, language, scheme):
     """A model in float64, where no two tokens are as good as tied."""
-    config = replace(model_config, languages={"tiny": language}, attention=scheme)
+    config = replace(model_config, languages={"tiny": language}, attention=scheme, cross_every=1)
     model = VisualChat(config, precision="fp32", seed=0).double().eval()
     model.projection.bias.data.zero_()  # which all images share
-    return model
+    return open_gates(model)
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
+@pytest.fixture(scope="module", params=[*SCHEMES, "gated_cross"])
 def any_model(request, model_config, language):
     return talker(model_config, language, request.param)
 
@@ -140,11 +140,12 @@ def whole_conversation(tokenizer, turns, answers):
 
 
 def answers_without_cache(model, tokenizer, rounds, *, first=NEW):
-    """The ids of every answer: for each id the whole conversation runs through the stock decoder.
+    """The ids of every answer: for each id the whole conversation runs through the decoder, by definition.
 
     The first answer is cut off after `first` ids, the others after NEW.
     """
-    stock = Interleaved(model.language.model)
+    gated = model.config.attention == "gated_cross"
+    decoder = model.decoder if gated else Interleaved(model.language.model)
     turns, answers, shown = [], [], ""
     for question, names in rounds:
         numbers = range(len(shown), len(shown) + len(names))
@@ -160,7 +161,7 @@ def answers_without_cache(model, tokenizer, rounds, *, first=NEW):
             batch = collate([said], pixels=PIXELS.__getitem__, image_tokens=4, pad_id=0)
             batch = wanting(batch, np.arange(len(row))[None] == len(row) - 1)
             with torch.no_grad():
-                state = stock(*model.embed(batch), batch.layout)
+                state = decoder(*model.embed(batch), batch.layout)
             token = int(model.head.logits(state).argmax())
             if token == tokenizer.eos_token_id:
                 break

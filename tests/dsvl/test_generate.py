@@ -10,8 +10,8 @@ from dsvl.attention import SCHEMES
 from dsvl.cache import ImageStore
 from dsvl.data.types import IGNORED, Kind
 from dsvl.decoder import Interleaved
-from dsvl.gated import Gated
 from dsvl.generate import Sampling, generate, greedy
+from dsvl.model import VisualChat
 from tests.dsvl.test_model import batch_of, example, wanting
 
 PROMPTS = [
@@ -19,32 +19,29 @@ PROMPTS = [
     example("t", seed=3),
     example("t1t1ttttt", seed=4),
     example("ttt", seed=5),
-    example("1", seed=6),
 ]
 
 
 @pytest.fixture(params=[*SCHEMES, "gated_cross"])
-def model(request, model_of):
+def model(request, model_config):
     """The tiny model in float64, where no two tokens are as good as tied."""
-    return model_of(request.param).double().eval()
-
-
-@pytest.fixture
-def prompts(model):
-    """All, or those that end in text, without which gated cross-attention writes nothing."""
-    return PROMPTS[:-1] if isinstance(model.decoder, Gated) else PROMPTS
+    if request.param == "gated_cross":
+        return request.getfixturevalue("gated_model").double().eval()
+    config = replace(model_config, attention=request.param)
+    return VisualChat(config, precision="fp32", seed=0).double().eval()
 
 
 def greedy_without_cache(model, prompt, count):
-    """One row at a time, the whole row again for each new token, through the stock decoder where it can."""
-    gated = isinstance(model.decoder, Gated)
-    stock, new = model.decoder if gated else Interleaved(model.language.model), []
+    """One row at a time, the whole row again for each new token."""
+    gated = model.config.attention == "gated_cross"
+    decoder = model.decoder if gated else Interleaved(model.language.model)  # by definition
+    new: list[int] = []
     for _ in range(count):
         whole = grown(prompt, new)
         last = np.arange(len(whole.ids))[None] == len(whole.ids) - 1
         with torch.no_grad():
             batch = wanting(batch_of(whole), last)
-            states = stock(*model.embed(batch), batch.layout)
+            states = decoder(*model.embed(batch), batch.layout)
         new.append(int(model.language.lm_head(states[0]).argmax()))
     return new
 
@@ -60,6 +57,18 @@ def grown(prompt, ids):
     )
 
 
+def test_cached_batched_decoding_equals_single_uncached_decoding(model):
+    expected = [greedy_without_cache(model, prompt, 12) for prompt in PROMPTS]
+    assert greedy(model, batch_of(*PROMPTS), end=-1, max_new_tokens=12) == expected
+
+
+def test_a_row_stops_at_its_end_and_the_others_go_on(model):
+    free = greedy(model, batch_of(*PROMPTS), end=-1, max_new_tokens=12)
+    end = free[0][3]
+    stopped = greedy(model, batch_of(*PROMPTS), end=end, max_new_tokens=12)
+    assert stopped == [row[: row.index(end)] if end in row else row for row in free]
+
+
 def joined(first, second):
     """One prompt after the other."""
     columns = {
@@ -69,36 +78,53 @@ def joined(first, second):
     return replace(first, **columns, images=first.images + second.images)
 
 
-def test_cached_batched_decoding_equals_single_uncached_decoding(model, prompts):
-    expected = [greedy_without_cache(model, prompt, 12) for prompt in prompts]
-    assert greedy(model, batch_of(*prompts), end=-1, max_new_tokens=12) == expected
+def test_rounds_on_one_cache_write_what_the_whole_conversation_would(model):
+    cache = model.decoder.cache(1)
+    store = None if isinstance(model.decoder, Interleaved) else ImageStore(limit_bytes=10**6)
+    whole = unread = example("")
+    for seed, (layout, images) in enumerate([("t1tt", "3"), ("tt", ""), ("1tt1t", "30")]):
+        question = example(layout, images=images, seed=seed)
+        whole = joined(whole, question)
+        new = [
+            token
+            for (token,) in generate(
+                model,
+                batch_of(joined(unread, question)),
+                end=-1,
+                max_new_tokens=5,
+                cache=cache,
+                store=store,
+            )
+        ]
+        assert new == greedy_without_cache(model, whole, 5)
+        whole, unread = grown(whole, new), grown(example(""), new[-1:])
 
 
-def test_a_row_stops_at_its_end_and_the_others_go_on(model, prompts):
-    free = greedy(model, batch_of(*prompts), end=-1, max_new_tokens=12)
-    end = free[0][3]
-    stopped = greedy(model, batch_of(*prompts), end=end, max_new_tokens=12)
-    assert stopped == [row[: row.index(end)] if end in row else row for row in free]
+@pytest.mark.parametrize("model", SCHEMES, indirect=True)
+def test_an_image_alone_is_a_prompt(model):
+    expected = [greedy_without_cache(model, prompt, 5) for prompt in (example("1"), PROMPTS[0])]
+    assert greedy(model, batch_of(example("1")), end=-1, max_new_tokens=5) == expected[:1]
+    assert greedy(model, batch_of(example("1"), PROMPTS[0]), end=-1, max_new_tokens=5) == expected
 
 
-def test_packed_prompts_are_continued_as_each_alone(model, prompts):
-    expected = [greedy_without_cache(model, prompt, 5) for prompt in prompts]
-    packed = batch_of(*prompts, rows=[0, 0, 1, 1, 1][: len(prompts)])
+def test_packed_prompts_are_continued_as_each_alone(model):
+    expected = [greedy_without_cache(model, prompt, 5) for prompt in PROMPTS]
+    packed = batch_of(*PROMPTS, rows=[0, 0, 1, 1])
     if isinstance(model.decoder, Interleaved):
-        with pytest.raises(ValueError, match="5 samples in 2 rows"):
+        with pytest.raises(ValueError, match="4 samples in 2 rows"):
             greedy(model, packed, end=-1, max_new_tokens=5)
     else:
         assert greedy(model, packed, end=-1, max_new_tokens=5) == expected
 
 
-def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_batch(model, prompts):
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_batch(model):
     def drawn(*prompts):
         pieces = generate(
             model, batch_of(*prompts), end=-1, max_new_tokens=9, sampling=Sampling(seed=3)
         )
         return list(zip(*pieces, strict=True))
 
-    assert drawn(*prompts) == [drawn(prompt)[0] for prompt in prompts]
+    assert drawn(*PROMPTS) == [drawn(prompt)[0] for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("model", ["mmca"], indirect=True)
@@ -120,33 +146,11 @@ def test_draws_fall_on_the_likeliest_as_often_as_their_shares_say(model):
         assert abs(drawn.count(place) / count - share) < 3 * spread
 
 
-def test_rounds_on_one_cache_write_what_the_whole_conversation_would(model):
-    # Under causal attention no image is the same twice.
-    store = None if isinstance(model.decoder, Interleaved) else ImageStore(limit_bytes=10**6)
-    cache = model.decoder.cache(1)
-    whole = unread = example("")
-    for seed, (layout, images) in enumerate([("t1tt", "3"), ("tt", ""), ("1tt1t", "30")]):
-        question = example(layout, images=images, seed=seed)
-        whole = joined(whole, question)
-        new = [
-            token
-            for (token,) in generate(
-                model,
-                batch_of(joined(unread, question)),
-                end=-1,
-                max_new_tokens=5,
-                cache=cache,
-                store=store,
-            )
-        ]
-        assert new == greedy_without_cache(model, whole, 5)
-        whole, unread = grown(whole, new), grown(example(""), new[-1:])
-
-
 def test_what_shows_no_image_calls_no_tower(model):
     calls = []
-    model.vision.register_forward_hook(lambda *_: calls.append(1))
+    hook = model.vision.register_forward_hook(lambda *_: calls.append(1))
     greedy(model, batch_of(PROMPTS[3]), end=-1, max_new_tokens=2)
     assert not calls
     greedy(model, batch_of(PROMPTS[0]), end=-1, max_new_tokens=2)
     assert len(calls) == 1
+    hook.remove()
