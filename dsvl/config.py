@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Literal
 
-LOGIT_BYTES = 2**25
+LOGIT_BYTES = 2**24
 """Float32 logits that the output head holds at once."""
 
 
