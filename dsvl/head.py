@@ -50,13 +50,16 @@ class _Scores(torch.autograd.Function):
         for start in range(0, len(states), chunk):
             rows = slice(start, start + chunk)
             logits_cV = linear(states[rows], weight, bias).float()
-            likeliest[rows] = logits_cV.argmax(-1)
+            most_c1, likeliest[rows, None] = logits_cV.max(-1, keepdim=True)
             label_c1 = labels[rows, None]
-            whole_c1 = logits_cV.logsumexp(-1, keepdim=True)
-            total += (whole_c1 - logits_cV.gather(1, label_c1)).sum()
+            logit_c1 = logits_cV.gather(1, label_c1)
+            # From here on in place: a second tensor of this size would double the memory.
+            weights_cV = logits_cV.sub_(most_c1).exp_()
+            sum_c1 = weights_cV.sum(-1, keepdim=True)
+            total += (sum_c1.log() + most_c1 - logit_c1).sum()
             if gradient is not None:
                 # Softmax less one at the label.
-                slope_cV = logits_cV.sub_(whole_c1).exp_()
+                slope_cV = weights_cV.div_(sum_c1)
                 slope_cV.scatter_add_(1, label_c1, slope_cV.new_full(label_c1.shape, -1.0))
                 gradient[rows] = slope_cV.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)

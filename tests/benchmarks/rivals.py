@@ -79,16 +79,18 @@ def _hook(
 
 
 def loss_of_all(head: nn.Linear, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The summed cross-entropy, scores being computed at all positions.
+    """The summed cross-entropy as `DeepSpeedViLModel.forward` has it: all scores, shifted, then some chosen.
 
     Args:
         head: (V, D).
         hidden: (S, D) final states.
-        labels: (S,) of the next token, or IGNORED.
+        labels: (S,) a token, or IGNORED, not shifted.
     """
     logits = linear(hidden, head.weight, head.bias).float()
-    chosen = labels != IGNORED
-    return cross_entropy(logits[chosen], labels[chosen], reduction="sum")
+    shifted, following = logits[:-1].clone(), labels[1:]
+    chosen = following != IGNORED
+    shifted, following = shifted[chosen], following[chosen]
+    return cross_entropy(shifted, following, reduction="sum")
 
 
 AttentionInterface.register("dense_mmca", _hook)

@@ -20,7 +20,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dsvl.attention import attend_spans
 from dsvl.data.layout import Layout, Span
-from dsvl.data.types import IGNORED, Batch
 from dsvl.decoder import Streams
 from dsvl.head import Head
 from dsvl.model import labels
@@ -142,12 +141,12 @@ def loss(setting: Setting, targets: dict[str, Target]) -> Case:
     """The output head and the cross-entropy, from final states."""
     batch = sample(setting, *setting.size.many)
     stock = stock_decoder(setting, num_hidden_layers=1).lm_head
-    head, following = Head(stock), _following(batch)
-    hidden = setting.draw(len(following), setting.size.hidden)
+    head = Head(stock)
+    hidden = setting.draw(batch.labels.numel(), setting.size.hidden)
     states = hidden.detach()[batch.layout.wanted_positions].requires_grad_()
 
     def original() -> Values:
-        total = loss_of_all(stock, hidden, following)
+        total = loss_of_all(stock, hidden, batch.labels[0])
         return total, *grad(total, hidden)
 
     def ours() -> Values:
@@ -181,15 +180,15 @@ def step(setting: Setting, targets: dict[str, Target]) -> Case:
     decoder, head = model.language.model, model.language.lm_head
     decoder.activation_checkpointing_enable({"use_reentrant": False})
     decoder.set_attn_implementation("dense_mmca")
-    masks, following = masks_of(batch.kinds[0], setting.dtype), _following(batch)
+    masks = masks_of(batch.kinds[0], setting.dtype)
 
     def original() -> torch.Tensor:
         text, images = model.embed(batch)
-        embedded = text.new_zeros(len(following), size.hidden)
+        embedded = text.new_zeros(batch.labels.numel(), size.hidden)
         embedded = embedded.index_copy(0, batch.layout.text, text)
         embedded = embedded.index_copy(0, batch.layout.images, images)
         states = decoder(inputs_embeds=embedded[None], masks=masks, use_cache=False)
-        return loss_of_all(head, states.last_hidden_state[0], following)
+        return loss_of_all(head, states.last_hidden_state[0], batch.labels[0])
 
     def ours(*, recompute: bool) -> torch.Tensor:
         model.recompute = recompute
@@ -217,18 +216,13 @@ def step(setting: Setting, targets: dict[str, Target]) -> Case:
         targets,
         same=ORIGINAL,
         rounds=2,
-        positions=len(following),
+        positions=batch.labels.numel(),
         flops=dict.fromkeys((ORIGINAL, KEEPING, OURS), needed),
     )
 
 
 def _shown(shown: tuple[int, int]) -> str:
     return f"{shown[0]} images and {shown[1]:,} text tokens"
-
-
-def _following(batch: Batch) -> torch.Tensor:
-    """(S,) the label after each position of a batch of one row."""
-    return torch.cat([batch.labels[0, 1:], batch.labels.new_full((1,), IGNORED)])
 
 
 def _pairs(spans: Sequence[Span]) -> int:
