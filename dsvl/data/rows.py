@@ -14,6 +14,8 @@ from dsvl.data.types import Row
 
 WINDOW = 1 << 20
 """Characters that are read at once."""
+NEAR = 16
+"""Characters at the end of a window in which a number, name or escape may be cut off."""
 MAX_ROW = 1 << 28
 """Characters of the largest row; a file whose quotes do not pair up must not fill the memory."""
 PARQUET_ROWS = 64
@@ -178,19 +180,21 @@ class JsonFile:
         """The value that begins here."""
         self.peek()
         while True:
+            start, end = self._at, len(self._text) - NEAR
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
+                value, stop = _DECODER.raw_decode(self._text, start)
             except json.JSONDecodeError as error:
-                # A value that is cut off by the window fails at its end, or as an open string.
-                cut = error.pos > len(self._text) - 32 or error.msg.startswith("Unterminated")
+                # A value that is cut off by the window fails near its end, or as an open string.
+                cut = error.pos > end or error.msg.startswith("Unterminated")
                 if cut and self._more():
                     continue
-                raise self.error(f"is not JSON: {error.msg}", error.pos) from error
+                at = self._at + error.pos - start
+                raise self.error(f"is not JSON: {error.msg}", at) from error
             except (ValueError, RecursionError) as error:
                 raise self.error(f"is not JSON: {error}") from error
-            # A number that ends with the window may go on behind it.
-            if end < len(self._text) or not self._more():
-                self._at = end
+            # A number that ends near the window's may go on behind it: 1 of 1.5e+30.
+            if stop < end or not self._more():
+                self._at += stop - start
                 return value
 
     def skip(self) -> None:

@@ -31,7 +31,7 @@ MAX_BYTES = 1 << 28
 """Bytes of the largest image file that is read."""
 BLOCK = 1 << 20
 
-_QUOTES = re.compile(rb'\\.|"', re.DOTALL)
+_ESCAPES = re.compile(rb"\\.", re.DOTALL)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|file:", re.IGNORECASE)
 
 
@@ -244,19 +244,20 @@ def _strings(path: Path) -> Iterator[tuple[int, int]]:
         while block := file.read(BLOCK):
             while block.endswith(b"\\") and (more := file.read(1)):  # keep escapes whole
                 block += more
+            if b"\\" in block:
+                block = _ESCAPES.sub(b"__", block)  # of the same length, without quotes
             start = 0
-            for quote in _QUOTES.finditer(block):
-                if quote[0] != b'"':
-                    continue
+            while (quote := block.find(b'"', start)) >= 0:
                 if opened < 0:
-                    gap += block[start : quote.start()]
+                    gap += block[start:quote]
                     before = (b":" if number % 2 else b",") if number else b"{"
                     if gap.removeprefix(BOM_UTF8).strip() != before:
-                        raise fault(at + quote.start())
-                    opened, gap = at + quote.end(), b""
+                        raise fault(at + quote)
+                    opened, gap = at + quote + 1, b""
                 else:
-                    yield opened, at + quote.start()
-                    opened, number, start = -1, number + 1, quote.end()
+                    yield opened, at + quote
+                    opened, number = -1, number + 1
+                start = quote + 1
             if opened < 0:
                 gap += block[start:]
                 if len(gap) > BLOCK:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsvl.data.readers.records import Chat, Fault, Record
-from dsvl.data.readers.rounds import Role, alternating, one_line, spoken
+from dsvl.data.readers.rounds import Role, alternating, one_line, worded
 from dsvl.data.types import ImageRef, Part, Turn
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -30,7 +30,7 @@ def parse(record: Record) -> Chat:
         for place, piece in enumerate(pieces):
             kind = piece.get("type") if isinstance(piece, dict) else None
             if kind == "text":
-                text = spoken("user", piece.get("text"), index)
+                text = worded(role, piece.get("text"), index)
                 if text:
                     parts.append(Part("text", one_line(text) if role == "user" else text))
             elif kind in ("image", "image_url") and role == "user":
@@ -49,7 +49,7 @@ def parse(record: Record) -> Chat:
                 raise Fault("marker_mismatch", detail)
         if role == "assistant" and not "".join(part.text for part in parts).strip():
             raise Fault("empty_answer", f"message {index} is blank")
-        turns.append(Turn(role, tuple(parts)))
+        turns += [Turn(role, tuple(parts))] if parts or role != "system" else []
     if taken < len(listed):
         if images:
             raise Fault("marker_mismatch", f"{len(listed)} images, but {taken} parts for them")

@@ -39,12 +39,18 @@ def alternating(
     return said
 
 
-def spoken(role: Role, text: object, index: int) -> str:
-    """The text of message `index`; raises Fault where it is none, or a blank answer."""
+def worded(role: Role, text: object, index: int) -> str:
+    """The text of message `index`, or of a part of it; raises Fault where it is none."""
     found = valid(text)
     if found is None:
         reason = "empty_answer" if role == "assistant" else "unpaired_round"
         raise Fault(reason, f"message {index}, from the {role}, has no valid text")
+    return found
+
+
+def spoken(role: Role, text: object, index: int) -> str:
+    """The same; raises Fault also where it is a blank answer."""
+    found = worded(role, text, index)
     if role == "assistant" and not found.strip():
         raise Fault("empty_answer", f"message {index} is blank")
     return found
@@ -70,7 +76,7 @@ def marked(said: Sequence[tuple[Role, object]], *, images: int) -> tuple[Turn, .
     placed = 0
     for (role, _), text in zip(said, texts, strict=True):
         if role != "user":
-            turns.append(Turn(role, (Part("text", text),)))
+            turns += [Turn(role, (Part("text", text),))] if text else []  # no system message
             continue
         parts: list[Part] = []
         while not markers and placed < images:
