@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from stat import S_ISLNK
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -30,6 +30,9 @@ from dsvl.data.types import Reason
 MAX_BYTES = 1 << 28
 """Bytes of the largest image file that is read."""
 BLOCK = 1 << 20
+"""Bytes that are searched for quotes at once."""
+MAX_GAP = 1 << 20
+"""Blanks between two texts of a JSON file."""
 
 _ESCAPES = re.compile(rb"\\.", re.DOTALL)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|file:", re.IGNORECASE)
@@ -119,13 +122,13 @@ class Tar:
                 if member.isreg() and not member.issparse():
                     self._places[member.name.removeprefix("./")] = (member.offset_data, member.size)
                 tar.members = []  # type: ignore  # it would keep all, which fills the memory
-        self._file = open(path, "rb")  # noqa: SIM115 - open as long as the archive is in use
+        self._path = path
 
     def read(self, member: str) -> bytes:
         """The bytes of a member; raises BadImage."""
         if member not in self._places:
             raise _missing(member)
-        return _slice(self._file, self._places[member])
+        return _slice(self._path, self._places[member])
 
 
 class Zip:
@@ -155,18 +158,18 @@ class Base64Json:
     """A JSON object of base64 texts, of which offsets alone are kept: such files have many gigabytes."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 - open as long as the archive is in use
+        self._path = path
         self._places: dict[str, tuple[int, int]] = {}
         strings = _strings(path)
         for (start, end), (value, value_end) in zip(strings, strings, strict=False):
-            key = json.loads(_slice(self._file, (start - 1, end - start + 2)))
+            key = json.loads(_slice(path, (start - 1, end - start + 2)))
             self._places[key] = (value, value_end - value)
 
     def read(self, member: str) -> bytes:
         """The bytes of the image under a key; raises BadImage."""
         if member not in self._places:
             raise _missing(member)
-        text = _slice(self._file, self._places[member])
+        text = _slice(self._path, self._places[member])
         if b"\\" in text:
             text = json.loads(b'"' + text + b'"').encode("ascii", "replace")
         return _base64(text.rpartition(b",")[2])  # some have data:image/jpeg;base64, before it
@@ -260,7 +263,7 @@ def _strings(path: Path) -> Iterator[tuple[int, int]]:
                 start = quote + 1
             if opened < 0:
                 gap += block[start:]
-                if len(gap) > BLOCK:
+                if len(gap) > MAX_GAP:
                     raise fault(at + start)
             at += len(block)
     end = b"}" if number else b"{}"
@@ -268,14 +271,15 @@ def _strings(path: Path) -> Iterator[tuple[int, int]]:
         raise fault(at)
 
 
-def _slice(file: BinaryIO, place: tuple[int, int]) -> bytes:
+def _slice(path: Path, place: tuple[int, int]) -> bytes:
     """What is there in a file: offset and length."""
     offset, length = place
     _check_size(length)
-    file.seek(offset)
-    data = file.read(length)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read(length)
     if len(data) < length:
-        raise BadImage("undecodable_image", f"{file.name} is cut off")
+        raise BadImage("undecodable_image", f"{path.name} is cut off")
     return data
 
 

@@ -5,9 +5,10 @@ image itself (`image`, `path`, `url`, `base64`, or an `image_url` as OpenAI has 
 take the next of `images`. Images that no part places open the first question.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dsvl.data.readers.exact import restored, words
 from dsvl.data.readers.records import Chat, Fault, Record
 from dsvl.data.readers.rounds import Role, alternating, one_line, worded
 from dsvl.data.types import ImageRef, Part, Turn
@@ -20,6 +21,8 @@ def parse(record: Record) -> Chat:
     fields = record.config.fields
     messages, column = fields.messages or "messages", fields.images or "images"
     listed = record.images(record.value.get(column), column)
+    if chat := restored(record, listed, export):
+        return chat
     said = alternating(record.value.get(messages), speaker="role", content="content", roles=ROLES)
     images: list[ImageRef] = []
     taken = 0
@@ -58,6 +61,23 @@ def parse(record: Record) -> Chat:
         opening = [Part("image", image=image) for image in range(len(images))]
         turns[first] = Turn("user", (*opening, *turns[first].content))
     return Chat(images, turns)
+
+
+def export(images: Sequence[ImageRef], turns: Sequence[Turn]) -> dict[str, Any]:
+    """The record that says the same; references to images in words."""
+    return {
+        "messages": [{"role": turn.role, "content": _content(turn)} for turn in turns],
+        "images": [image.path for image in images],
+    }
+
+
+def _content(turn: Turn) -> str | list[dict[str, str]]:
+    if len(turn.content) == 1 and turn.content[0].type != "image":
+        return words(turn.content[0])
+    return [
+        {"type": "image"} if part.type == "image" else {"type": "text", "text": words(part)}
+        for part in turn.content
+    ]
 
 
 def _named(piece: Mapping[str, Any]) -> tuple[str, object] | None:
