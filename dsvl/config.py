@@ -4,6 +4,7 @@ The string under a field is its documentation. A rule that a value breaks raises
 field, the value, the rule and the remedy.
 """
 
+import re
 from dataclasses import dataclass
 from math import isqrt
 from typing import Literal
@@ -201,19 +202,60 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FieldsConfig:
+    """Where a record of the generic formats has what is read, if not under its usual name."""
+
+    id: str | None = None
+    question: str | None = None
+    """For `qa`: a field, or a text with fields in it, like `{question} Say why.`; a list is asked in turn."""
+    answer: str | None = None
+    """For `qa`: the same, like `{choice}, as {why}`."""
+    image: str | None = None
+    """For `qa`: the same; empty fields are no image, lists are several."""
+    messages: str | None = None
+    """For `sharegpt` and `hf_messages`, as the next two; their other fields are LLaMA-Factory's."""
+    images: str | None = None
+    system: str | None = None
+    role_tag: str | None = None
+    content_tag: str | None = None
+    user_tag: str | None = None
+    assistant_tag: str | None = None
+    system_tag: str | None = None
+
+    def given(self) -> dict[str, str]:
+        """Those that are set."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetConfig:
     """One raw dataset; relative paths start at `storage.data`."""
 
-    reader: Literal["llava_json"]
-    """The format of the annotations."""
+    reader: Literal[
+        "aokvqa", "coco_caption", "llava", "llava_dial", "llava_otter_blend", "minigpt4", "ocr_vqa",
+        "otter_mimicit_cgd", "otter_mimicit_sd", "otter_mimicit_sn", "otter_mimicit_tvc",
+        "otter_mimicit_vst", "sparkles_dialogue",
+        "llava_json", "sharegpt", "hf_messages", "qa",
+    ]  # fmt: skip
+    """The format of the annotations: one of the paper's datasets as it is downloaded, or one of four that
+    any dataset may have."""
     annotations: tuple[str, ...]
-    """Annotation files, read in this order."""
+    """Annotation files, read in this order: JSON, or by their endings JSON lines or Parquet."""
     images: str
-    """The folder that holds the images; nothing outside it is opened."""
+    """The folder or file that holds the images; nothing outside it is opened. Tar, zip, Parquet and JSON
+    (of base64) are entered like folders."""
+    image_name: str = "{image}"
+    """What an image is called in there. `{image}` is what the record calls it, `{file}` the name of the
+    annotation file without its ending; `{image:0>12}.jpg` fills up with zeros to twelve characters."""
+    image_rewrite: tuple[str, str] | None = None
+    """A regular expression, and what takes the place of its matches in what records call an image."""
+    fields: FieldsConfig = FieldsConfig()
     split: Literal["auto", "train", "eval"] = "auto"
     """Which side its records are on; auto holds out `data.eval_fraction` of linked groups."""
+    max_dropped: float | None = None
+    """Share of the set that may be dropped, where it is not `data.max_dropped`."""
     records: int | None = None
-    """How many records the set is known to have: lets `plan` count steps before `prepare` has run."""
+    """How many conversations the set is known to give: lets `plan` count steps before `prepare` has run."""
 
     def __post_init__(self) -> None:
         require(
@@ -222,6 +264,22 @@ class SetConfig:
             self.annotations,
             "must name at least one file",
         )
+        require(
+            self.max_dropped is None or 0 <= self.max_dropped <= 1,
+            "max_dropped",
+            self.max_dropped,
+            "must lie in [0, 1]",
+        )
+        try:
+            self.image_name.format(image="", file="")
+        except (LookupError, ValueError, AttributeError):
+            rule = 'must hold no other fields than {image} and {file}, like "{image:0>12}.jpg"'
+            require(False, "image_name", self.image_name, rule)
+        try:
+            re.sub(*(self.image_rewrite or ("", "")), "")
+        except (re.error, LookupError) as error:
+            rule = f"must be a regular expression and its replacement: {error}"
+            require(False, "image_rewrite", self.image_rewrite, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

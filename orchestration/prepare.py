@@ -87,6 +87,9 @@ def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str,
     for rejected in found.quarantine:
         dropped.setdefault((rejected.source, rejected.reason), []).append(rejected)
     used = Counter(sample.conversation.source for sample in found.samples)
+    merged: Counter[str] = Counter()
+    for sample in found.samples:
+        merged[sample.conversation.source] += len(sample.conversation.merged)
     return {
         "ok": not errors,
         "errors": errors,
@@ -94,6 +97,7 @@ def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str,
             source: {
                 "raw": raw,
                 "used": used[source],
+                "merged": merged[source],
                 "dropped": {
                     reason: len(those) for (of, reason), those in dropped.items() if of == source
                 },
@@ -238,11 +242,12 @@ def _records(experiment: Experiment) -> tuple[list[Conversation | Rejected], lis
     """The raw records of all sets in order, and why some sets cannot be read, a line each."""
     records: list[Conversation | Rejected] = []
     unreadable: list[str] = []
-    root, most = Path(experiment.storage.data), experiment.data.max_images
+    root, seed = Path(experiment.storage.data), experiment.train.seed
+    most = experiment.data.max_images
     for source, config in experiment.data.sets.items():
         try:
             _annotations(experiment, source)
-            records += list(read(source, config=config, root=root, max_images=most))
+            records += list(read(source, config=config, root=root, max_images=most, seed=seed))
         except (OSError, ValueError) as error:
             unreadable.append(str(error))
     return records, unreadable
@@ -251,8 +256,10 @@ def _records(experiment: Experiment) -> tuple[list[Conversation | Rejected], lis
 def _errors(experiment: Experiment, found: Survey) -> list[str]:
     """Why the survey's samples must not be used, a line each."""
     errors = []
-    limit = experiment.data.max_dropped
     for source, raw in found.raw.items():
+        field, limit = "data.max_dropped", experiment.data.max_dropped
+        if (own := experiment.data.sets[source].max_dropped) is not None:
+            field, limit = f"data.sets.{source}.max_dropped", own
         # Straddling records are the price of the split, not a fault of the data.
         dropped = [
             bad
@@ -262,7 +269,7 @@ def _errors(experiment: Experiment, found: Survey) -> list[str]:
         if len(dropped) > limit * raw:
             errors.append(
                 f"data.sets.{source}: {len(dropped)} of {raw} records dropped "
-                f"({len(dropped) / raw:.1%}), more than data.max_dropped={limit} allows: "
+                f"({len(dropped) / raw:.1%}), more than {field}={limit} allows: "
                 f"{_top(dropped)}; repair them, or raise the limit"
             )
     sides = Counter(sample.split for sample in found.samples)

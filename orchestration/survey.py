@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import pyarrow as pa
 
 from dsvl.data.blend import Links, assign_split
 from dsvl.data.encode import Encoder, load_tokenizer
-from dsvl.data.images import BadImage, ImageProcessor, StoredImage, load
+from dsvl.data.images import ImageProcessor, StoredImage, load
+from dsvl.data.sources import BadImage, Images
 from dsvl.data.types import Conversation, Example, Reason, Rejected
 from dsvl.data.writer import Sample, Writer
 from orchestration.config import Experiment
@@ -50,6 +52,11 @@ class Survey:
     quarantine: list[Rejected] = field(default_factory=list)
     bad_images: list[dict[str, Any]] = field(default_factory=list)
     """`source`, `path` and `stamp` of every image that cannot be used."""
+
+    def drop(self, conversation: Conversation, reason: Reason, detail: str) -> None:
+        """Put all raw records of a conversation into the quarantine."""
+        for record in conversation.records:
+            self.quarantine.append(Rejected(conversation.source, record, reason, detail))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,7 @@ class Preparer:
         max_pixels: int,
     ) -> None:
         self._processor, self._max_pixels = processor, max_pixels
+        self._images = cache(Images)  # archives stay open
         self._encoder = Encoder(
             load_tokenizer(checkpoint), image_tokens=image_tokens, max_tokens=max_tokens
         )
@@ -103,7 +111,10 @@ class Preparer:
         for path in task.paths:
             try:
                 outcome.images[path] = load(
-                    task.folder, path, processor=self._processor, max_pixels=self._max_pixels
+                    self._images(task.folder),
+                    path,
+                    processor=self._processor,
+                    max_pixels=self._max_pixels,
                 )
             except BadImage as bad:
                 found = stamp(task.folder, path)
@@ -126,26 +137,28 @@ def survey(
     faults: dict[tuple[str, str], Fault] = {}
     outcomes = _outcomes(experiment, _tasks(experiment, records), processor)
     for record in _told(records, seen, progress):
-        seen.raw[record.source] += 1
         if isinstance(record, Rejected):
+            seen.raw[record.source] += 1
             seen.quarantine.append(record)
             continue
+        seen.raw[record.source] += len(record.records)
         folder, outcome = image_folder(experiment, record.source), next(outcomes)
         assert outcome.record == record.record, f"{outcome.record} came for {record.record}"
         for path, image in outcome.images.items():
             keys[folder, path] = image.key
             if writer:
-                writer.image(image, source_id=f"{record.source}/{path}")
+                writer.image(image, source_id=f"{record.source}/{image.path}")
         for path, fault in outcome.faults.items():
             faults[folder, path] = fault
-            about = {"source": record.source, "path": path, "stamp": fault.stamp}
-            seen.bad_images.append(about)
+            if not path.startswith("data:"):  # which only another annotation file can mend
+                about = {"source": record.source, "path": path, "stamp": fault.stamp}
+                seen.bad_images.append(about)
         places = [(folder, image.path) for image in record.images]
         bad = next((faults[place] for place in places if place in faults), None)
         if bad:
-            seen.quarantine.append(Rejected(record.source, record.record, bad.reason, bad.detail))
+            seen.drop(record, bad.reason, bad.detail)
         elif isinstance(outcome.example, Rejected):
-            seen.quarantine.append(outcome.example)
+            seen.drop(record, outcome.example.reason, outcome.example.detail)
         else:
             images = tuple(keys[place] for place in places)
             if writer:
@@ -188,8 +201,9 @@ def _split(
     )
     for (conversation, links), side in zip(linked, sides, strict=True):
         if side == "straddles_split":
-            detail = "its images, or its record, are on both sides of the split"
-            seen.quarantine.append(Rejected(links.source, conversation.record, side, detail))
+            seen.drop(
+                conversation, side, "its images, or its record, are on both sides of the split"
+            )
         else:
             seen.samples.append(Sample(conversation, links.images, side, links.group_keys))
 
@@ -208,16 +222,20 @@ def _tasks(experiment: Experiment, records: Sequence[Conversation | Rejected]) -
 
 
 def stamp(folder: str, path: str) -> list[int] | None:
-    """Size and time of the last change (ns) of a file, None where there is none."""
-    try:
-        found = Path(folder, path).stat()
-    except (OSError, ValueError):  # ValueError: a path that no file can have
-        return None
-    return [found.st_size, found.st_mtime_ns]
+    """Size and time of the last change (ns) of a file, or the archive that it is in; else None."""
+    for place in (Path(folder, path), *Path(folder, path).parents):
+        try:
+            found = place.stat()
+        except NotADirectoryError:  # something on the way is a file: an archive
+            continue
+        except (OSError, ValueError):  # ValueError: a path that no file can have
+            return None
+        return [found.st_size, found.st_mtime_ns]
+    return None
 
 
 def image_folder(experiment: Experiment, source: str) -> str:
-    """Where the images of a set are: absolute, as actors have working directories of their own."""
+    """Folder or file of a set's images: absolute, as actors have working directories of their own."""
     return str(Path(experiment.storage.data, experiment.data.sets[source].images).absolute())
 
 

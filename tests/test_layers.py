@@ -29,7 +29,10 @@ NEVER: list[tuple[str, set[str]]] = [
 ONLY: list[tuple[str, set[str]]] = [
     ("dsvl/config.py", set()),
     ("dsvl/data/types.py", set()),
-    ("dsvl/data/readers/*", {"dsvl.config", "dsvl.data.types", "dsvl.data.readers"}),
+    (
+        "dsvl/data/readers/*",
+        {"dsvl.config", "dsvl.data.types", "dsvl.data.readers", "dsvl.data.rows"},
+    ),
     *(
         (
             f"orchestration/{name}.py",

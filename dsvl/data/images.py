@@ -4,7 +4,6 @@ import builtins
 import hashlib
 import io
 import json
-import re
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,19 +13,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers.utils.hub import cached_file
 
-from dsvl.data.types import Reason
+from dsvl.data.sources import BadImage, Images
 
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:", re.IGNORECASE)
-
-
-class BadImage(Exception):  # noqa: N818 - a fact about the data, not of the program
-    """An image that cannot be used; `reason` is one of the reasons of the quarantine."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason: Reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +26,7 @@ class StoredImage:
     """sha256 of the bytes, in hexadecimal."""
     bytes: builtins.bytes = field(repr=False)
     path: str
-    """As the annotation has it, relative to the image folder."""
+    """As the annotation has it, relative to the images of its set; of a `data:` URI the head."""
     width: int
     height: int
     mime: str
@@ -116,19 +105,18 @@ class ImageProcessor:
         return (scaled - mean) / std
 
 
-def load(root: str | Path, ref: str, *, processor: ImageProcessor, max_pixels: int) -> StoredImage:
-    """Read, decode and fit the image that an annotation names, below `root` and nowhere else.
+def load(images: Images, ref: str, *, processor: ImageProcessor, max_pixels: int) -> StoredImage:
+    """Read, decode and fit the image that an annotation names.
 
-    Raises BadImage: `forbidden_path` for anything but a relative path that stays inside `root`,
-    links resolved, whether or not the file exists; `missing_image`; `image_too_large` by its
-    header, before it is decoded; `undecodable_image`.
+    Raises BadImage: as `Images.read` does; `image_too_large` by its header, before it is decoded;
+    `undecodable_image`.
     """
-    data = _resolve(Path(root), ref).read_bytes()
+    data = images.read(ref)
     image = _open(data, max_pixels=max_pixels)
     return StoredImage(
         key=hashlib.sha256(data).hexdigest(),
         bytes=data,
-        path=ref,
+        path=ref.partition(",")[0] if ref.startswith("data:") else ref,
         width=image.width,
         height=image.height,
         mime=FORMATS[str(image.format)],
@@ -147,23 +135,6 @@ def pixels(data: bytes, processor: ImageProcessor) -> np.ndarray:
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-def _resolve(root: Path, ref: str) -> Path:
-    shown = ascii(ref[:200])
-    if "\0" in ref or _URL.match(ref) or Path(ref).is_absolute() or ".." in Path(ref).parts:
-        raise BadImage("forbidden_path", f"{shown} is not a plain path relative to {root}")
-    try:
-        path = (root / ref).resolve()
-        inside = path.is_relative_to(root.resolve())
-        exists = inside and path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, not encodable, a link loop
-        raise BadImage("forbidden_path", f"{shown}: {str(error)[:200]!a}") from error
-    if not inside:
-        raise BadImage("forbidden_path", f"{shown} leads out of {root}")
-    if not exists:
-        raise BadImage("missing_image", f"{shown} is not a file in {root}")
-    return path
 
 
 def _open(data: bytes, *, max_pixels: int | None = None) -> Image.Image:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy
@@ -40,6 +40,19 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """A raw record as an annotation file has it, whatever it holds."""
+
+    file: str
+    """The annotation file, as its set names it."""
+    position: int
+    """Counted from 0 within the file."""
+    key: str
+    """Its name, where the file is an object of records; else empty."""
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """A raw record that cannot become a conversation."""
 
@@ -52,7 +65,10 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image as the annotation names it, relative to the image folder of its set."""
+    """An image as the annotation names it: a path below the images of its set, or a `data:` URI.
+
+    The path may lead through an archive, to a member of `birds.tar/1.jpg`; see `dsvl.data.sources`.
+    """
 
     path: str
 
@@ -93,6 +109,13 @@ class Conversation:
     """In the order of their first use."""
     turns: tuple[Turn, ...]
     meta: Mapping[str, str] = field(default_factory=dict)
+    merged: tuple[str, ...] = ()
+    """Where the other raw records stand whose rounds are in this one."""
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        """Where all the raw records stand that it is made of."""
+        return (self.record, *self.merged)
 
 
 @dataclass(frozen=True, slots=True)

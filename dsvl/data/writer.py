@@ -155,7 +155,9 @@ class Writer:
             "schema_version": SCHEMA_VERSION,
             **self._settings,
             "identity": dict(identity),
-            "sources": conservation(raw, used=counts["source"], quarantine=quarantine),
+            "sources": conservation(
+                raw, used=counts["source"], merged=counts["merged"], quarantine=quarantine
+            ),
             "splits": {split: counts["split"][split] for split in SPLITS},
             "mix": {source: n / counts["all"] for source, n in counts["source"].items()},
             "images": len(self._index),
@@ -175,11 +177,13 @@ class Writer:
     def _write_samples(self, samples: Iterable[Sample]) -> dict[str, Any]:
         rows: dict[str, list[int]] = {split: [] for split in SPLITS}
         sources: Counter[str] = Counter()
+        merged: Counter[str] = Counter()
         pending: list[dict[str, Any]] = []
         with pq.ParquetWriter(self._making / "samples/00000.parquet", SAMPLES) as parquet:
             for sample in samples:
                 rows[sample.split].append(self._rows[sample.conversation.id])
                 sources[sample.conversation.source] += 1
+                merged[sample.conversation.source] += len(sample.conversation.merged)
                 pending.append(_row(sample))
                 if len(pending) == 1000:
                     parquet.write_table(pa.Table.from_pylist(pending, SAMPLES))
@@ -188,16 +192,28 @@ class Writer:
         for split, indices in rows.items():
             np.save(self._making / f"encoded/{split}.npy", np.array(indices, np.int64))
         splits = {split: len(indices) for split, indices in rows.items()}
-        return {"source": sources, "split": splits, "all": sum(splits.values())}
+        return {
+            "source": sources,
+            "merged": merged,
+            "split": splits,
+            "all": sum(splits.values()),
+        }
 
     def _mark_offsets(self) -> None:
         self._columns["offsets"].append(np.array([[self._columns[n].length for n in RAGGED]]))
 
 
 def conservation(
-    raw: Mapping[str, int], *, used: Mapping[str, int], quarantine: Iterable[Rejected]
+    raw: Mapping[str, int],
+    *,
+    used: Mapping[str, int],
+    merged: Mapping[str, int],
+    quarantine: Iterable[Rejected],
 ) -> dict[str, dict[str, Any]]:
-    """Per set: raw = used + merged + dropped + held_out, and the drops by reason."""
+    """Per set: raw = used + merged + dropped + held_out, and the drops by reason.
+
+    `merged` counts the records whose rounds are in a sample beside those of the one that names it.
+    """
     reasons: dict[str, Counter[str]] = {source: Counter() for source in raw}
     for rejected in quarantine:
         reasons[rejected.source][rejected.reason] += 1
@@ -205,12 +221,13 @@ def conservation(
     for source, records in raw.items():
         held_out = reasons[source].pop("held_out", 0)
         dropped = dict(sorted(reasons[source].items()))
-        kept = used.get(source, 0)
-        assert records == kept + sum(dropped.values()) + held_out, f"{source}: records were lost"
+        kept, joined = used.get(source, 0), merged.get(source, 0)
+        found = kept + joined + sum(dropped.values()) + held_out
+        assert records == found, f"{source}: {records - found} records were lost"
         table[source] = {
             "raw": records,
             "used": kept,
-            "merged": 0,
+            "merged": joined,
             "dropped": dropped,
             "held_out": held_out,
         }

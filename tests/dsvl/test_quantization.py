@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dsvl import checkpoint
+from dsvl import pretrained
 from dsvl.config import LanguageConfig, LoraConfig
 from dsvl.lora import merged
 from dsvl.model import VisualChat
@@ -103,7 +104,8 @@ def test_training_on_two_ranks_is_a_plain_loop_and_comes_back_from_a_checkpoint(
     assert run(config, tmp_path, stage=stage) == records[5:]
     model = VisualChat(config, precision="fp32", seed=0)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    checkpoint.load_parameters(model, tmp_path / "whole")
+    values = load_file(tmp_path / "whole" / "parameters.safetensors")
+    pretrained.put(model, values, where=tmp_path)
     changed = {n for n, value in model.named_parameters() if not torch.equal(value, before[n])}
     assert changed == model.trainable().keys()
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 
+from dsvl.config import FieldsConfig
 from orchestration.config import Experiment, validated
 from orchestration.problems import ConfigError
 from orchestration.settings import merge, path_keys
@@ -52,9 +53,14 @@ WHAT = {
     "model.vision_lora.alpha": 32,
     "model.vision_lora.targets": "attention",
     "model.quantization": "int8",
+    "data.sets.chats.reader": "qa",
     "data.sets.chats.annotations": ["chats.json", "more.json"],
     "data.sets.chats.images": "other",
+    "data.sets.chats.image_name": "{image}.jpg",
+    "data.sets.chats.image_rewrite": ["^IMG_", ""],
+    **{f"data.sets.chats.fields.{name}": "other" for name in FieldsConfig.__annotations__},
     "data.sets.chats.split": "train",
+    "data.sets.chats.max_dropped": 0.5,
     "data.max_images": 3,
     "data.max_tokens": 32,
     "data.max_image_pixels": 99,
@@ -73,7 +79,6 @@ WHAT = {
     "train.precision": "fp32",
     "train.seed": 1,
 }
-SINGLE_CHOICE = {"data.sets.chats.reader"}
 TOWER = {"model.vision.kind", "model.vision.queries", "model.vision.output_size"}
 """Fields that are legal only together."""
 
@@ -104,7 +109,7 @@ def test_what_is_trained_makes_the_identity(settings, path):
 
 def test_every_field_of_the_identity_is_tried(settings):
     tried = {path.replace("languages.small", "language") for path in WHAT}
-    assert validated(settings).identity_fields().keys() == tried | TOWER | SINGLE_CHOICE
+    assert validated(settings).identity_fields().keys() == tried | TOWER
 
 
 def test_the_kind_of_the_tower_and_what_it_resamples_to_make_the_identity(settings):

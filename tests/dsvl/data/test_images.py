@@ -14,7 +14,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from dsvl.data.images import BadImage, ImageProcessor, load, pixels
+from dsvl.data.images import ImageProcessor, load, pixels
+from dsvl.data.sources import BadImage, Images
 from tests.conftest import raw_records
 
 PROCESSOR = ImageProcessor(8, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
@@ -22,7 +23,7 @@ LIMIT = 50_000_000
 
 
 def open_image(llava_set, ref: str, max_pixels: int = LIMIT):
-    return load(llava_set / "images", ref, processor=PROCESSOR, max_pixels=max_pixels)
+    return load(Images(llava_set / "images"), ref, processor=PROCESSOR, max_pixels=max_pixels)
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:

@@ -8,9 +8,11 @@ import time
 import numpy as np
 import pytest
 
+from dsvl.config import SetConfig
 from dsvl.data.encode import Encoder
 from dsvl.data.images import ImageProcessor, load
-from dsvl.data.readers import llava_json
+from dsvl.data.readers import read
+from dsvl.data.sources import Images
 from dsvl.data.store import open_store, verify
 from dsvl.data.types import Rejected
 from dsvl.data.writer import Sample, Writer, claim, conservation
@@ -23,13 +25,15 @@ class Made:
     """What `good.json` holds, encoded."""
 
     def __init__(self, llava_set, tokenizer):
-        paths = {"good.json": llava_set / "good.json"}
+        config = SetConfig(reader="llava_json", annotations=("good.json",), images="images")
+        chats = read("set", config=config, root=llava_set, max_images=8, seed=0)
+        folder = Images(llava_set / "images")
         encoder = Encoder(tokenizer, image_tokens=4, max_tokens=999)
         self.images, self.samples, self.examples = {}, [], []
-        for number, chat in enumerate(llava_json.read("set", paths=paths, max_images=8)):
+        for number, chat in enumerate(chats):
             keys = []
             for ref in chat.images:
-                image = load(llava_set / "images", ref.path, processor=PROCESSOR, max_pixels=999)
+                image = load(folder, ref.path, processor=PROCESSOR, max_pixels=999)
                 self.images[image.key] = image
                 keys.append(image.key)
             split = "eval" if number % 4 == 0 else "train"
@@ -131,9 +135,9 @@ def test_the_manifest_accounts_for_every_record_and_file(made, tmp_path):
 
 def test_a_lost_record_is_never_published(made, tmp_path):
     with pytest.raises(AssertionError, match="records were lost"):
-        conservation({"set": 10}, used={"set": 8}, quarantine=[BAD])
+        conservation({"set": 10}, used={"set": 7}, merged={"set": 1}, quarantine=[BAD])
     held = Rejected("set", "r", "held_out", "")
-    table = conservation({"set": 10}, used={"set": 8}, quarantine=[BAD, held])
+    table = conservation({"set": 10}, used={"set": 7}, merged={"set": 1}, quarantine=[BAD, held])
     assert (table["set"]["held_out"], table["set"]["dropped"]) == (1, {"bad_roles": 1})
 
 
