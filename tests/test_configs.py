@@ -8,6 +8,8 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from dsvl.config import SetConfig
+from dsvl.data.readers import READERS
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
 from orchestration.plan import plan
@@ -31,6 +33,18 @@ def test_a_shipped_experiment_loads_plans_and_survives_a_round_trip(path, tmp_pa
 def test_experiments_have_names_of_their_own():
     names = [load(path).name for path in EXPERIMENTS]
     assert len(set(names)) == len(names)
+
+
+def test_each_of_the_papers_datasets_has_a_part_of_its_name():
+    generic = {"llava_json", "sharegpt", "hf_messages", "qa"}
+    for name in READERS.keys() - generic:
+        part = yaml.safe_load((ROOT / f"configs/data/{name}.yaml").read_text())
+        (described,) = validated_sets(part["data"]["sets"]).items()
+        assert (described[0], described[1].reader) == (name, name)
+
+
+def validated_sets(sets: dict[str, Any]) -> dict[str, SetConfig]:
+    return TypeAdapter(dict[str, SetConfig]).validate_python(sets)
 
 
 def test_base_repeats_no_default_of_the_library():

@@ -1,5 +1,6 @@
 """Raw datasets -> a prepared set, on Ray."""
 
+import base64
 import json
 import os
 import shutil
@@ -304,3 +305,51 @@ def test_the_digits_prepare_and_read_back(experiment, llava_set):
             assert f"⟦{answer['value']}{tokenizer.eos_token}⟧" in shown
         assert len(prepared.train[index].images) == len(record["image"])
     assert np.isfinite(prepared.pixels(prepared.train[0].images[0])).all()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_merged_records_are_counted_and_fall_together(experiment, llava_set):
+    for name in ("dusk", "dawn"):
+        Image.new("RGB", (24, 16), (9, 99, ord(name[1]))).save(llava_set / f"images/{name}.png")
+    code = {
+        name: base64.b64encode((llava_set / f"images/{file}").read_bytes()).decode()
+        for name, file in (("dusk", "dusk.png"), ("dawn", "dawn.png"), ("bad", "truncated.jpg"))
+    }
+    (llava_set / "SD.json").write_text(json.dumps(code))
+    asked = {
+        "a": (["dusk", "dawn"], ["b", "c"]),
+        "b": (["dusk", "dawn"], []),
+        "c": (["dusk", "dawn"], []),
+        "d": (["bad"], ["e"]),
+        "e": (["bad"], []),
+        "f": (["dusk", "absent"], []),
+        "g": ([], []),
+    }
+    data = {
+        name: {"instruction": "q", "answer": name, "image_ids": images, "rel_ins_ids": related}
+        for name, (images, related) in asked.items()
+    }
+    (llava_set / "SD_instructions.json").write_text(json.dumps({"data": data}))
+    sd = {
+        "reader": "otter_mimicit_sd",
+        "annotations": ["SD_instructions.json"],
+        "images": "SD.json",
+        "split": "train",
+    }
+    sets = {"good": {"annotations": ["good.json"], "split": "eval"}, "sd": sd}
+    result = prepare(experiment(sets))
+    assert result["sources"]["sd"] == {
+        "raw": 7,
+        "used": 2,
+        "merged": 2,
+        "dropped": {"missing_image": 1, "undecodable_image": 2},
+        "held_out": 0,
+    }
+    lines = (Path(result["folder"]) / "quarantine.jsonl").read_text().splitlines()
+    dropped = [json.loads(line)["record"] for line in lines if '"sd"' in line]
+    assert dropped == [
+        f"SD_instructions.json:{i} ({name})" for i, name in ((3, "d"), (4, "e"), (5, "f"))
+    ]
+    one, _ = open_store(result["folder"]).conversations("train")
+    assert (len(one[1]), len(one[2])) == (2, 6)
+    assert prepare(experiment(sets))["reused"]
