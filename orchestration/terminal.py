@@ -14,7 +14,8 @@ from dsvl import checkpoint, pretrained
 from dsvl.cache import ImageStore
 from dsvl.chat import Chat
 from dsvl.data.encode import load_tokenizer
-from dsvl.data.images import BadImage, ImageProcessor, load
+from dsvl.data.images import ImageProcessor, load
+from dsvl.data.sources import BadImage, Images
 from orchestration.config import Experiment
 from orchestration.journal import read_json
 from orchestration.results import refuse_another
@@ -72,7 +73,7 @@ def talk(experiment: Experiment, *, out: TextIO) -> dict:
 
     def pixels(path: Path) -> np.ndarray:
         limit = experiment.data.max_image_pixels
-        image = load(path.parent, path.name, processor=processor, max_pixels=limit)
+        image = load(Images(path.parent), path.name, processor=processor, max_pixels=limit)
         return processor.normalise(image.fitted)
 
     images: list[Path] = []

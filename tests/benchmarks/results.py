@@ -121,7 +121,7 @@ def chart(document: dict[str, Any]) -> str:
     ]
     most = max(faster[2] for *_, faster, _ in bars)
     scale = (WIDTH - LABELS - 60) / math.log10(most)
-    height = ROW * (len(bars) + len(document["cases"])) + 30
+    height = ROW * (1 + len(bars) + len(document["cases"])) + 30
 
     def at(times: float) -> float:
         return LABELS + scale * math.log10(max(1.0, times))
@@ -131,13 +131,14 @@ def chart(document: dict[str, Any]) -> str:
         'font-size="12" fill="#222">',
         "<title>How many times faster dsvl is</title>",
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
+        '<text x="8" y="18">So many times faster is dsvl (line: least to most; red: target)</text>',
     ]
     for times in (1, 2, 5, 10, 20, 50, 100):
         if times <= most:
             x = f"{at(times):.1f}"
-            parts.append(f'<path d="M{x} 8V{height - 22}" stroke="#ddd"/>')
+            parts.append(f'<path d="M{x} {ROW}V{height - 22}" stroke="#ddd"/>')
             parts.append(f'<text x="{x}" y="{height - 8}" text-anchor="middle">{times}×</text>')
-    y, before = 4.0, ""
+    y, before = 4.0 + ROW, ""
     for title, way, (median, low, high), target in bars:
         if title != before:
             parts.append(f'<text x="8" y="{y + 15}" font-weight="bold">{escape(title)}</text>')
