@@ -46,7 +46,10 @@ class Chat:
         """Begin an empty conversation of at most `max_tokens` positions, answers included."""
         self.model, self.device = model, device
         self.encoder = Encoder(
-            tokenizer, image_tokens=model.config.image_tokens, max_tokens=max_tokens
+            tokenizer,
+            image_tokens=model.config.image_tokens,
+            max_tokens=max_tokens,
+            template=model.config.template,
         )
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.store = None if isinstance(model.decoder, Interleaved) else store

@@ -5,7 +5,7 @@ field, the value, the rule and the remedy.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from typing import Literal
 
@@ -142,6 +142,8 @@ class ModelConfig:
     gated_cross alone adds parameters (`dsvl/gated.py`)."""
     cross_every: int = 4
     """gated_cross has a block ahead of each so many-th layer of the decoder (Flamingo-9B: 4)."""
+    template: Literal["paper", "original"] = "paper"
+    """The text around questions and answers (`dsvl/template.py`)."""
     projection: Literal["linear", "mlp", "vit", "perceiver", "qformer"] = "linear"
     """How vision features reach the width of the decoder (`dsvl/projection.py`)."""
     projection_layers: int = 1
@@ -283,14 +285,63 @@ class SetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlendConfig:
+    """How conversations of some sets become samples; drawn anew in every epoch (paper, section 5.1)."""
+
+    sets: tuple[str, ...]
+    concat: tuple[int, int] = (1, 1)
+    """Fewest and most conversations, drawn at random, that follow one another in a sample."""
+    join: bool = False
+    """Only conversations over several images make samples, each after some about one of its images alone:
+    at least one of each image but the last (LLaVA-Otter)."""
+    followups: bool = False
+    """With `join`: end with another conversation about each image, its questions saying which."""
+    samples: int | None = None
+    """Most samples an epoch has of it, drawn at random; all when empty."""
+    epochs: float = 1.0
+    """How often it passes over its conversations in an epoch, where `samples` is empty."""
+    weight: float = 1.0
+    """Changes its share of an epoch, which has as many samples as all blends together."""
+    records: int | None = None
+    """How many samples it is known to make: lets `plan` count steps before `prepare` has run."""
+
+    def __post_init__(self) -> None:
+        require(len(self.sets) > 0, "sets", self.sets, "must name at least one of data.sets")
+        fewest, most = self.concat
+        require(1 <= fewest <= most, "concat", self.concat, "must be [fewest, most], from 1")
+        require(
+            not (self.join and self.concat != (1, 1)),
+            "concat",
+            self.concat,
+            "must be [1, 1] with join: true",
+        )
+        require(self.join or not self.followups, "followups", self.followups, "needs join: true")
+        require(
+            self.samples is None or (self.samples > 0 and self.epochs == 1.0),
+            "samples",
+            self.samples,
+            "must be positive, and stand without epochs",
+        )
+        for name in ("epochs", "weight"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What a sample is: the sets, the limits and the split."""
+    """What a sample is: the sets, the limits, the split and the blends."""
 
     sets: dict[str, SetConfig]
+    blends: dict[str, BlendConfig] = field(default_factory=dict)
+    """What samples are made of; the conversations of a set that no blend names are samples by themselves."""
+    temperature: float = 1.0
+    """Above 1, small blends have more samples in an epoch than in proportion: size ** (1 / temperature)."""
     max_images: int = 8
-    """Images a conversation; more is `too_many_images` (paper, section 5.1)."""
+    """Images a conversation, more is `too_many_images` (paper, section 5.1); and a sample."""
+    max_rounds: int | None = None
+    """Rounds a sample; further ones are left out."""
     max_tokens: int = 4096
-    """Tokens a sample with its image tokens; more is `too_long`."""
+    """Tokens a sample with its image tokens. Rounds beyond are left out; a conversation whose first round is
+    longer is `too_long`."""
     max_image_pixels: int = 50_000_000
     """Larger headers are refused as `image_too_large` before anything is decoded."""
     max_dropped: float = 0.05
@@ -300,12 +351,34 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.sets) > 0, "sets", self.sets, "must name at least one dataset")
+        for name, blend in self.blends.items():
+            unknown = [part for part in blend.sets if part not in self.sets]
+            rule = f"must be among data.sets: {', '.join(self.sets)}"
+            require(not unknown, f"blends.{name}.sets", tuple(unknown), rule)
+        clashing = [
+            n for n in self.all_blends() if n in self.sets and n not in self.all_blends()[n].sets
+        ]
+        rule = "must have another name, or that set among its sets"
+        require(not clashing, "blends", tuple(clashing), rule)
+        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require(
+            self.max_rounds is None or self.max_rounds > 0,
+            "max_rounds",
+            self.max_rounds,
+            "must be positive",
+        )
         require(
             0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "must lie in (0, 1)"
         )
         require(0 <= self.max_dropped <= 1, "max_dropped", self.max_dropped, "must lie in [0, 1]")
         for name in ("max_images", "max_tokens", "max_image_pixels"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+
+    def all_blends(self) -> dict[str, BlendConfig]:
+        """Those that are named, then one for every set that none of them has."""
+        named = {name for blend in self.blends.values() for name in blend.sets}
+        own = {name: BlendConfig(sets=(name,)) for name in self.sets if name not in named}
+        return {**self.blends, **own}
 
 
 @dataclass(frozen=True, kw_only=True)

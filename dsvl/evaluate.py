@@ -1,17 +1,15 @@
 """Loss and exact-answer accuracy over held-out samples, with images and without."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 
+from dsvl.data.blend import Epoch, Samples
 from dsvl.data.store import Prepared
 from dsvl.data.types import Batch
 from dsvl.model import VisualChat, labels
-from dsvl.template import text
 from dsvl.train import batch_of, to_device
 
 
@@ -43,21 +41,25 @@ class Tally:
 
 @torch.no_grad()
 def evaluate(
-    model: VisualChat, prepared: Prepared, *, batch: int, samples: int | None, device: torch.device
+    model: VisualChat,
+    prepared: Prepared,
+    samples: Samples,
+    *,
+    batch: int,
+    device: torch.device,
 ) -> Tally:
-    """Tally the first `samples` held-out samples, shared among the ranks; a collective.
+    """Tally held-out samples, shared among the ranks; a collective.
 
     A round counts as right if every token of its answer, its end included, is the most likely one after the
     true tokens before it. That is what greedy decoding after the true history writes, in one pass a sample.
     """
     model.eval()
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    chosen = range(min(samples or len(prepared.eval), len(prepared.eval)))
     tally = Tally()
-    for first in range(0, len(chosen), batch * workers):
-        mine = chosen[first : first + batch * workers][rank::workers]
+    for first in range(0, len(samples), batch * workers):
+        mine = range(len(samples))[first : first + batch * workers][rank::workers]
         # A rank without a sample passes one uncounted, so that every rank takes part in every collective.
-        examples = [prepared.eval[i] for i in mine or chosen[:1]]
+        examples = [samples[i] for i in mine or (0,)]
         part = score(model, to_device(batch_of(prepared, examples), device))
         tally += part if mine else Tally()
     model.train()
@@ -100,27 +102,18 @@ def score(model: VisualChat, batch: Batch) -> Tally:
     )
 
 
-def majority_accuracy(prepared: Prepared, *, samples: int | None = None) -> float:
-    """Exact accuracy of giving each question its most frequent training answer.
+def majority_accuracy(train: Epoch, held_out: Epoch) -> float:
+    """Exact accuracy of giving each held-out question its most frequent answer in training.
 
-    Measured on the rounds of the first `samples` held-out conversations. A question never seen in
-    training is given the most frequent answer of all.
+    A question never seen in training is given the most frequent answer of all.
     """
-    by_question: dict[str, Counter[str]] = defaultdict(Counter)
-    for question, answer in rounds(prepared, "train"):
+    by_question: dict[bytes, Counter[bytes]] = defaultdict(Counter)
+    for question, answer in train.said():
         by_question[question][answer] += 1
     overall = sum(by_question.values(), Counter())
-    held_out = list(rounds(prepared, "eval", samples))
+    asked = list(held_out.said())
     right = sum(
         by_question.get(question, overall).most_common(1)[0][0] == answer
-        for question, answer in held_out
+        for question, answer in asked
     )
-    return right / len(held_out)
-
-
-def rounds(prepared: Prepared, split: str, samples: int | None = None) -> Iterator[tuple[str, str]]:
-    """(question, answer) of every round of the first `samples` of a split, as texts."""
-    for _, _, turns in prepared.conversations(split, samples):
-        for turn, following in pairwise(turns):
-            if following.role == "assistant":
-                yield text(turn.content), text(following.content)
+    return right / len(asked)

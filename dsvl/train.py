@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dsvl.config import EngineConfig, TrainConfig
-from dsvl.data import blend
+from dsvl.data.blend import Blender, deal, order
 from dsvl.data.collate import collate
 from dsvl.data.store import Prepared
 from dsvl.data.types import Batch, Example
@@ -63,7 +63,7 @@ class Plan:
         return step // self.steps_per_epoch
 
     def indices(self, step: int) -> np.ndarray:
-        """(batch,) sample indices of update `step`.
+        """(batch,) samples of update `step`, as indices into those of its epoch.
 
         What is left of an epoch, less than a batch, is not trained in it; another epoch draws it anew.
         """
@@ -71,7 +71,7 @@ class Plan:
         if epoch != self._epoch:
             self._epoch, self._order = (
                 epoch,
-                blend.order(self.samples, seed=self.train.seed, epoch=epoch),
+                order(self.samples, seed=self.train.seed, epoch=epoch),
             )
         return self._order[index * self.train.batch : (index + 1) * self.train.batch]
 
@@ -86,21 +86,30 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def steps(
-    engine: Engine, prepared: Prepared, *, train: TrainConfig, config: EngineConfig, start: int = 0
+    engine: Engine,
+    prepared: Prepared,
+    blender: Blender,
+    *,
+    train: TrainConfig,
+    config: EngineConfig,
+    start: int = 0,
 ) -> Iterator[Step]:
-    """Train from update `start` to the end, yielding after every optimiser update."""
-    plan = Plan(len(prepared.train), train)
+    """Train on what the blender makes of prepared data, from update `start` to the end.
+
+    Yields after every optimiser update.
+    """
+    plan = Plan(len(blender), train)
     for step in range(start, plan.steps):
         began = time.perf_counter()
-        indices = plan.indices(step)
-        mine = indices[engine.rank :: engine.workers]
+        samples, indices = blender.epoch(plan.epoch(step)), plan.indices(step)
+        passes = deal(samples.lengths[indices], len(indices) // config.micro_batch)
         micro_batches = [
-            to_device(batch_of(prepared, [prepared.train[int(i)] for i in part]), engine.device)
-            for part in np.split(mine, len(mine) // config.micro_batch)
+            to_device(batch_of(prepared, [samples[i] for i in indices[part]]), engine.device)
+            for part in passes[engine.rank :: engine.workers]
         ]
         lr = learning_rate(step, plan.steps, engine.optim_config)
         loss, grad_norm = engine.update(
-            micro_batches, targets=int(prepared.train.targets[indices].sum()), lr=lr
+            micro_batches, targets=int(samples.targets[indices].sum()), lr=lr
         )
         yield Step(
             number=step + 1,
@@ -109,7 +118,7 @@ def steps(
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,
-            tokens=int(prepared.train.lengths[indices].sum()),
+            tokens=int(samples.lengths[indices].sum()),
             seconds=time.perf_counter() - began,
         )
 

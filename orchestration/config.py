@@ -27,6 +27,9 @@ from orchestration.problems import ConfigError, Problem, explain
 from orchestration.settings import Section, path_keys, place
 from orchestration.space import WHAT, SearchConfig, search_problems
 
+BLENDING = ("blends", "temperature", "max_rounds")
+"""Settings of `data` that change no prepared data."""
+
 
 class ClusterConfig(Section):
     """Which machines carry the work, and how much of them."""
@@ -177,9 +180,28 @@ class Experiment(Section):
         """The settings behind the identity, as dotted field -> value that JSON can hold."""
         what: dict[str, Any] = {name: to_jsonable_python(getattr(self, name)) for name in WHAT}
         what["model"]["language"] = what["model"].pop("languages")[self.model.size]
-        for dataset in what["data"]["sets"].values():
-            del dataset["records"]  # a hint for plans, which changes no sample
+        for part in (*what["data"]["sets"].values(), *what["data"]["blends"].values()):
+            del part["records"]  # a hint for plans, which changes no sample
         return dict(_flat(what))
+
+    def preparation(self) -> dict[str, Any]:
+        """The settings that decide prepared data; blending comes after it, and takes none of them."""
+        data = self.as_dict()["data"]
+        for name in BLENDING:
+            del data[name]
+        for dataset in data["sets"].values():
+            del dataset["records"]
+        return {
+            "data": data,
+            "image_tokens": self.model.image_tokens,
+            "template": self.model.template,
+            "seed": self.train.seed,
+        }
+
+    def blending(self) -> str:
+        """Names the settings by which samples are made of prepared data."""
+        data = self.as_dict()["data"]
+        return _digest({name: data[name] for name in BLENDING})
 
     def differences(self, fields: Mapping[str, object]) -> list[str]:
         """Where stored `identity_fields` differ from this experiment's, with both values."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 from orchestration.config import Experiment
@@ -121,15 +122,8 @@ def plan(experiment: Experiment) -> Plan:
 
 def prepared_folder(experiment: Experiment) -> Path | None:
     """The newest prepared data that belong to these settings, if there are any."""
-    settings = experiment.as_dict()["data"]
-    for dataset in settings["sets"].values():
-        del dataset["records"]
     # The tokenizer and the content of the annotations count too, but reading them takes seconds.
-    seen = {
-        "data": settings,
-        "image_tokens": experiment.model.image_tokens,
-        "seed": experiment.train.seed,
-    }
+    seen = experiment.preparation()
     manifests = Path(experiment.storage.path, "prepared").glob("*/manifest.json")
     for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
         if seen.items() <= json.loads(path.read_text(encoding="utf-8"))["identity"].items():
@@ -161,17 +155,30 @@ def _size_plan(experiment: Experiment, purpose: Literal["run", "trial"]) -> Size
     return size
 
 
+def blends_file(folder: Path, experiment: Experiment) -> Path:
+    """Where prepared data have the sizes of an experiment's blends."""
+    return folder / f"blends-{experiment.blending()}.json"
+
+
 def _samples(experiment: Experiment) -> tuple[int | None, str]:
-    """Training samples: counted in prepared data, else from the known sizes of the sets."""
-    if folder := prepared_folder(experiment):
-        manifest = folder / "manifest.json"
-        return json.loads(manifest.read_text(encoding="utf-8"))["splits"]["train"], str(manifest)
-    data = experiment.data
+    """Training samples: counted in prepared data, else from the known sizes of sets and blends."""
+    folder = prepared_folder(experiment)
+    if folder and (counted := blends_file(folder, experiment)).is_file():
+        blends = json.loads(counted.read_text(encoding="utf-8"))
+        return sum(sides["train"] for sides in blends.values()), str(counted)
+    data, total = experiment.data, 0.0
     shares = {"train": 1.0, "auto": 1 - data.eval_fraction, "eval": 0.0}
-    known = [dataset for dataset in data.sets.values() if dataset.split != "eval"]
-    if any(dataset.records is None for dataset in known):
-        return None, "unknown until prepare"
-    return round(sum((d.records or 0) * shares[d.split] for d in known)), "data.sets.*.records"
+    for blend in data.all_blends().values():
+        sets = [data.sets[name] for name in blend.sets if data.sets[name].split != "eval"]
+        known: float | None = blend.records
+        if known is not None:
+            known *= max((shares[dataset.split] for dataset in sets), default=0.0)
+        elif not (blend.join or any(dataset.records is None for dataset in sets)):
+            known = sum((d.records or 0) * shares[d.split] for d in sets) / mean(blend.concat)
+        if known is None:
+            return None, "unknown until prepare"
+        total += min(blend.samples or known, known) * blend.epochs
+    return round(total), "data.sets.*.records"
 
 
 def _table(sizes: tuple[SizePlan, ...]) -> list[tuple[str, ...]]:

@@ -11,15 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dsvl.data.encode import fingerprint, load_tokenizer, pad_id
+from dsvl.data.blend import Blender
+from dsvl.data.encode import fingerprint, load_tokenizer
 from dsvl.data.images import ImageProcessor
 from dsvl.data.readers import read
-from dsvl.data.store import SCHEMA_VERSION, sha256, verify
+from dsvl.data.store import SCHEMA_VERSION, open_store, sha256, verify
 from dsvl.data.types import Conversation, Reason, Rejected
 from dsvl.data.writer import Writer, claim, write_quarantine
 from orchestration.cluster import connect
 from orchestration.config import Experiment
-from orchestration.survey import Survey, image_folder, stamp, survey
+from orchestration.plan import blends_file
+from orchestration.survey import Survey, encoder_of, image_folder, stamp, survey
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +62,10 @@ def prepare(experiment: Experiment, *, progress: Progress = log.info) -> dict[st
             if faults:
                 if folder.exists():
                     log.warning("data: preparing again, as %s", "; ".join(faults))
-                manifest = _make(experiment, folder, processor, identity, progress=progress)
-                return _summary(folder, manifest, began, reused=False)
+                _make(experiment, folder, processor, identity, progress=progress)
+                return _summary(experiment, folder, began, reused=False)
     progress(f"data: {folder} is prepared already; remove it to have images read anew")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return _summary(folder, manifest, began, reused=True)
+    return _summary(experiment, folder, began, reused=True)
 
 
 def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str, Any]:
@@ -139,16 +140,18 @@ def _make(
     identity: dict[str, Any],
     *,
     progress: Progress,
-) -> dict[str, Any]:
-    """Prepare the data in `folder` and return the manifest."""
+) -> None:
+    """Prepare the data in `folder`."""
     records, unreadable = _records(experiment)
     if unreadable:
         raise ValueError("\n".join(unreadable))
+    encoder = encoder_of(experiment)
     writer = Writer(
         folder,
         processor=processor,
-        image_tokens=experiment.model.image_tokens,
-        pad_id=pad_id(load_tokenizer(experiment.model.language.checkpoint)),
+        image_tokens=encoder.image_tokens,
+        pad_id=encoder.pad_id,
+        phrases=encoder.phrases(experiment.data.max_images),
     )
     with writer, connect(experiment):
         found = survey(experiment, records, processor=processor, writer=writer, progress=progress)
@@ -169,7 +172,6 @@ def _make(
         f"data: {splits['train']} training and {splits['eval']} held-out samples in {folder}; "
         f"{len(found.quarantine)} of {found.raw.total()} records quarantined"
     )
-    return manifest
 
 
 def require_one_tokenizer(experiment: Experiment) -> None:
@@ -198,20 +200,15 @@ def prepared_folder(experiment: Experiment, identity: dict[str, Any]) -> Path:
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
     """All that decides what a sample is; equal for models that share tokenizer and processor."""
-    data = asdict(experiment.data)
-    for settings in data["sets"].values():
-        del settings["records"]  # a hint for plans
     return {
         "schema_version": SCHEMA_VERSION,
-        "data": data,
+        **experiment.preparation(),
         "annotations": {
             source: [sha256(path) for path in _annotations(experiment, source)]
             for source in experiment.data.sets
         },
         **fingerprint(load_tokenizer(experiment.model.language.checkpoint)),
         "processor": asdict(_processor(experiment)),
-        "image_tokens": experiment.model.image_tokens,
-        "seed": experiment.train.seed,
     }
 
 
@@ -296,9 +293,28 @@ def _top(dropped: Sequence[Rejected]) -> str:
     )
 
 
-def _summary(
-    folder: Path, manifest: dict[str, Any], began: float, *, reused: bool
-) -> dict[str, Any]:
+def _summary(experiment: Experiment, folder: Path, began: float, *, reused: bool) -> dict[str, Any]:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     shown = {name: manifest[name] for name in ("sources", "splits", "mix", "images")}
-    seconds = round(time.monotonic() - began, 1)
-    return {"folder": str(folder), "reused": reused, "seconds": seconds, **shown}
+    return {
+        "folder": str(folder),
+        "reused": reused,
+        "seconds": round(time.monotonic() - began, 1),
+        **shown,
+        "blends": _blends(experiment, folder),
+    }
+
+
+def _blends(experiment: Experiment, folder: Path) -> dict[str, dict[str, int]]:
+    """The samples that each blend has in an epoch, on both sides of the split; kept for plans."""
+    prepared, seed = open_store(folder), experiment.train.seed
+    sides = {
+        side: Blender(prepared, side, data=experiment.data, seed=seed) for side in ("train", "eval")
+    }
+    blends = {
+        name: {side: blender.sizes[place] for side, blender in sides.items()}
+        for place, name in enumerate(experiment.data.all_blends())
+    }
+    kept = blends_file(folder, experiment)
+    kept.write_text(json.dumps(blends, indent=1) + "\n", encoding="utf-8")
+    return blends

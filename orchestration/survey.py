@@ -17,11 +17,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from dsvl.data.blend import Links, assign_split
 from dsvl.data.encode import Encoder, load_tokenizer
 from dsvl.data.images import ImageProcessor, StoredImage, load
 from dsvl.data.sources import BadImage, Images
-from dsvl.data.types import Conversation, Example, Reason, Rejected
+from dsvl.data.split import Links, assign_split
+from dsvl.data.types import Conversation, Encoded, Reason, Rejected
 from dsvl.data.writer import Sample, Writer
 from orchestration.config import Experiment
 
@@ -73,7 +73,7 @@ class Outcome:
     """What became of a task; the example's images are still paths."""
 
     record: str
-    example: Example | Rejected
+    example: Encoded | Rejected
     images: dict[str, StoredImage]
     faults: dict[str, Fault]
 
@@ -88,12 +88,16 @@ class Preparer:
         processor: ImageProcessor,
         image_tokens: int,
         max_tokens: int,
+        template: str,
         max_pixels: int,
     ) -> None:
         self._processor, self._max_pixels = processor, max_pixels
         self._images = cache(Images)  # archives stay open
         self._encoder = Encoder(
-            load_tokenizer(checkpoint), image_tokens=image_tokens, max_tokens=max_tokens
+            load_tokenizer(checkpoint),
+            image_tokens=image_tokens,
+            max_tokens=max_tokens,
+            template=template,
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -166,6 +170,16 @@ def survey(
             linked.append((record, Links(record.source, record.meta["key"], images)))
     _split(experiment, linked, seen)
     return seen
+
+
+def encoder_of(experiment: Experiment) -> Encoder:
+    """What encodes the experiment's conversations."""
+    return Encoder(
+        load_tokenizer(experiment.model.language.checkpoint),
+        image_tokens=experiment.model.image_tokens,
+        max_tokens=experiment.data.max_tokens,
+        template=experiment.model.template,
+    )
 
 
 def _told(
@@ -266,6 +280,7 @@ def _outcomes(
                 "processor": processor,
                 "image_tokens": experiment.model.image_tokens,
                 "max_tokens": experiment.data.max_tokens,
+                "template": experiment.model.template,
                 "max_pixels": experiment.data.max_image_pixels,
             },
             batch_size=None,

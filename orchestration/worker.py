@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsvl import checkpoint, pretrained
 from dsvl.chat import transcript
-from dsvl.config import EvaluationConfig
+from dsvl.data.blend import Blender, Epoch, order
 from dsvl.data.encode import fingerprint, load_tokenizer
 from dsvl.data.store import Prepared, open_store
 from dsvl.engine import Engine, from_rank_0, join
@@ -48,23 +48,25 @@ def work(config: dict) -> None:
     )
     frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
     start = resume(engine, experiment, folder, frozen=frozen)
-    plan = Plan(len(prepared.train), train)
+    blender = Blender(prepared, "train", data=experiment.data, seed=train.seed)
+    samples = held_out_samples(prepared, experiment)
+    plan = Plan(len(blender), train)
     if journal:
         journal.start(
             identity=experiment.identity(), params=experiment.identity_fields(), step=start
         )
         if start == 0:
             journal.metrics(0, {"data/quarantined": prepared.quarantined})
-    majority = (
-        majority_accuracy(prepared, samples=experiment.evaluation.samples)
-        if engine.rank == 0
-        else 0.0
-    )
+    majority = majority_accuracy(blender.epoch(0), samples) if engine.rank == 0 else 0.0
 
-    for step in steps(engine, prepared, train=train, config=experiment.engine, start=start):
+    for step in steps(
+        engine, prepared, blender, train=train, config=experiment.engine, start=start
+    ):
         metrics = step.metrics()
         if step.ends_epoch:
-            metrics |= held_out(engine, prepared, experiment.evaluation)
+            batch = experiment.evaluation.batch
+            tally = evaluate(model, prepared, samples, batch=batch, device=engine.device)
+            metrics |= tally.metrics()
             metrics["eval/accuracy_majority"] = majority
         if journal:
             journal.metrics(step.number, metrics)
@@ -117,9 +119,8 @@ def resume(engine: Engine, experiment: Experiment, folder: Path, *, frozen: dict
     return found.step
 
 
-def held_out(engine: Engine, prepared: Prepared, config: EvaluationConfig) -> dict[str, float]:
-    """The metrics of the model on held-out samples; a collective."""
-    tally = evaluate(
-        engine.model, prepared, batch=config.batch, samples=config.samples, device=engine.device
-    )
-    return tally.metrics()
+def held_out_samples(prepared: Prepared, experiment: Experiment) -> Epoch:
+    """What every evaluation measures: the same samples, drawn from all blends alike."""
+    seed, most = experiment.train.seed, experiment.evaluation.samples
+    epoch = Blender(prepared, "eval", data=experiment.data, seed=seed).epoch(0)
+    return epoch.take(order(len(epoch), seed=seed, epoch=0)[:most])

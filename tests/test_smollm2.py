@@ -73,6 +73,9 @@ class Examples(list):
         self.targets = np.array([int((e.labels[1:] != -100).sum()) for e in self])
         self.lengths = np.array([len(e.ids) for e in self])
 
+    def epoch(self, _: int) -> "Examples":
+        return self
+
 
 class Digits:
     """Each digit as a conversation of one question; what training needs of a prepared set."""
@@ -135,8 +138,8 @@ def _train(_: int, decoder: Path, port: int, found: Path) -> None:
     digits = Digits(Encoder(tokenizer, image_tokens=Digits.image_tokens, max_tokens=64))
     model = VisualChat(model_config(decoder), precision="fp32", seed=TRAIN.seed)
     engine = Engine(model, engine=ENGINE, train=TRAIN, optim_config=OPTIM)
-    losses = [step.loss for step in steps(engine, digits, train=TRAIN, config=ENGINE)]
-    tally = evaluate(model, digits, batch=30, samples=None, device=CPU)
+    losses = [step.loss for step in steps(engine, digits, digits.train, train=TRAIN, config=ENGINE)]
+    tally = evaluate(model, digits, digits.eval, batch=30, device=CPU)
     answers = []
     for example in digits.eval[:10]:
         chat = Chat(model.eval(), tokenizer, device=CPU, max_tokens=64, max_new_tokens=4)

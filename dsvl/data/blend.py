@@ -1,77 +1,197 @@
-"""Which samples, on which side, in which order: pure functions of the seed."""
+"""How conversations become the samples of an epoch: put together, drawn, weighed and ordered.
 
-import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+Every draw is a pure function of (seed, epoch, id), and an epoch is arithmetic on a few arrays: it takes no
+tokenizer and no image, so blends can change, or be searched, over data that are prepared once.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
-Side = Literal["train", "eval", "straddles_split"]
+from dsvl.config import BlendConfig, DataConfig
+from dsvl.data.compose import Composer
+from dsvl.data.draw import (
+    Drawn,
+    Joins,
+    concatenated,
+    groups_of,
+    mix,
+    offsets,
+    running,
+    sizes_of,
+    spans,
+    totals,
+    whole,
+)
+from dsvl.data.store import Examples, Prepared
+from dsvl.data.types import Example
 
 
-@dataclass(frozen=True, slots=True)
-class Links:
-    """What ties a sample to others: they may not stand on different sides of the split."""
+class Samples(Protocol):
+    """Examples by index."""
 
-    source: str
-    """The set it comes from."""
-    record: str
-    """Its raw record, `SOURCE/ID`; samples of one record share it."""
-    images: tuple[str, ...]
-    """sha256 keys."""
+    def __len__(self) -> int: ...
 
-    @property
-    def group_keys(self) -> tuple[str, ...]:
-        """Everything that links it, without repeats."""
-        return (*dict.fromkeys(self.images), self.record)
+    def __getitem__(self, index: int) -> Example: ...
 
 
-def assign_split(
-    samples: Sequence[Links],
-    *,
-    declared: Mapping[str, Literal["auto", "train", "eval"]],
-    eval_fraction: float,
-    seed: int,
-) -> list[Side]:
-    """The side of every sample, so that no image and no record is on both.
+class Epoch:
+    """The samples of one epoch, by index."""
 
-    A set declared `train` or `eval` keeps its side. Samples of `auto` sets go with all that they
-    are linked to, held out by a hash of the group. A group that holds over half of a set (links
-    percolate) has its images hashed one by one instead. A sample whose images fall on both
-    sides, or a training sample linked to one that is held out, `straddles_split`.
+    def __init__(self, composer: Composer, drawn: Drawn, blends: np.ndarray) -> None:
+        self._composer, self._drawn = composer, drawn
+        self.blends = blends
+        """(S,) int64: the blend that a sample is of, by its place among them."""
+        self._lines, self._images = offsets(drawn.counts), offsets(drawn.image_counts)
+        examples, whole = composer.examples, drawn.record >= 0
+        record = drawn.record[whole]
+        self.lengths = totals(composer.tokens(drawn.lines, drawn.counts), drawn.counts)
+        """(S,) int64: positions, images included."""
+        self.lengths[whole] = examples.lengths[record]
+        self.targets = totals(composer.targets(drawn.lines), drawn.counts)
+        """(S,) int64: supervised targets."""
+        self.targets[whole] = examples.targets[record]
+        self.rounds = drawn.counts.copy()
+        """(S,) int64."""
+        self.rounds[whole] = examples.counts["rounds"][record]
+        self.images = drawn.image_counts.copy()
+        """(S,) int64: how many images."""
+        self.images[whole] = examples.counts["images"][record]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        """Sample `index`, 0 <= index < S."""
+        drawn, composer = self._drawn, self._composer
+        if drawn.record[index] >= 0:
+            return composer.examples[int(drawn.record[index])]
+        line, image = self._lines[index], self._images[index]
+        return composer.compose(
+            drawn.lines.slice(line, line + drawn.counts[index]),
+            drawn.images[image : image + drawn.image_counts[index]],
+        )
+
+    def take(self, samples: np.ndarray) -> "Epoch":
+        """Those samples, in that order."""
+        return Epoch(self._composer, self._drawn.take(samples), self.blends[samples])
+
+    def said(self) -> Iterator[tuple[bytes, bytes]]:
+        """The ids of question and answer of every round of every sample, as bytes."""
+        for index in range(len(self)):
+            yield from self._composer.examples.said(self._members(index))
+
+    def _members(self, index: int) -> np.ndarray:
+        record, examples = int(self._drawn.record[index]), self._composer.examples
+        if record >= 0:
+            first = examples.starts["rounds"][record]
+            return np.arange(first, first + examples.counts["rounds"][record])
+        line = self._lines[index]
+        return self._drawn.lines.round[line : line + self._drawn.counts[index]]
+
+
+class Blender:
+    """The samples of every epoch of one side of the split."""
+
+    def __init__(
+        self, prepared: Prepared, split: Literal["train", "eval"], *, data: DataConfig, seed: int
+    ) -> None:
+        """Blends as `data.blends` says; conversations that it does not name are samples by themselves."""
+        examples = getattr(prepared, split)
+        self._composer = Composer(
+            examples,
+            prepared.phrases,
+            image_tokens=prepared.image_tokens,
+            pad_id=prepared.pad_id,
+        )
+        self._data, self._seed = data, seed
+        self.blends = data.all_blends()
+        self._makers = [
+            _maker(blend, examples, data=data, sources=prepared.sources)
+            for blend in self.blends.values()
+        ]
+        self.sizes = shares(
+            self.blends.values(),
+            made=[maker.size for maker in self._makers],
+            temperature=data.temperature,
+        )
+        """Samples of each blend in an epoch: always the same."""
+        self._epoch = -1
+        self._drawn: Epoch | None = None
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def epoch(self, number: int) -> Epoch:
+        """The samples of epoch `number`, blend by blend; the last one asked for is kept."""
+        if self._drawn is None or number != self._epoch:
+            drawn = [
+                self._draw(maker, size, number)
+                for maker, size in zip(self._makers, self.sizes, strict=True)
+            ]
+            blends = np.repeat(np.arange(len(drawn)), self.sizes)
+            self._epoch, self._drawn = (
+                number,
+                Epoch(self._composer, Drawn.concatenate(drawn), blends),
+            )
+        return self._drawn
+
+    def _draw(self, maker: "_Maker", size: int, epoch: int) -> Drawn:
+        """`size` samples: whole passes over what the blend makes, and some of another pass."""
+        hashes, parts, wanted = self._composer.examples.hashes, [], size
+        while wanted or not parts:
+            key = mix(self._seed, epoch, len(parts))
+            samples = self._capped(maker.make(key))
+            if wanted < maker.size:
+                chosen = np.argsort(mix(hashes[samples.lead], key), kind="stable")[:wanted]
+                samples = samples.take(np.sort(chosen))
+            parts.append(samples)
+            wanted -= len(samples.record)
+        return Drawn.concatenate(parts)
+
+    def _capped(self, drawn: Drawn) -> Drawn:
+        """Without the last rounds of samples that are longer than the caps allow."""
+        data, counts = self._data, drawn.counts
+        first = np.repeat(offsets(counts), counts)
+        images = running(drawn.lines.fresh, counts)
+        keep = running(self._composer.tokens(drawn.lines, counts), counts) <= data.max_tokens
+        keep &= images <= data.max_images
+        if data.max_rounds is not None:
+            keep &= np.arange(len(first)) - first < data.max_rounds
+        if keep.all():
+            return drawn
+        keep = running(~keep, counts) == 0  # nothing comes after a round that is left out
+        lines = drawn.lines.take(np.flatnonzero(keep))
+        kept = totals(keep, counts)
+        shown = totals(lines.fresh, kept)
+        at = spans(offsets(drawn.image_counts), shown)
+        return drawn._replace(counts=kept, lines=lines, image_counts=shown, images=drawn.images[at])
+
+
+def shares(
+    blends: Collection[BlendConfig], *, made: Sequence[int], temperature: float
+) -> list[int]:
+    """How many samples an epoch has of each blend, of which one pass makes `made`.
+
+    A blend's size is its `samples`, or `epochs` passes. The epoch has as many samples as all sizes together,
+    divided in proportion to weight * size ** (1 / temperature), and rounded so that none is lost.
     """
-    sides: list[Side] = [
-        "eval" if declared[sample.source] == "eval" else "train" for sample in samples
-    ]
-    automatic = [i for i, sample in enumerate(samples) if declared[sample.source] == "auto"]
-    sizes = Counter(samples[i].source for i in automatic)
-
-    def side(key: str) -> Literal["train", "eval"]:
-        digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-        return "eval" if int.from_bytes(digest[:8]) < eval_fraction * 2**64 else "train"
-
-    for group in _components([samples[i].group_keys for i in automatic]):
-        members = [samples[automatic[i]] for i in group]
-        held = Counter(member.source for member in members)
-        percolates = len(group) > 1 and any(2 * n > sizes[source] for source, n in held.items())
-        shared = side(min(key for member in members for key in member.group_keys))
-        for i, member in zip(group, members, strict=True):
-            keys = member.images or (member.record,)
-            found: set[Side] = {side(key) for key in keys} if percolates else {shared}
-            sides[automatic[i]] = found.pop() if len(found) == 1 else "straddles_split"
-
-    held_out = {
-        key
-        for sample, where in zip(samples, sides, strict=True)
-        if where == "eval"
-        for key in sample.group_keys
-    }
-    return [
-        where if where != "train" or held_out.isdisjoint(sample.group_keys) else "straddles_split"
-        for sample, where in zip(samples, sides, strict=True)
-    ]
+    sizes = np.array(
+        [
+            round(blend.epochs * found) if blend.samples is None else min(blend.samples, found)
+            for blend, found in zip(blends, made, strict=True)
+        ]
+    )
+    weights = np.array([blend.weight for blend in blends])
+    parts = weights * sizes.astype(float) ** (1 / temperature) * (sizes > 0)
+    exact = sizes.sum() * parts / max(parts.sum(), 1e-300)
+    exact = np.where(np.isclose(exact, np.round(exact), rtol=1e-9), np.round(exact), exact)
+    whole = np.floor(exact).astype(int)
+    lacking = sizes.sum() - whole.sum()
+    whole[np.argsort(whole - exact, kind="stable")[:lacking]] += 1
+    return whole.tolist()
 
 
 def order(n: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -81,21 +201,52 @@ def order(n: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def _components(keys: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Indices of the samples that share keys, directly or through others."""
-    parent = list(range(len(keys)))
+def deal(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
+    """The samples of a batch in `parts` of equal number and of tokens as equal as can be, each ascending.
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
+    The longest go first, each to the part with the fewest tokens that has room. Parts come with the most
+    tokens first, so that workers that take every so-many-th pass alike ones through at the same time.
+    """
+    room = len(lengths) // parts
+    members: list[list[int]] = [[] for _ in range(parts)]
+    tokens = [0] * parts
+    for sample in np.argsort(-lengths, kind="stable").tolist():
+        part = min((p for p in range(parts) if len(members[p]) < room), key=tokens.__getitem__)
+        members[part].append(sample)
+        tokens[part] += int(lengths[sample])
+    heaviest = sorted(range(parts), key=tokens.__getitem__, reverse=True)
+    return [np.sort(members[part]) for part in heaviest]
 
-    first: dict[str, int] = {}
-    for i, own in enumerate(keys):
-        for key in own:
-            parent[root(i)] = root(first.setdefault(key, i))
-    groups = defaultdict(list)
-    for i in range(len(keys)):
-        groups[root(i)].append(i)
-    return list(groups.values())
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Makes all samples of a blend, always as many."""
+
+    size: int
+    make: Callable[[np.ndarray], Drawn]
+    """Of the key of the draws."""
+
+
+def _maker(
+    blend: BlendConfig, examples: Examples, *, data: DataConfig, sources: list[str]
+) -> _Maker:
+    wanted = [sources.index(name) for name in blend.sets if name in sources]
+    records = np.flatnonzero(np.isin(examples.sources, wanted))
+    if blend.join:
+        joins = Joins(examples, records, followups=blend.followups)
+        return _Maker(len(joins.pairs), joins.make)
+    apart = examples.alone[records]
+    joinable, alone = records[~apart], records[apart]
+    groups = groups_of(len(joinable), *blend.concat)
+
+    def make(key: np.ndarray) -> Drawn:
+        parts = [whole(examples, alone, data)]
+        if groups == len(joinable):
+            parts.append(whole(examples, joinable, data))
+        else:
+            drawn = joinable[np.argsort(mix(examples.hashes[joinable], key), kind="stable")]
+            sizes = sizes_of(len(drawn), groups, *blend.concat, key=key)
+            parts.append(concatenated(examples, drawn, sizes))
+        return Drawn.concatenate(parts)
+
+    return _Maker(len(alone) + groups, make)

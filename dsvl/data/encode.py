@@ -2,14 +2,26 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from dsvl import template
-from dsvl.data.types import IGNORED, Conversation, Example, Kind, Rejected, Turn
+from dsvl.data.types import IGNORED, Conversation, Encoded, Example, Kind, Rejected, Turn
+from dsvl.template import (
+    AFTER_IMAGES,
+    BETWEEN_IMAGES,
+    QUESTION,
+    TEMPLATES,
+    Piece,
+    follow_up,
+    header,
+    prompt,
+    reference,
+    render,
+)
 
 
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
@@ -41,6 +53,29 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Phrases:
+    """The ids of what the template puts around rounds, so that rounds can be joined without a tokenizer."""
+
+    opening: list[int]
+    """Before the first round."""
+    turn: list[int]
+    """Before every other."""
+    first_header: list[list[int]]
+    """Before the k-th image of a sample, where it is the first of its round; k counts from 0."""
+    header: list[list[int]]
+    """The same, where it is another."""
+    after_images: list[int]
+    ask: list[int]
+    """The heading of a question."""
+    follow_up: list[list[int]]
+    """What a question about the k-th image alone begins with, where several have been shown."""
+    ref: list[list[int]]
+    """A reference to the k-th image."""
+    spaced_ref: list[list[int]]
+    """The same after a blank."""
+
+
 class Encoder:
     """Turns conversations into examples with `image_tokens` positions an image.
 
@@ -49,39 +84,85 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, *, image_tokens: int, max_tokens: int
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        image_tokens: int,
+        max_tokens: int,
+        template: str = "paper",
     ) -> None:
         self.tokenizer = tokenizer
         self.image_tokens = image_tokens
         self.max_tokens = max_tokens
+        self.template = template
         self.pad_id = pad_id(tokenizer)
 
-    def encode(self, conversation: Conversation, keys: Sequence[str]) -> Example | Rejected:
+    def encode(self, conversation: Conversation, keys: Sequence[str]) -> Encoded | Rejected:
         """The example of a conversation whose images have these sha256 keys, in its order.
 
-        Rejects it as `too_long` where it has more than `max_tokens` positions.
+        It may be longer than `max_tokens`, as blending drops rounds from its end. Rejects it as
+        `too_long` where its first round is.
         """
-        pieces = list(template.render(conversation.turns))
-        ids, labels, kinds = self._positions(pieces)
-        images = tuple(keys[piece.image] for piece in pieces if piece.type == "image")
-        if len(ids) > self.max_tokens:
+        turns = conversation.turns
+        pieces = list(render(turns, self.template))
+        positions = self._positions(pieces)
+        end, shown = positions.rounds[0, 2:].tolist()
+        if end > self.max_tokens:
             detail = (
-                f"{len(ids)} tokens, {len(images) * self.image_tokens} of them for "
-                f"{len(images)} images; at most {self.max_tokens} fit"
+                f"its first round has {end} tokens, {shown * self.image_tokens} of them for "
+                f"{shown} images; at most {self.max_tokens} fit"
             )
             return Rejected(conversation.source, conversation.record, "too_long", detail)
-        return Example(conversation.id, ids, labels, kinds, images)
+        return Encoded(
+            id=conversation.id,
+            ids=positions.ids,
+            labels=positions.labels,
+            kinds=positions.kinds,
+            images=tuple(keys[piece.image] for piece in pieces if piece.type == "image"),
+            source=conversation.source,
+            alone=turns[0].role == "system",
+            rounds=positions.rounds,
+            refs=positions.refs,
+        )
 
     def prompt(self, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
         """(S,) int32 ids and (S,) int8 kinds of what follows on the last answer, or of all if there is none.
 
         A generation goes on from them; what came before is never tokenised a second time.
         """
-        pieces = list(template.prompt(turns))
+        pieces = list(prompt(turns, self.template))
         ends = [place for place, piece in enumerate(pieces) if piece.type == "end"]
-        first = ends[-1] + 1 if ends else 0
-        ids, _, kinds = self._positions(pieces[first:], begins=not ends)
-        return ids, kinds
+        positions = self._positions(pieces[ends[-1] + 1 if ends else 0 :])
+        return positions.ids, positions.kinds
+
+    def phrases(self, max_images: int) -> Phrases:
+        """Those of samples with at most so many images."""
+        style = TEMPLATES[self.template]
+        of_images = [
+            [form(image) for image in range(max_images)]
+            for form in (
+                header,
+                lambda image: BETWEEN_IMAGES + header(image),
+                follow_up,
+                reference,
+                lambda image: " " + reference(image),
+            )
+        ]
+        once = [style.system, AFTER_IMAGES, QUESTION]
+        ids = self._tokens([text for texts in (once, *of_images) for text in texts])
+        opening, after_images, ask = ids[:3]
+        tables = [ids[i : i + max_images] for i in range(3, len(ids), max_images)]
+        return Phrases(
+            opening=self._begin + opening,
+            turn=self._begin if style.begins_rounds else [],
+            first_header=tables[0],
+            header=tables[1],
+            after_images=after_images,
+            ask=ask,
+            follow_up=tables[2],
+            ref=tables[3],
+            spaced_ref=tables[4],
+        )
 
     @property
     def end(self) -> int:
@@ -96,24 +177,61 @@ class Encoder:
         assert isinstance(text, str)
         return text
 
-    def _positions(
-        self, pieces: Sequence[template.Piece], *, begins: bool = True
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        texts = [piece.text for piece in pieces if piece.type == "text"]
-        tokens = iter(
-            self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
-        )
-        bos = self.tokenizer.bos_token_id if begins else None
-        ids, labels, kinds = ([], [], []) if bos is None else ([bos], [IGNORED], [Kind.TEXT])
+    @property
+    def _begin(self) -> list[int]:
+        begin = self.tokenizer.bos_token_id
+        return [begin] if isinstance(begin, int) else []
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def _positions(self, pieces: Sequence[Piece]) -> "_Positions":
+        tokens = iter(self._tokens([piece.text for piece in pieces if piece.text]))
+        fixed = {
+            "begin": self._begin,
+            "image": [self.pad_id] * self.image_tokens,
+            "end": [self.end],
+        }
+        ids: list[int] = []
+        labels: list[int] = []
+        kinds: list[int] = []
+        rounds: list[list[int]] = []
+        refs: list[tuple[int, int, int, bool]] = []
+        shown = 0
         for piece in pieces:
-            if piece.type == "image":
-                run = [self.pad_id] * self.image_tokens
-            else:
-                run = next(tokens) if piece.type == "text" else [self.tokenizer.eos_token_id]
+            here = len(ids)
+            run = next(tokens) if piece.text else fixed[piece.type]
             ids += run
             labels += run if piece.supervise else [IGNORED] * len(run)
             kinds += [Kind.IMAGE if piece.type == "image" else Kind.TEXT] * len(run)
-        return np.array(ids, np.int32), np.array(labels, np.int32), np.array(kinds, np.int8)
+            if piece.type == "image":
+                shown += 1
+            elif piece.type == "ask":
+                rounds.append([here])
+            elif piece.type == "ref":
+                refs.append((here, len(ids), piece.image, piece.text.startswith(" ")))
+            if piece.supervise and len(rounds[-1]) == 1:
+                rounds[-1].append(here)
+            if piece.type == "end":
+                rounds[-1] += [len(ids), shown]
+        answered = [found for found in rounds if len(found) == 4]
+        return _Positions(
+            np.array(ids, np.int32),
+            np.array(labels, np.int32),
+            np.array(kinds, np.int8),
+            np.array(answered, np.int32).reshape(-1, 4),
+            np.array(refs, np.int32).reshape(-1, 4),
+        )
+
+
+class _Positions(NamedTuple):
+    ids: np.ndarray
+    labels: np.ndarray
+    kinds: np.ndarray
+    rounds: np.ndarray
+    refs: np.ndarray
 
 
 def show(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:

@@ -2,11 +2,12 @@
 
 samples/*.parquet   conversations before any template, in the order of their raw records
 images/*.parquet    every image that decoded, once: its bytes and where it was first seen
-encoded/*.npy       token ids, labels, kinds and images of all samples laid end to end, with
-                    offsets; the indices of each split; pixels resized to what the tower takes
+encoded/*.npy       token ids, labels, kinds, images and rounds of all conversations laid end to end,
+                    with offsets; the indices of each split; pixels resized to what the tower takes
 quarantine.jsonl    raw records that did not come through
 bad_images.jsonl    image files that could not be used: size and time of change, to notice a repair
-manifest.json       identity, conservation of every set, realised mix, sha256 of every file
+manifest.json       identity, conservation of every set, realised mix, ids of the template's phrases,
+                    sha256 of every file
 """
 
 import hashlib
@@ -20,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsvl.data.encode import Phrases
 from dsvl.data.images import ImageProcessor
 from dsvl.data.types import Example, Part, Turn
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SPLITS = ("train", "eval")
-RAGGED = ("ids", "images", "names")
+RAGGED = ("ids", "images", "names", "rounds", "refs")
 """What `offsets` counts: its row n is where sample n starts in each of them."""
 
 SAMPLES = pa.schema(
@@ -63,37 +65,79 @@ IMAGES = pa.schema(
 
 
 class Examples:
-    """The encoded samples of one split, by index."""
+    """The encoded conversations of one split, each by itself, by index."""
 
     def __init__(self, folder: Path, split: str, keys: list[str]) -> None:
         def column(name: str) -> np.ndarray:
             # A view of the memory map: slicing an np.memmap itself is ten times as slow.
             return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
 
-        self._ids, self._labels, self._kinds = column("ids"), column("labels"), column("kinds")
-        self._images, self._names = column("images"), column("names")
-        self._offsets = column("offsets")
+        self.ids, self.labels, self.kinds = column("ids"), column("labels"), column("kinds")
+        """Of all conversations of both splits, laid end to end."""
+        self.images, self.rounds, self.refs = column("images"), column("rounds"), column("refs")
+        """The same of their images, as indices into `keys`; their rounds; and their references."""
+        self._names, self._offsets = column("names"), column("offsets")
         self._rows = column(split)
-        self._keys = keys
-        self.lengths: np.ndarray = np.diff(self._offsets[:, 0])[self._rows]
-        """(N,) int64 positions a sample, images included."""
+        self.keys = keys
+        """sha256 of every image."""
+        self.starts = {name: self._offsets[self._rows, i] for i, name in enumerate(RAGGED)}
+        """(N,) int64: where a conversation starts in each of what is laid end to end."""
+        self.counts = {
+            name: self._offsets[self._rows + 1, i] - self.starts[name]
+            for i, name in enumerate(RAGGED)
+        }
+        """(N,) int64: how many it has of them."""
+        self.lengths: np.ndarray = self.counts["ids"]
+        """(N,) int64 positions, images included."""
         self.targets: np.ndarray = column("targets")[self._rows]
-        """(N,) int64 supervised targets a sample: what `Batch.targets` sums."""
+        """(N,) int64 supervised targets: what `Batch.targets` sums."""
+        self.hashes: np.ndarray = column("hashes")[self._rows]
+        """(N,) uint64: `writer.id_hash` of their ids."""
+        self.sources: np.ndarray = column("sources")[self._rows]
+        """(N,) int32: index into the manifest's `encoded_sources`."""
+        self.alone: np.ndarray = column("alone")[self._rows]
+        """(N,) bool: whether no other conversation may stand beside it."""
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        """Sample `index`, 0 <= index < N, as views of the memory map: read-only."""
+        """Conversation `index`, 0 <= index < N, as views of the memory map: read-only."""
         row = self._rows[index]
-        (start, image, name), (end, image_end, name_end) = self._offsets[row : row + 2].tolist()
+        begin, end = self._offsets[row : row + 2].tolist()
+        (start, image, _), (stop, image_stop, _) = begin[:3], end[:3]
         return Example(
-            id=self._names[name:name_end].tobytes().decode(),
-            ids=self._ids[start:end],
-            labels=self._labels[start:end],
-            kinds=self._kinds[start:end],
-            images=tuple([self._keys[i] for i in self._images[image:image_end].tolist()]),
+            id=self.name(index),
+            ids=self.ids[start:stop],
+            labels=self.labels[start:stop],
+            kinds=self.kinds[start:stop],
+            images=tuple([self.keys[i] for i in self.images[image:image_stop].tolist()]),
         )
+
+    def record(self, rounds: np.ndarray) -> np.ndarray:
+        """The conversation that each of these `rounds` is of."""
+        by_round, starts = self._by_round
+        return by_round[np.searchsorted(starts, rounds, "right") - 1]
+
+    def said(self, rounds: np.ndarray) -> Iterator[tuple[bytes, bytes]]:
+        """The ids of the question and of the answer of these rounds, as bytes."""
+        starts = self.starts["ids"][self.record(rounds)].tolist()
+        for at, (start, answer, end, _) in zip(starts, self.rounds[rounds].tolist(), strict=True):
+            yield (
+                self.ids[at + start : at + answer].tobytes(),
+                self.ids[at + answer : at + end].tobytes(),
+            )
+
+    @cached_property
+    def _by_round(self) -> tuple[np.ndarray, np.ndarray]:
+        by_round = np.argsort(self.starts["rounds"], kind="stable")
+        return by_round, self.starts["rounds"][by_round]
+
+    def name(self, index: int) -> str:
+        """The id of conversation `index`."""
+        row = self._rows[index]
+        start, stop = self._offsets[row : row + 2, RAGGED.index("names")].tolist()
+        return self._names[start:stop].tobytes().decode()
 
 
 class Prepared:
@@ -111,11 +155,16 @@ class Prepared:
         self.image_tokens: int = manifest["image_tokens"]
         """Positions an image."""
         self.pad_id: int = manifest["pad_id"]
+        self.sources: list[str] = manifest["encoded_sources"]
+        """The sets."""
+        self.phrases = Phrases(**manifest["phrases"])
         encoded = folder / "encoded"
         self._keys: list[str] = np.load(encoded / "image_keys.npy").astype(str).tolist()
         self._pixels = np.asarray(np.load(encoded / "pixels.npy", mmap_mode="r"))
         self.train = Examples(encoded, "train", self._keys)
+        """The conversations that are trained on, each by itself; `blend` makes samples of them."""
         self.eval = Examples(encoded, "eval", self._keys)
+        """Those that are held out."""
 
     @property
     def quarantined(self) -> int:

@@ -134,6 +134,21 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoded(Example):
+    """A conversation encoded by itself, and where it may be taken apart."""
+
+    source: str
+    """The set it is of."""
+    alone: bool
+    """Whether it has a system turn of its own, so that no other conversation may stand beside it."""
+    rounds: "numpy.ndarray"
+    """(R, 4) int32 of every round: where its question starts (after its images), where its answer starts,
+    where it ends, and how many images have been shown by then."""
+    refs: "numpy.ndarray"
+    """(n, 4) int32 of every reference to an image: start, end, the image, and whether a blank is with it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Examples in B rows, padded on the right to S positions."""
 

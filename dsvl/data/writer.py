@@ -1,6 +1,7 @@
 """Writing a prepared set (`store` says what it is): streamed to disk, then published at once."""
 
 import fcntl
+import hashlib
 import json
 import logging
 import shutil
@@ -16,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsvl.data.encode import Phrases
 from dsvl.data.images import ImageProcessor, StoredImage
 from dsvl.data.store import IMAGES, RAGGED, SAMPLES, SCHEMA_VERSION, SPLITS, sha256
-from dsvl.data.types import IGNORED, Conversation, Example, Rejected
+from dsvl.data.types import Conversation, Encoded, Rejected
 
 SHARD_BYTES = 256 << 20
 GROUP_BYTES = 8 << 20
@@ -63,7 +65,13 @@ class Writer:
     """
 
     def __init__(
-        self, folder: str | Path, *, processor: ImageProcessor, image_tokens: int, pad_id: int
+        self,
+        folder: str | Path,
+        *,
+        processor: ImageProcessor,
+        image_tokens: int,
+        pad_id: int,
+        phrases: Phrases,
     ) -> None:
         self.folder = Path(folder)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +82,7 @@ class Writer:
             "processor": asdict(processor),
             "image_tokens": image_tokens,
             "pad_id": pad_id,
+            "phrases": asdict(phrases),
         }
         for name in ("samples", "images", "encoded"):
             (self._making / name).mkdir()
@@ -86,14 +95,20 @@ class Writer:
                 ("kinds", "i1", ()),
                 ("images", "<i4", ()),
                 ("names", "u1", ()),
-                ("offsets", "<i8", (3,)),
+                ("rounds", "<i4", (4,)),
+                ("refs", "<i4", (4,)),
+                ("offsets", "<i8", (len(RAGGED),)),
                 ("targets", "<i8", ()),
+                ("hashes", "<u8", ()),
+                ("sources", "<i4", ()),
+                ("alone", "?", ()),
                 ("image_keys", "S64", ()),
                 ("pixels", "u1", (3, edge, edge)),
             )
         }
         self._index: dict[str, int] = {}
         self._rows: dict[str, int] = {}
+        self._sources: dict[str, int] = {}
         self._shards = _Shards(self._making / "images")
         self._mark_offsets()
 
@@ -117,7 +132,7 @@ class Writer:
         self._columns["pixels"].append(image.fitted[None])
         self._shards.append(image, source_id)
 
-    def example(self, example: Example) -> None:
+    def example(self, example: Encoded) -> None:
         """Store an encoded sample, whose images are stored."""
         self._rows[example.id] = len(self._rows)
         indices = [self._index[key] for key in example.images]
@@ -127,7 +142,12 @@ class Writer:
             ("kinds", example.kinds),
             ("images", np.array(indices, np.int32)),
             ("names", np.frombuffer(example.id.encode(), np.uint8)),
-            ("targets", np.array([np.count_nonzero(example.labels[1:] != IGNORED)])),
+            ("rounds", example.rounds),
+            ("refs", example.refs),
+            ("targets", np.array([(example.rounds[:, 2] - example.rounds[:, 1]).sum()])),
+            ("hashes", np.array([id_hash(example.id)], np.uint64)),
+            ("sources", np.array([self._sources.setdefault(example.source, len(self._sources))])),
+            ("alone", np.array([example.alone])),
         ):
             self._columns[name].append(values)
         self._mark_offsets()
@@ -159,6 +179,7 @@ class Writer:
                 raw, used=counts["source"], merged=counts["merged"], quarantine=quarantine
             ),
             "splits": {split: counts["split"][split] for split in SPLITS},
+            "encoded_sources": list(self._sources),
             "mix": {source: n / counts["all"] for source, n in counts["source"].items()},
             "images": len(self._index),
             "files": {
@@ -201,6 +222,11 @@ class Writer:
 
     def _mark_offsets(self) -> None:
         self._columns["offsets"].append(np.array([[self._columns[n].length for n in RAGGED]]))
+
+
+def id_hash(name: str) -> int:
+    """A sample's id as a number below 2**64: what its random draws depend on."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
 
 
 def conservation(

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dsvl.config import OptimConfig
-from dsvl.data.types import IGNORED, Example, Part, Turn
-from dsvl.evaluate import evaluate, majority_accuracy, rounds, score
+from dsvl.data.types import IGNORED, Example
+from dsvl.evaluate import evaluate, majority_accuracy, score
 from dsvl.generate import greedy
 from dsvl.optim import groups
 from tests.dsvl.test_model import batch_of, example
@@ -63,40 +63,25 @@ def test_blind_accuracy_is_that_of_zeroed_images(model):
 
 @pytest.mark.parametrize("batch", [1, 4, 50])
 def test_a_tally_does_not_depend_on_the_batch(model, batch):
-    whole = evaluate(model, Prepared(), batch=18, samples=None, device=torch.device("cpu"))
-    part = evaluate(model, Prepared(), batch=batch, samples=None, device=torch.device("cpu"))
+    held_out = Prepared.eval
+    whole = evaluate(model, Prepared(), held_out, batch=18, device=torch.device("cpu"))
+    part = evaluate(model, Prepared(), held_out, batch=batch, device=torch.device("cpu"))
     assert part.loss == pytest.approx(whole.loss, rel=1e-5)
     assert (part.targets, part.right, part.rounds) == (whole.targets, whole.right, whole.rounds)
-    first = evaluate(model, Prepared(), batch=batch, samples=5, device=torch.device("cpu"))
-    assert first.targets == sum(Prepared.eval.targets[:5])
+    first = evaluate(model, Prepared(), held_out[:5], batch=batch, device=torch.device("cpu"))
+    assert first.targets == sum(held_out.targets[:5])
 
 
-class Conversations:
-    """Conversations of a prepared set, as (question, answer) pairs."""
+class Said(list):
+    """Samples, by what is said in them: questions and answers."""
 
-    def __init__(self, **splits):
-        self.splits = splits
-
-    def conversations(self, split, count=None):
-        for pairs in self.splits[split][:count]:
-            turns = [
-                Turn(role, (Part("text", text=text),))
-                for pair in pairs
-                for role, text in zip(("user", "assistant"), pair, strict=True)
-            ]
-            yield "id", (), tuple(turns)
+    def said(self):
+        return iter(self)
 
 
 def test_the_majority_answers_each_question_as_training_mostly_did():
-    prepared = Conversations(
-        train=[
-            [("a?", "x"), ("b?", "y")],
-            [("a?", "x")],
-            [("a?", "z"), ("b?", "y")],
-            [("c?", "y")],
-        ],
-        eval=[[("a?", "x"), ("b?", "x")], [("new?", "y"), ("a?", "z")]],
-    )
-    assert list(rounds(prepared, "eval", 1)) == [("a?", "x"), ("b?", "x")]
-    assert majority_accuracy(prepared) == 2 / 4
-    assert majority_accuracy(prepared, samples=1) == 1 / 2
+    pairs = ("a?x", "b?y", "a?x", "a?z", "b?y", "c?y")
+    train = Said((pair[:2].encode(), pair[2:].encode()) for pair in pairs)
+    held_out = [(b"a?", b"x"), (b"b?", b"x"), (b"new?", b"y"), (b"a?", b"z")]
+    assert majority_accuracy(train, Said(held_out)) == 2 / 4
+    assert majority_accuracy(train, Said(held_out[:2])) == 1 / 2

@@ -3,7 +3,7 @@
 import pytest
 
 from dsvl.data.types import Part, Turn
-from dsvl.template import SYSTEM, prompt, render
+from dsvl.template import prompt, render
 
 
 def question(*content: Part | str) -> Turn:
@@ -19,8 +19,11 @@ def image(index: int) -> Part:
 
 
 def written(pieces) -> str:
-    shown = {"text": lambda p: p.text, "image": lambda p: f"<{p.image}>", "end": lambda p: "</s>"}
-    return "".join(shown[piece.type](piece) for piece in pieces)
+    shown = {"begin": "<s>", "end": "</s>"}
+    return "".join(
+        f"<{piece.image}>" if piece.type == "image" else shown.get(piece.type, piece.text)
+        for piece in pieces
+    )
 
 
 CHAT = (
@@ -33,14 +36,28 @@ CHAT = (
 )
 
 
+OPENED = (
+    "### Image 1:\n<0>\n### Image 2:\n<1>\n\n"
+    "### Question:\nWhich is larger?\n\n### Answer:\nThe first.</s>"
+)
+
+
 def test_a_conversation_is_written_as_in_the_paper():
     assert written(render(CHAT)) == (
-        "You are a powerful vision-language assistant.\n\n"
+        "<s>You are a powerful vision-language assistant.\n\n"
         "### Image 1:\n<0>\n### Image 2:\n<1>\n\n"
         "### Question:\nWhich is larger?\n\n### Answer:\nThe first.</s>"
         "### Image 3:\n<2>\n\n### Question:\nAnd this?\n\n### Answer:\nSmaller.</s>"
         "### Question:\nSure?\n\n### Answer:\nYes.</s>"
     )
+
+
+def test_the_original_code_has_another_system_text_and_begins_every_round():
+    opening, second, third = written(render(CHAT, "original")).split("<s>")[1:]
+    assert opening.startswith("You are a helpful language and vision assistant. ")
+    assert opening.endswith("natural language.\n\n" + OPENED)
+    assert second == "### Image 3:\n<2>\n\n### Question:\nAnd this?\n\n### Answer:\nSmaller.</s>"
+    assert third == "### Question:\nSure?\n\n### Answer:\nYes.</s>"
 
 
 def test_only_answers_and_their_ends_are_supervised():
@@ -55,8 +72,8 @@ def test_a_reference_is_written_with_the_number_of_its_image():
 
 def test_a_system_turn_replaces_the_usual_one():
     turns = (Turn("system", (Part("text", "Be brief."),)), question("Hi"), answer("Hi."))
-    assert written(render(turns)).startswith("Be brief.\n\n### Question:\nHi")
-    assert SYSTEM not in written(render(turns))
+    assert written(render(turns)).startswith("<s>Be brief.\n\n### Question:\nHi")
+    assert "powerful" not in written(render(turns))
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])

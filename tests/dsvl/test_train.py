@@ -34,6 +34,10 @@ class Examples(list):
         self.targets = np.array([int((e.labels[1:] != -100).sum()) for e in self])
         self.lengths = np.array([len(e.ids) for e in self])
 
+    def epoch(self, _):
+        """The samples of any epoch: these, not blended."""
+        return self
+
 
 class Prepared:
     """What training needs of a prepared set."""
@@ -68,7 +72,9 @@ def _worker(rank, world, port, config, folder, options):
         checkpoint.load(engine, found, frozen={})
         start = found.step
     records = []
-    for step in steps(engine, Prepared(), train=train, config=engine_config, start=start):
+    for step in steps(
+        engine, Prepared(), Prepared.train, train=train, config=engine_config, start=start
+    ):
         records.append((step.loss, step.grad_norm, step.lr))
         if step.number in options.get("save", ()):
             checkpoint.save(

@@ -1,100 +1,178 @@
-"""Sides of the split and orders of epochs."""
+"""Blends: nothing is lost, and what is put together in tokens is what encoding the whole would give."""
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsvl.data.blend import Links, assign_split, order
+from dsvl.config import BlendConfig, DataConfig, SetConfig
+from dsvl.data.blend import Blender, order
+from dsvl.data.encode import Encoder
+from dsvl.data.images import ImageProcessor, StoredImage
+from dsvl.data.store import open_store
+from dsvl.data.types import IGNORED, Conversation, Encoded, Example, ImageRef, Part, Turn
+from dsvl.data.writer import Sample, Writer
 
-AUTO = {"a": "auto", "b": "auto"}
+IMAGE_TOKENS, MAX_IMAGES = 3, 5
+PROCESSOR = ImageProcessor(2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
-def links(source: str, record: str, images: str = "") -> Links:
-    return Links(source, f"{source}/{record}", tuple(images))
+def said(*rounds, images: str, name: str, source: str = "a", system: str = "") -> Conversation:
+    """A conversation whose images are letters; in a question `@` shows the next, `$k` refers to the k-th."""
+    turns, shown = [], 0
+    if system:
+        turns.append(Turn("system", (Part("text", system),)))
+    for question, answer in rounds:
+        parts = []
+        for role, text in (("user", question), ("assistant", answer)):
+            content = []
+            for piece in _pieces(text):
+                if piece == "@":
+                    content.append(Part("image", image=shown))
+                    shown += 1
+                elif piece.startswith("$"):
+                    content.append(Part("ref", image=int(piece[1:]) - 1))
+                else:
+                    content.append(Part("text", piece))
+            parts.append(Turn(role, tuple(content)))
+        turns += parts
+    assert shown == len(images)
+    refs = tuple(ImageRef(letter) for letter in images)
+    key = f"{source}/{name}"
+    return Conversation(key, source, name, refs, tuple(turns), {"key": key})
 
 
-def split(samples, declared=AUTO, eval_fraction=0.5, seed=0):
-    return assign_split(samples, declared=declared, eval_fraction=eval_fraction, seed=seed)
+def _pieces(text: str) -> list[str]:
+    pieces, plain = [], ""
+    letters = iter(text)
+    for letter in letters:
+        if letter in "@$":
+            pieces += [plain] if plain else []
+            plain = ""
+            pieces.append(letter if letter == "@" else letter + next(letters))
+        else:
+            plain += letter
+    return [*pieces, plain] if plain else pieces
 
 
-SAMPLES = st.lists(
-    st.builds(
-        links,
-        st.sampled_from("abc"),
-        st.sampled_from("0123456789"),
-        st.text("ABCDEFGH", max_size=3),
-    ),
-    max_size=20,
+def prepared(folder: Path, chats: list[Conversation], encoder: Encoder):
+    letters = sorted({ref.path for chat in chats for ref in chat.images})
+    keys = {letter: f"{ord(letter):064x}" for letter in letters}
+    with Writer(
+        folder,
+        processor=PROCESSOR,
+        image_tokens=encoder.image_tokens,
+        pad_id=encoder.pad_id,
+        phrases=encoder.phrases(MAX_IMAGES),
+    ) as writer:
+        for letter, key in keys.items():
+            pixels = np.full((3, 2, 2), ord(letter), np.uint8)
+            writer.image(
+                StoredImage(key, letter.encode(), letter, 2, 2, "image/png", pixels),
+                source_id=letter,
+            )
+        samples = []
+        for chat in chats:
+            own = tuple(keys[ref.path] for ref in chat.images)
+            example = encoder.encode(chat, own)
+            writer.example(example)
+            samples.append(Sample(chat, own, "train", ()))
+        raw = Counter(chat.source for chat in chats)
+        writer.finish(samples, quarantine=(), bad_images=(), raw=raw, identity={})
+    return open_store(folder)
+
+
+@pytest.fixture(params=["paper", "original"])
+def encoder(tokenizer, request):
+    return Encoder(tokenizer, image_tokens=IMAGE_TOKENS, max_tokens=10_000, template=request.param)
+
+
+def data(*sources: str, **options) -> DataConfig:
+    sets = {
+        name: SetConfig(reader="llava_json", annotations=("a.json",), images="i")
+        for name in sources
+    }
+    return DataConfig(sets=sets, **{"max_tokens": 10_000, **options})
+
+
+def blended(store, config: DataConfig, *, seed: int = 3) -> Blender:
+    return Blender(store, "train", data=config, seed=seed)
+
+
+def follows(parts: list[Conversation]) -> Conversation:
+    """The slow definition of conversations one after another: one conversation, images renumbered."""
+    turns, images = [], []
+    for chat in parts:
+        for turn in chat.turns:
+            content = tuple(
+                replace(part, image=part.image + len(images)) if part.type != "text" else part
+                for part in turn.content
+            )
+            turns.append(Turn(turn.role, content))
+        images += chat.images
+    return replace(parts[0], images=tuple(images), turns=tuple(turns))
+
+
+def cut(whole: Encoded, rounds: int) -> Example:
+    """Its first rounds."""
+    _, _, end, shown = whole.rounds[rounds - 1].tolist()
+    parts = (whole.ids[:end], whole.labels[:end], whole.kinds[:end], whole.images[:shown])
+    return Example(whole.id, *parts)
+
+
+def assert_equal(found, expected):
+    for name in ("ids", "labels", "kinds"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    assert found.images == expected.images
+
+
+WORDS = st.sampled_from(["red", "blue $1", "$1", "$1 is", "no.", "</s>", " ", "### Answer:\n", "é"])
+
+
+@st.composite
+def chats(draw):
+    found = []
+    for number in range(draw(st.integers(1, 7))):
+        rounds, letters = [], ""
+        for _ in range(draw(st.integers(1, 3))):
+            images, question, answer = draw(st.integers(0, 2)), draw(WORDS), draw(WORDS)
+            images = min(images, MAX_IMAGES - len(letters))
+            letters += draw(st.text("abcdefgh", min_size=images, max_size=images))
+            if not letters:  # nothing to refer to yet
+                question, answer = question.replace("$1", "it"), answer.replace("$1", "it")
+            rounds.append(("@" * images + question, answer))
+        found.append(said(*rounds, images=letters, name=str(number)))
+    return found
+
+
+@settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@given(
-    SAMPLES,
-    st.fixed_dictionaries(dict.fromkeys("abc", st.sampled_from(["auto", "train", "eval"]))),
-    st.floats(0.1, 0.9),
-    st.integers(0, 9),
-)
-def test_no_image_and_no_record_is_on_both_sides(samples, declared, fraction, seed):
-    sides = split(samples, declared, fraction, seed)
-    keys = {"train": set(), "eval": set(), "straddles_split": set()}
-    for sample, side in zip(samples, sides, strict=True):
-        keys[side] |= set(sample.group_keys)
-        if declared[sample.source] == "eval":
-            assert side == "eval"
-        if declared[sample.source] == "train":
-            assert side != "eval"
-    assert keys["train"].isdisjoint(keys["eval"])
-    assert split(samples, declared, fraction, seed) == sides
-
-
-@given(SAMPLES.filter(bool), st.randoms())
-def test_sides_do_not_depend_on_the_order_of_the_samples(samples, random):
-    declared = {"a": "auto", "b": "auto", "c": "eval"}
-    shuffled = random.sample(range(len(samples)), len(samples))
-    sides = split(samples, declared)
-    assert split([samples[i] for i in shuffled], declared) == [sides[i] for i in shuffled]
-
-
-def test_linked_samples_go_together_and_none_is_lost():
-    pairs = [links("a", f"{i}", (chr(i), chr(i + i % 2))) for i in range(1000, 2000)]
-    sides = split(pairs, eval_fraction=0.1)
-    assert Counter(sides).keys() == {"train", "eval"}
-    assert 50 < Counter(sides)["eval"] < 200
-    assert all(
-        sides[i] == sides[i + 1] for i in range(len(pairs) - 1)
-        if set(pairs[i].images) & set(pairs[i + 1].images)
-    )  # fmt: skip
-
-
-def test_where_links_percolate_images_are_split_and_straddlers_named():
-    rng = np.random.default_rng(0)
-    pairs = [links("a", f"{i}", map(chr, rng.integers(1000, 1200, 2))) for i in range(1000)]
-    counts = Counter(split(pairs, eval_fraction=0.2))
-    assert 100 < counts["straddles_split"] < 450
-    assert counts["eval"] > 10
-    assert counts["train"] > 400
-
-
-def test_a_set_that_does_not_percolate_is_whole_beside_one_that_does():
-    chain = [links("a", f"{i}", chr(1000 + i) + chr(1001 + i)) for i in range(200)]
-    alone = [links("b", f"{i}", chr(5000 + i)) for i in range(200)]
-    sides = split(chain + alone)
-    assert "straddles_split" in sides[:200]
-    assert set(sides[200:]) == {"train", "eval"}
-
-
-def test_declared_sets_keep_their_side_and_training_loses_shared_images():
-    samples = [links("a", "1", "XY"), links("a", "2", "Z"), links("b", "1", "Y")]
-    sides = split(samples, {"a": "train", "b": "eval"})
-    assert sides == ["straddles_split", "train", "eval"]
-
-
-def test_the_seed_moves_the_split():
-    samples = [links("a", f"{i}", chr(1000 + i)) for i in range(100)]
-    assert split(samples, seed=1) != split(samples, seed=2)
+@given(chats(), st.integers(1, 3), st.integers(0, 2), st.integers(0, 5))
+def test_what_is_put_together_in_tokens_is_what_encoding_the_whole_gives(
+    encoder, tmp_path_factory, found, fewest, more, number
+):
+    store = prepared(tmp_path_factory.mktemp("blend") / "set", found, encoder)
+    blend = BlendConfig(sets=("a",), concat=(fewest, fewest + more))
+    epoch = blended(store, data("a", blends={"a": blend}, max_images=MAX_IMAGES)).epoch(number)
+    by_name = {chat.id: chat for chat in found}
+    seen = Counter()
+    for index in range(len(epoch)):
+        sample = epoch[index]
+        parts = [by_name[name] for name in sample.id.split("+")]
+        seen.update(part.id for part in parts)
+        keys = [f"{ord(ref.path):064x}" for ref in follows(parts).images]
+        expected = encoder.encode(follows(parts), keys)
+        fit = expected.rounds[expected.rounds[:, 3] <= MAX_IMAGES]
+        assert_equal(sample, cut(expected, len(fit)))
+        assert epoch.lengths[index] == len(sample.ids)
+        assert epoch.targets[index] == (sample.labels != IGNORED).sum()
+    if sum(len(chat.images) for chat in found) <= MAX_IMAGES:
+        assert seen == Counter(by_name.keys()), "every conversation is in one sample"
 
 
 @pytest.mark.parametrize("n", [0, 1, 1000])

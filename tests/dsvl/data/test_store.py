@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsvl.config import SetConfig
-from dsvl.data.encode import Encoder
+from dsvl.data.encode import Encoder, Phrases
 from dsvl.data.images import ImageProcessor, load
 from dsvl.data.readers import read
 from dsvl.data.sources import Images
@@ -30,6 +30,7 @@ class Made:
         folder = Images(llava_set / "images")
         encoder = Encoder(tokenizer, image_tokens=4, max_tokens=999)
         self.images, self.samples, self.examples = {}, [], []
+        self.phrases = encoder.phrases(8)
         for number, chat in enumerate(chats):
             keys = []
             for ref in chat.images:
@@ -41,7 +42,9 @@ class Made:
             self.examples.append(encoder.encode(chat, keys))
 
     def write(self, folder, samples=None, quarantine=(BAD,)):
-        with Writer(folder, processor=PROCESSOR, image_tokens=4, pad_id=2) as writer:
+        with Writer(
+            folder, processor=PROCESSOR, image_tokens=4, pad_id=2, phrases=self.phrases
+        ) as writer:
             for image in [*self.images.values(), *self.images.values()]:
                 writer.image(image, source_id=f"set/{image.path}")
             for example in self.examples:
@@ -148,7 +151,11 @@ def test_nothing_is_left_of_an_interrupted_write(made, tmp_path):
 
 
 def write_half(made, folder, written, go_on):
-    with claim(folder), Writer(folder, processor=PROCESSOR, image_tokens=4, pad_id=2) as writer:
+    phrases = Phrases(*([],) * 9)
+    with (
+        claim(folder),
+        Writer(folder, processor=PROCESSOR, image_tokens=4, pad_id=2, phrases=phrases) as writer,
+    ):
         writer.image(next(iter(made.images.values())), source_id="set/image")
         written.set()
         go_on.wait()
