@@ -4,26 +4,38 @@ import hashlib
 import json
 import logging
 import re
+import shutil
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dsvl.data.blend import Blender
-from dsvl.data.encode import fingerprint, load_tokenizer
+from dsvl.data.encode import Encoder, fingerprint, load_tokenizer
 from dsvl.data.images import ImageProcessor
-from dsvl.data.readers import read
-from dsvl.data.store import SCHEMA_VERSION, open_store, sha256, verify
-from dsvl.data.types import Conversation, Reason, Rejected
+from dsvl.data.shard import stamp
+from dsvl.data.store import SCHEMA_VERSION, open_store, verify
+from dsvl.data.types import Reason, Rejected
 from dsvl.data.writer import Writer, claim, write_quarantine
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.plan import blends_file
-from orchestration.survey import Survey, encoder_of, image_folder, stamp, survey
+from orchestration.survey import (
+    Progress,
+    Survey,
+    annotation_digests,
+    encoder_settings,
+    image_folder,
+    survey,
+)
 
 log = logging.getLogger(__name__)
+
+WORK = ".work"
+"""The folder, beside prepared sets, of what a preparation has finished."""
 
 REMEDIES: dict[Reason, str] = {
     "missing_image": "download the file, or correct its path or data.sets.SET.images",
@@ -39,8 +51,6 @@ REMEDIES: dict[Reason, str] = {
     "straddles_split": "let the sets share no images, or declare data.sets.SET.split",
     "held_out": "none is needed: the record belongs to a benchmark",
 }
-
-Progress = Callable[[str], None]
 
 
 def prepare(experiment: Experiment, *, progress: Progress = log.info) -> dict[str, Any]:
@@ -80,25 +90,20 @@ def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str,
         FileNotFoundError: if a checkpoint's file is missing.
     """
     processor = _processor(experiment)
-    records, unreadable = _records(experiment)
-    with connect(experiment):
-        found = survey(experiment, records, processor=processor, writer=None, progress=progress)
-    errors = [*unreadable, *([] if unreadable else _errors(experiment, found))]
+    with _scratch(experiment) as work, connect(experiment):
+        found = survey(experiment, processor=processor, work=work, writer=None, progress=progress)
+    errors = [*found.unreadable, *([] if found.unreadable else _errors(experiment, found))]
     dropped: dict[tuple[str, Reason], list[Rejected]] = {}
     for rejected in found.quarantine:
         dropped.setdefault((rejected.source, rejected.reason), []).append(rejected)
-    used = Counter(sample.conversation.source for sample in found.samples)
-    merged: Counter[str] = Counter()
-    for sample in found.samples:
-        merged[sample.conversation.source] += len(sample.conversation.merged)
     return {
         "ok": not errors,
         "errors": errors,
         "sets": {
             source: {
                 "raw": raw,
-                "used": used[source],
-                "merged": merged[source],
+                "used": found.used[source],
+                "merged": found.merged[source],
                 "dropped": {
                     reason: len(those) for (of, reason), those in dropped.items() if of == source
                 },
@@ -142,10 +147,8 @@ def _make(
     progress: Progress,
 ) -> None:
     """Prepare the data in `folder`."""
-    records, unreadable = _records(experiment)
-    if unreadable:
-        raise ValueError("\n".join(unreadable))
-    encoder = encoder_of(experiment)
+    tokenizer = load_tokenizer(experiment.model.language.checkpoint)
+    encoder = Encoder(tokenizer, **encoder_settings(experiment))
     writer = Writer(
         folder,
         processor=processor,
@@ -153,21 +156,26 @@ def _make(
         pad_id=encoder.pad_id,
         phrases=encoder.phrases(experiment.data.max_images),
     )
+    work = (folder.parent / WORK).absolute()
     with writer, connect(experiment):
-        found = survey(experiment, records, processor=processor, writer=writer, progress=progress)
-        errors = _errors(experiment, found)
+        found = survey(experiment, processor=processor, work=work, writer=writer, progress=progress)
+        errors = found.unreadable or _errors(experiment, found)
         if errors:
-            left = folder.with_name(f"{folder.name}.quarantine.jsonl")
-            write_quarantine(left, found.quarantine)
-            raise ValueError("\n".join([*errors, f"every dropped record is listed in {left}"]))
-        manifest = writer.finish(
-            found.samples,
+            if not found.unreadable:
+                left = folder.with_name(f"{folder.name}.quarantine.jsonl")
+                write_quarantine(left, found.quarantine)
+                errors.append(f"every dropped record is listed in {left}")
+            raise ValueError("\n".join(errors))
+        writer.finish(
             quarantine=found.quarantine,
             bad_images=found.bad_images,
             raw=found.raw,
+            merged=found.merged,
             identity=identity,
+            about={},
         )
-    splits = manifest["splits"]
+    _tidy(work)
+    splits = found.splits
     progress(
         f"data: {splits['train']} training and {splits['eval']} held-out samples in {folder}; "
         f"{len(found.quarantine)} of {found.raw.total()} records quarantined"
@@ -193,7 +201,7 @@ def require_one_tokenizer(experiment: Experiment) -> None:
 
 def prepared_folder(experiment: Experiment, identity: dict[str, Any]) -> Path:
     """`prepared/NAME-DIGEST`: the names of the sets and a digest of all that decides a sample."""
-    name = re.sub(r"[^\w.-]+", "_", "-".join(experiment.data.sets))[:80]
+    name = re.sub(r"[^\w.-]+", "_", "-".join(sorted(experiment.data.sets)))[:80]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Path(experiment.storage.path) / "prepared" / f"{name}-{digest[:12]}"
 
@@ -204,24 +212,11 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         **experiment.preparation(),
         "annotations": {
-            source: [sha256(path) for path in _annotations(experiment, source)]
-            for source in experiment.data.sets
+            source: annotation_digests(experiment, source) for source in experiment.data.sets
         },
         **fingerprint(load_tokenizer(experiment.model.language.checkpoint)),
         "processor": asdict(_processor(experiment)),
     }
-
-
-def _annotations(experiment: Experiment, source: str) -> list[Path]:
-    names = experiment.data.sets[source].annotations
-    paths = [Path(experiment.storage.data) / name for name in names]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"data.sets.{source}.annotations: {path}: no such file; relative paths start at "
-                f"storage.data={experiment.storage.data}"
-            )
-    return paths
 
 
 def _processor(experiment: Experiment) -> ImageProcessor:
@@ -235,19 +230,26 @@ def _processor(experiment: Experiment) -> ImageProcessor:
     return processor
 
 
-def _records(experiment: Experiment) -> tuple[list[Conversation | Rejected], list[str]]:
-    """The raw records of all sets in order, and why some sets cannot be read, a line each."""
-    records: list[Conversation | Rejected] = []
-    unreadable: list[str] = []
-    root, seed = Path(experiment.storage.data), experiment.train.seed
-    most = experiment.data.max_images
-    for source, config in experiment.data.sets.items():
-        try:
-            _annotations(experiment, source)
-            records += list(read(source, config=config, root=root, max_images=most, seed=seed))
-        except (OSError, ValueError) as error:
-            unreadable.append(str(error))
-    return records, unreadable
+def _tidy(work: Path) -> None:
+    """Remove finished shards of a day ago or more whose images no prepared set holds."""
+    for shard in work.glob("shard-*"):
+        pixels = (shard / "pixels.npy").stat()
+        if pixels.st_nlink == 1 and time.time() - pixels.st_ctime > 24 * 3600:
+            shutil.rmtree(shard)
+
+
+@contextmanager
+def _scratch(experiment: Experiment) -> Iterator[Path]:
+    """A folder for a while, in the storage, which every machine sees; nothing is left of it."""
+    storage = Path(experiment.storage.path)
+    there = storage.exists()
+    storage.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".check-", dir=storage.absolute()) as folder:
+            yield Path(folder)
+    finally:
+        if not there and not any(storage.iterdir()):
+            storage.rmdir()
 
 
 def _errors(experiment: Experiment, found: Survey) -> list[str]:
@@ -269,12 +271,11 @@ def _errors(experiment: Experiment, found: Survey) -> list[str]:
                 f"({len(dropped) / raw:.1%}), more than {field}={limit} allows: "
                 f"{_top(dropped)}; repair them, or raise the limit"
             )
-    sides = Counter(sample.split for sample in found.samples)
     for split, remedy in (
         ("train", "give a set split: train or auto"),
         ("eval", "raise data.eval_fraction, or give a set split: eval"),
     ):
-        if not sides[split]:
+        if not found.splits[split]:
             errors.append(
                 f"data.sets: no sample is on the {split} side of the split, of "
                 f"{found.raw.total()} records with {len(found.quarantine)} dropped; {remedy}"

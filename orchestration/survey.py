@@ -1,44 +1,42 @@
 """Going through all raw records with Ray Data: read, check images, encode, split.
 
-The driver reads annotations and keeps what comes through; a pool of actors opens every image once
-and encodes every conversation. Results come back in the order of the records, block by block: they
-are the same whatever the number of actors, and only a few blocks are in memory at a time.
+Readers put the records of each set into shards; a pool of actors checks and encodes them, each shard by
+itself. All results are files, which a run that was killed finds again; the driver then goes through them in
+the order of the records. So what comes out is the same whatever the number of actors, and the driver holds
+no conversation and no image.
 """
 
+import hashlib
+import json
 import logging
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from dsvl.data.encode import Encoder, load_tokenizer
-from dsvl.data.images import ImageProcessor, StoredImage, load
-from dsvl.data.sources import BadImage, Images
+from dsvl.data.encode import Encoder, fingerprint, load_tokenizer
+from dsvl.data.images import ImageProcessor
+from dsvl.data.readers import read
+from dsvl.data.shard import Checker, Result, Row, Task, path_digest, path_of, samples, spool
 from dsvl.data.split import Links, assign_split
-from dsvl.data.types import Conversation, Encoded, Reason, Rejected
-from dsvl.data.writer import Sample, Writer
+from dsvl.data.store import SCHEMA_VERSION, sha256
+from dsvl.data.types import Reason, Rejected
+from dsvl.data.writer import Writer
 from orchestration.config import Experiment
 
-BLOCK = 32
-"""Records a block: what an actor takes at once."""
+READ_HERE = 32 << 20
+"""Bytes of annotations that the driver reads itself, sooner than an actor would have started."""
 SAY_EVERY = 10.0
 """Seconds between two lines of progress."""
 
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Why an image cannot be used."""
-
-    reason: Reason
-    detail: str
-    stamp: list[int] | None
-    """What its file was, by `stamp`."""
+Progress = Callable[[str], None]
 
 
 @dataclass
@@ -46,206 +44,297 @@ class Survey:
     """All raw records, gone through."""
 
     raw: Counter[str]
-    """Records of every set."""
-    samples: list[Sample] = field(default_factory=list)
-    """What came through, in the order of the records."""
+    """Records of every set, as the next two."""
+    used: Counter[str] = field(default_factory=Counter)
+    merged: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    """Samples on each side."""
     quarantine: list[Rejected] = field(default_factory=list)
     bad_images: list[dict[str, Any]] = field(default_factory=list)
     """`source`, `path` and `stamp` of every image that cannot be used."""
-
-    def drop(self, conversation: Conversation, reason: Reason, detail: str) -> None:
-        """Put all raw records of a conversation into the quarantine."""
-        for record in conversation.records:
-            self.quarantine.append(Rejected(conversation.source, record, reason, detail))
+    unreadable: list[str] = field(default_factory=list)
+    """Why sets cannot be read at all, a line each; nothing is known of their records."""
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """A conversation to encode, and the images to open: those that no earlier task opens."""
+class Kept:
+    """A conversation that came through, before the split."""
 
-    conversation: Conversation
-    folder: str
-    paths: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a task; the example's images are still paths."""
-
-    record: str
-    example: Encoded | Rejected
-    images: dict[str, StoredImage]
-    faults: dict[str, Fault]
-
-
-class Preparer:
-    """The actor: opens images and encodes conversations. A bad record is an outcome, no error."""
-
-    def __init__(
-        self,
-        *,
-        checkpoint: str,
-        processor: ImageProcessor,
-        image_tokens: int,
-        max_tokens: int,
-        template: str,
-        max_pixels: int,
-    ) -> None:
-        self._processor, self._max_pixels = processor, max_pixels
-        self._images = cache(Images)  # archives stay open
-        self._encoder = Encoder(
-            load_tokenizer(checkpoint),
-            image_tokens=image_tokens,
-            max_tokens=max_tokens,
-            template=template,
-        )
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """A column of pickled tasks -> a column of pickled outcomes."""
-        outcomes = [self.outcome(pickle.loads(task.as_py())) for task in block["task"]]
-        return pa.table({"outcome": pa.array(map(pickle.dumps, outcomes), pa.large_binary())})
-
-    def outcome(self, task: Task) -> Outcome:
-        """Open the task's images and encode its conversation."""
-        conversation = task.conversation
-        paths = [image.path for image in conversation.images]
-        outcome = Outcome(
-            conversation.record, self._encoder.encode(conversation, paths), images={}, faults={}
-        )
-        for path in task.paths:
-            try:
-                outcome.images[path] = load(
-                    self._images(task.folder),
-                    path,
-                    processor=self._processor,
-                    max_pixels=self._max_pixels,
-                )
-            except BadImage as bad:
-                found = stamp(task.folder, path)
-                outcome.faults[path] = Fault(bad.reason, bad.detail, found)
-        return outcome
+    task: int
+    row: int
+    records: tuple[str, ...]
+    links: Links
 
 
 def survey(
     experiment: Experiment,
-    records: Sequence[Conversation | Rejected],
     *,
     processor: ImageProcessor,
+    work: Path,
     writer: Writer | None,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> Survey:
-    """Check, encode and split the records; the writer, if any, gets images and examples."""
-    seen = Survey(Counter(dict.fromkeys(experiment.data.sets, 0)))
-    linked: list[tuple[Conversation, Links]] = []
-    keys: dict[tuple[str, str], str] = {}
-    faults: dict[tuple[str, str], Fault] = {}
-    outcomes = _outcomes(experiment, _tasks(experiment, records), processor)
-    for record in _told(records, seen, progress):
-        if isinstance(record, Rejected):
-            seen.raw[record.source] += 1
-            seen.quarantine.append(record)
-            continue
-        seen.raw[record.source] += len(record.records)
-        folder, outcome = image_folder(experiment, record.source), next(outcomes)
-        assert outcome.record == record.record, f"{outcome.record} came for {record.record}"
-        for path, image in outcome.images.items():
-            keys[folder, path] = image.key
-            if writer:
-                writer.image(image, source_id=f"{record.source}/{image.path}")
-        for path, fault in outcome.faults.items():
-            faults[folder, path] = fault
-            if not path.startswith("data:"):  # which only another annotation file can mend
-                about = {"source": record.source, "path": path, "stamp": fault.stamp}
-                seen.bad_images.append(about)
-        places = [(folder, image.path) for image in record.images]
-        bad = next((faults[place] for place in places if place in faults), None)
-        if bad:
-            seen.drop(record, bad.reason, bad.detail)
-        elif isinstance(outcome.example, Rejected):
-            seen.drop(record, outcome.example.reason, outcome.example.detail)
-        else:
-            images = tuple(keys[place] for place in places)
-            if writer:
-                writer.example(replace(outcome.example, images=images))
-            linked.append((record, Links(record.source, record.meta["key"], images)))
-    _split(experiment, linked, seen)
+    """Check, encode and split the records; the writer, if any, gets images, examples and samples.
+
+    Intermediate files are below `work`, which every machine must see.
+    """
+    seen = Survey(Counter(dict.fromkeys(sorted(experiment.data.sets), 0)))
+    spools = _spools(experiment, work, seen)
+    tasks, places = _tasks(experiment, spools, work, processor=processor, keep=writer is not None)
+    _check(experiment, tasks, processor=processor, keep=writer is not None, progress=progress)
+    kept = _gather(tasks, places, seen, writer)
+    _split(experiment, tasks, kept, seen, writer)
     return seen
 
 
-def encoder_of(experiment: Experiment) -> Encoder:
-    """What encodes the experiment's conversations."""
-    return Encoder(
-        load_tokenizer(experiment.model.language.checkpoint),
-        image_tokens=experiment.model.image_tokens,
-        max_tokens=experiment.data.max_tokens,
-        template=experiment.model.template,
-    )
+def _spools(experiment: Experiment, work: Path, seen: Survey) -> dict[str, Path]:
+    """The records of every set, in the order of the names of sets and files: set -> folder of shards."""
+    root, data = Path(experiment.storage.data).absolute(), experiment.data
+    jobs: list[tuple[Any, ...]] = []
+    folders: dict[str, Path] = {}
+    for source in sorted(data.sets):
+        try:
+            digests = annotation_digests(experiment, source)
+        except OSError as error:
+            seen.unreadable.append(str(error))
+            continue
+        # However the files are listed, the records are the same.
+        config = replace(
+            data.sets[source], annotations=tuple(sorted(data.sets[source].annotations))
+        )
+        identity = {
+            "schema_version": SCHEMA_VERSION,
+            "source": source,
+            "config": asdict(replace(config, records=None, max_dropped=None, split="auto")),
+            "annotations": digests,
+            "max_images": data.max_images,
+            "seed": experiment.train.seed,
+        }
+        folders[source] = work / f"records-{source}-{_digest(identity)}"
+        if not folders[source].is_dir():
+            jobs.append(
+                (source, config, root, data.max_images, experiment.train.seed, folders[source])
+            )
+    annotations = [root / name for job in jobs for name in job[1].annotations]
+    small = sum(path.stat().st_size for path in annotations) < READ_HERE
+    for source, problem in (
+        map(_Reader(), jobs)
+        if small
+        else _each(jobs, _Reader, {}, most=experiment.cluster.preparers)
+    ):
+        if problem:
+            seen.unreadable.append(problem)
+            del folders[source]
+    seen.unreadable.sort()
+    return folders
 
 
-def _told(
-    records: Sequence[Conversation | Rejected], seen: Survey, progress: Callable[[str], None]
-) -> Iterator[Conversation | Rejected]:
-    """The records one by one; says how far they are now and then, and when all have been taken."""
+class _Reader:
+    """Puts the records of a set into shards; says why, where that cannot be done."""
+
+    def __call__(self, job: tuple) -> tuple[str, str | None]:
+        source, config, root, max_images, seed, folder = job
+        try:
+            spool(read(source, config=config, root=root, max_images=max_images, seed=seed), folder)
+        except (OSError, ValueError) as error:
+            return source, str(error)
+        return source, None
+
+
+def _tasks(
+    experiment: Experiment,
+    spools: Mapping[str, Path],
+    work: Path,
+    *,
+    processor: ImageProcessor,
+    keep: bool,
+) -> tuple[list[Task], list[np.ndarray]]:
+    """Every shard as a task, and which image each of its paths is: the same number, the same image."""
+    settings = {
+        "processor": asdict(processor),
+        "tokenizer": fingerprint(load_tokenizer(experiment.model.language.checkpoint)),
+        "image_tokens": experiment.model.image_tokens,
+        "max_tokens": experiment.data.max_tokens,
+        "template": experiment.model.template,
+        "max_pixels": experiment.data.max_image_pixels,
+        "keep": keep,
+    }
+    taken: dict[bytes, int] = {}
+    tasks, places = [], []
+    for source, folder in spools.items():
+        images = image_folder(experiment, source)
+        for file in sorted(folder.iterdir()):
+            paths = pq.read_table(file, columns=["paths"])["paths"].combine_chunks().flatten()
+            own: list[int] = []
+            fresh: list[int] = []
+            for place, path in enumerate(paths.to_pylist()):
+                before = len(taken)
+                own.append(taken.setdefault(path_digest(images, path), before))
+                if own[-1] == before:
+                    fresh.append(place)
+            identity = [settings, folder.name, file.name, images, fresh]
+            result = work / f"shard-{_digest(identity)}"
+            tasks.append(Task(source, str(file), images, tuple(fresh), str(result)))
+            places.append(np.array(own, np.int64))
+    return tasks, places
+
+
+class _Preparer:
+    """The actor that checks shards."""
+
+    def __init__(
+        self, encoder: dict[str, Any], *, checkpoint: str, processor: ImageProcessor, **options: Any
+    ) -> None:
+        tokenizer = load_tokenizer(checkpoint)
+        self._checker = Checker(Encoder(tokenizer, **encoder), processor=processor, **options)
+
+    def __call__(self, job: tuple[int, Task]) -> tuple[int, bool]:
+        number, task = job
+        return number, self._checker.check(task)
+
+
+def _check(
+    experiment: Experiment,
+    tasks: Sequence[Task],
+    *,
+    processor: ImageProcessor,
+    keep: bool,
+    progress: Progress,
+) -> None:
+    checkpoint = Path(experiment.model.language.checkpoint)
+    settings = {
+        "encoder": encoder_settings(experiment),
+        "checkpoint": str(checkpoint.absolute() if checkpoint.is_dir() else checkpoint),
+        "processor": processor,
+        "max_pixels": experiment.data.max_image_pixels,
+        "keep": keep,
+    }
+    records = [pq.read_metadata(task.records).num_rows for task in tasks]
     began = said = time.monotonic()
-    for number, record in enumerate(records):
-        now = time.monotonic()
-        if number == 1:  # the first waits for the actors to start, which tells nothing of the rest
-            began = said = now
-        if number > 1 and now - said > SAY_EVERY:
+    done = found = before = 0
+    for number, made in _each(
+        list(enumerate(tasks)), _Preparer, settings, most=experiment.cluster.preparers
+    ):
+        done, found, now = (
+            done + records[number],
+            found + (not made) * records[number],
+            time.monotonic(),
+        )
+        if (
+            done - found == records[number]
+        ):  # the first waits for the actors, which tells nothing of the rest
+            began, before = now, done
+        elif now - said > SAY_EVERY:
             said = now
-            minutes = (now - began) / (number - 1) * (len(records) - number) / 60
-            progress(f"{_checked(number, records, seen)}, about {minutes:.0f} minutes to go")
-        yield record
-    progress(_checked(len(records), records, seen))
+            minutes = (now - began) / (done - before) * (sum(records) - done) / 60
+            progress(f"{_checked(done, records, found)}, about {minutes:.0f} minutes to go")
+    progress(_checked(done, records, found))
 
 
-def _checked(number: int, records: Sequence[object], seen: Survey) -> str:
-    bad = len(seen.quarantine)
-    return f"data: {number:,} of {len(records):,} records checked, {bad:,} quarantined"
+def _checked(done: int, records: Sequence[int], found: int) -> str:
+    before = f", {found:,} of them by an earlier run" if found else ""
+    return f"data: {done:,} of {sum(records):,} records checked{before}"
+
+
+def _gather(
+    tasks: Sequence[Task], places: Sequence[np.ndarray], seen: Survey, writer: Writer | None
+) -> list[Kept]:
+    """What became of every record, in order; what came through has its images and example stored."""
+    keys: dict[int, str] = {}
+    faults: dict[int, list[Any]] = {}
+    kept: list[Kept] = []
+    for number, (task, numbers) in enumerate(zip(tasks, places, strict=True)):
+        result = Result(Path(task.result))
+        columns = ["record", "merged", "reason", "detail", "id", "key", "paths"]
+        rows = pq.read_table(task.records, columns=columns)
+        paths = rows["paths"].combine_chunks().flatten()
+        for place, fault in result.faults.items():
+            path = path_of(paths[place].as_py())
+            faults[int(numbers[place])] = fault
+            if not path.startswith("data:"):
+                about = {"source": task.source, "path": path, "stamp": result.stamps[path]}
+                seen.bad_images.append(about)
+        keys |= {int(numbers[place]): key for place, key in result.images.items()}
+        if writer and result.images:
+            writer.images(result.folder, result.sha256)
+        rejected, table = result.rejected, rows.to_pylist()
+        counts = [len(raw["paths"] or ()) for raw in table]
+        ends = np.cumsum(counts).tolist()
+        usable: dict[int, tuple[str, ...]] = {}
+        for row, (raw, end, count) in enumerate(zip(table, ends, counts, strict=True)):
+            records = (raw["record"], *(raw["merged"] or ()))
+            seen.raw[task.source] += len(records)
+            own = numbers[end - count : end].tolist()
+            bad: Sequence[Any] | None = (raw["reason"], raw["detail"]) if raw["reason"] else None
+            bad = bad or next((faults[image] for image in own if image in faults), None)
+            bad = bad or rejected.get(row)
+            if bad:
+                reason, detail = cast(Reason, bad[0]), bad[1]
+                seen.quarantine += [Rejected(task.source, r, reason, detail) for r in records]
+                continue
+            usable[row] = images = tuple(keys[image] for image in own)
+            kept.append(Kept(number, row, records, Links(task.source, raw["key"], images)))
+        if writer:
+            ids = [raw["id"] for raw in table]
+            for row, example in result.examples(ids, task.source):
+                if row in usable:
+                    shown = tuple(usable[row][int(image)] for image in example.images)
+                    writer.example(replace(example, images=shown))
+    return kept
 
 
 def _split(
-    experiment: Experiment, linked: Sequence[tuple[Conversation, Links]], seen: Survey
+    experiment: Experiment,
+    tasks: Sequence[Task],
+    kept: Sequence[Kept],
+    seen: Survey,
+    writer: Writer | None,
 ) -> None:
     sides = assign_split(
-        [links for _, links in linked],
+        [one.links for one in kept],
         declared={source: config.split for source, config in experiment.data.sets.items()},
         eval_fraction=experiment.data.eval_fraction,
         seed=experiment.train.seed,
     )
-    for (conversation, links), side in zip(linked, sides, strict=True):
+    by_task: dict[int, list[tuple[Kept, str]]] = {}
+    for one, side in zip(kept, sides, strict=True):
+        source = one.links.source
         if side == "straddles_split":
-            seen.drop(
-                conversation, side, "its images, or its record, are on both sides of the split"
-            )
-        else:
-            seen.samples.append(Sample(conversation, links.images, side, links.group_keys))
-
-
-def _tasks(experiment: Experiment, records: Sequence[Conversation | Rejected]) -> list[Task]:
-    taken: set[tuple[str, str]] = set()
-    tasks = []
-    for record in records:
-        if isinstance(record, Conversation):
-            folder = image_folder(experiment, record.source)
-            paths = dict.fromkeys(image.path for image in record.images)
-            new = tuple(path for path in paths if (folder, path) not in taken)
-            taken.update((folder, path) for path in new)
-            tasks.append(Task(record, folder, new))
-    return tasks
-
-
-def stamp(folder: str, path: str) -> list[int] | None:
-    """Size and time of the last change (ns) of a file, or the archive that it is in; else None."""
-    for place in (Path(folder, path), *Path(folder, path).parents):
-        try:
-            found = place.stat()
-        except NotADirectoryError:  # something on the way is a file: an archive
+            detail = "its images, or its record, are on both sides of the split"
+            seen.quarantine += [Rejected(source, r, side, detail) for r in one.records]
             continue
-        except (OSError, ValueError):  # ValueError: a path that no file can have
-            return None
-        return [found.st_size, found.st_mtime_ns]
-    return None
+        seen.used[source] += 1
+        seen.merged[source] += len(one.records) - 1
+        seen.splits[side] += 1
+        by_task.setdefault(one.task, []).append((one, side))
+    if writer:
+        for number, own in by_task.items():
+            task = tasks[number]
+            rows = [Row(one.row, one.links.images, side, one.links.group_keys) for one, side in own]
+            writer.samples(samples(Path(task.records), task.source, rows))
+
+
+def annotation_digests(experiment: Experiment, source: str) -> dict[str, str]:
+    """sha256 of every annotation file of a set; raises FileNotFoundError where one is missing."""
+    digests = {}
+    for name in sorted(experiment.data.sets[source].annotations):
+        path = Path(experiment.storage.data) / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"data.sets.{source}.annotations: {path}: no such file; relative paths start at "
+                f"storage.data={experiment.storage.data}"
+            )
+        digests[name] = sha256(path)
+    return digests
+
+
+def encoder_settings(experiment: Experiment) -> dict[str, Any]:
+    """What decides how the experiment's conversations are encoded, beside its tokenizer."""
+    return {
+        "image_tokens": experiment.model.image_tokens,
+        "max_tokens": experiment.data.max_tokens,
+        "template": experiment.model.template,
+    }
 
 
 def image_folder(experiment: Experiment, source: str) -> str:
@@ -253,42 +342,41 @@ def image_folder(experiment: Experiment, source: str) -> str:
     return str(Path(experiment.storage.data, experiment.data.sets[source].images).absolute())
 
 
-def _outcomes(
-    experiment: Experiment, tasks: Sequence[Task], processor: ImageProcessor
-) -> Iterator[Outcome]:
-    """The outcomes of the tasks, in their order."""
+def _digest(identity: Any) -> str:
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _each(
+    jobs: Sequence[Any], worker: type, settings: dict[str, Any], *, most: int
+) -> Iterator[Any]:
+    """What a pool of 1 to `most` actors, which grows with the work, makes of the jobs, in any order."""
     import ray.data  # takes seconds, and a set that is prepared already needs none
 
-    if not tasks:
+    if not jobs:
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
-    checkpoint = Path(experiment.model.language.checkpoint)
-    blocks = [
-        pa.table({"task": pa.array(map(pickle.dumps, tasks[i : i + BLOCK]), pa.large_binary())})
-        for i in range(0, len(tasks), BLOCK)
-    ]
+
+    class Actor:
+        def __init__(self) -> None:
+            self._worker = worker(**settings)
+
+        def __call__(self, block: pa.Table) -> pa.Table:
+            done = [self._worker(pickle.loads(job.as_py())) for job in block["job"]]
+            return pa.table({"done": pa.array(map(pickle.dumps, done), pa.large_binary())})
+
+    blocks = [pa.table({"job": pa.array([pickle.dumps(job)], pa.large_binary())}) for job in jobs]
     with ray.data.DataContext.current(context):  # a dataset takes its context when it is made
-        outcomes = ray.data.from_arrow(blocks).map_batches(
-            Preparer,
-            fn_constructor_kwargs={
-                "checkpoint": str(checkpoint.absolute() if checkpoint.is_dir() else checkpoint),
-                "processor": processor,
-                "image_tokens": experiment.model.image_tokens,
-                "max_tokens": experiment.data.max_tokens,
-                "template": experiment.model.template,
-                "max_pixels": experiment.data.max_image_pixels,
-            },
+        results = ray.data.from_arrow(blocks).map_batches(
+            Actor,
             batch_size=None,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=min(experiment.cluster.preparers, len(blocks))
-            ),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(jobs))),
         )
-    for block in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for outcome in block["outcome"]:
-            yield pickle.loads(outcome.as_py())
+    for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for done in block["done"]:
+            yield pickle.loads(done.as_py())

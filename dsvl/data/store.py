@@ -3,7 +3,8 @@
 samples/*.parquet   conversations before any template, in the order of their raw records
 images/*.parquet    every image that decoded, once: its bytes and where it was first seen
 encoded/*.npy       token ids, labels, kinds, images and rounds of all conversations laid end to end,
-                    with offsets; the indices of each split; pixels resized to what the tower takes
+                    with offsets; the indices of each split
+encoded/pixels/     every image resized to what the tower takes, row by row as in images/
 quarantine.jsonl    raw records that did not come through
 bad_images.jsonl    image files that could not be used: size and time of change, to notice a repair
 manifest.json       identity, conservation of every set, realised mix, ids of the template's phrases,
@@ -12,8 +13,10 @@ manifest.json       identity, conservation of every set, realised mix, ids of th
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +163,11 @@ class Prepared:
         self.phrases = Phrases(**manifest["phrases"])
         encoded = folder / "encoded"
         self._keys: list[str] = np.load(encoded / "image_keys.npy").astype(str).tolist()
-        self._pixels = np.asarray(np.load(encoded / "pixels.npy", mmap_mode="r"))
+        self._pixels = [
+            np.asarray(np.load(path, mmap_mode="r"))
+            for path in sorted((encoded / "pixels").iterdir())
+        ]
+        self._first = np.cumsum([0, *map(len, self._pixels)]).tolist()
         self.train = Examples(encoded, "train", self._keys)
         """The conversations that are trained on, each by itself; `blend` makes samples of them."""
         self.eval = Examples(encoded, "eval", self._keys)
@@ -174,7 +181,9 @@ class Prepared:
 
     def pixels(self, key: str) -> np.ndarray:
         """(3, P, P) float32 of the image with this sha256 key, as the tower takes it."""
-        return self.processor.normalise(self._pixels[self._index[key]])
+        index = self._index[key]
+        shard = bisect_right(self._first, index) - 1
+        return self.processor.normalise(self._pixels[shard][index - self._first[shard]])
 
     def image(self, key: str) -> bytes:
         """The bytes of the image with this sha256 key, as they were found."""
@@ -189,12 +198,17 @@ class Prepared:
         self, split: str, count: int | None = None
     ) -> Iterator[tuple[str, tuple[str, ...], tuple[Turn, ...]]]:
         """(id, sha256 keys of its images, turns) of the first `count` conversations of a split."""
-        for sample in self.samples(split).slice(0, count).to_pylist():
+        for sample in islice(self._rows(split), count):
             turns = tuple(
                 Turn(message["role"], tuple(Part(**part) for part in message["content"]))
                 for message in sample["messages"]
             )
             yield sample["id"], tuple(sample["images"]), turns
+
+    def _rows(self, split: str) -> Iterator[dict[str, Any]]:
+        for path in sorted((self.folder / "samples").iterdir()):
+            for batch in pq.ParquetFile(path).iter_batches(1000):
+                yield from (row for row in batch.to_pylist() if row["split"] == split)
 
     @cached_property
     def _index(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsvl.data.columns import Column
 from dsvl.data.encode import Phrases
-from dsvl.data.images import ImageProcessor, StoredImage
+from dsvl.data.images import ImageProcessor
+from dsvl.data.shard import link
 from dsvl.data.store import IMAGES, RAGGED, SAMPLES, SCHEMA_VERSION, SPLITS, sha256
-from dsvl.data.types import Conversation, Encoded, Rejected
+from dsvl.data.types import Encoded, Rejected
 
-SHARD_BYTES = 256 << 20
-GROUP_BYTES = 8 << 20
 log = logging.getLogger(__name__)
 
 
@@ -43,18 +43,6 @@ def claim(folder: Path) -> Iterator[None]:
         for left in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(left)
         yield
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A conversation that is kept, with what was found out about it."""
-
-    conversation: Conversation
-    images: tuple[str, ...]
-    """sha256 keys, in the order of the conversation's images."""
-    split: str
-    group_keys: tuple[str, ...]
-    """What ties it to its side of the split: image keys and its record."""
 
 
 class Writer:
@@ -84,11 +72,10 @@ class Writer:
             "pad_id": pad_id,
             "phrases": asdict(phrases),
         }
-        for name in ("samples", "images", "encoded"):
-            (self._making / name).mkdir()
-        edge = processor.size
+        for name in ("samples", "images", "encoded/pixels"):
+            (self._making / name).mkdir(parents=True)
         self._columns = {
-            name: _Column(self._making / "encoded" / f"{name}.npy", dtype=dtype, shape=shape)
+            name: Column(self._making / "encoded" / f"{name}.npy", dtype=dtype, shape=shape)
             for name, dtype, shape in (
                 ("ids", "<i4", ()),
                 ("labels", "<i4", ()),
@@ -103,13 +90,16 @@ class Writer:
                 ("sources", "<i4", ()),
                 ("alone", "?", ()),
                 ("image_keys", "S64", ()),
-                ("pixels", "u1", (3, edge, edge)),
             )
         }
         self._index: dict[str, int] = {}
+        self._image_shards = 0
         self._rows: dict[str, int] = {}
         self._sources: dict[str, int] = {}
-        self._shards = _Shards(self._making / "images")
+        self._digests: dict[str, str] = {}
+        self._samples = pq.ParquetWriter(self._making / "samples/00000.parquet", SAMPLES)
+        self._splits: dict[str, list[int]] = {split: [] for split in SPLITS}
+        self._used: Counter[str] = Counter()
         self._mark_offsets()
 
     def __enter__(self) -> "Writer":
@@ -119,18 +109,44 @@ class Writer:
         try:
             for column in self._columns.values():
                 column.file.close()
-            self._shards.close()
+            self._samples.close()
         finally:
             shutil.rmtree(self._making, ignore_errors=True)
 
-    def image(self, image: StoredImage, *, source_id: str) -> None:
-        """Store an image, unless one with these bytes is stored already."""
-        if image.key in self._index:
+    def images(self, shard: Path, digests: Mapping[str, str]) -> None:
+        """Take over the images of a shard (`shard.ImageShard`), whose files have these sha256 digests.
+
+        The files are linked, not copied, unless an image of theirs is there already.
+        """
+        number = f"{self._image_shards:05}"
+        parquet = pq.ParquetFile(shard / "images.parquet")
+        keys = parquet.read(["key"])["key"].to_pylist()
+        new = [row for row, key in enumerate(keys) if key not in self._index]
+        if not new:
             return
-        self._index[image.key] = len(self._index)
-        self._columns["image_keys"].append(np.array([image.key.encode()]))
-        self._columns["pixels"].append(image.fitted[None])
-        self._shards.append(image, source_id)
+        self._image_shards += 1
+        self._index |= {keys[row]: len(self._index) + place for place, row in enumerate(new)}
+        self._columns["image_keys"].append(np.array([keys[row].encode() for row in new]))
+        for name, target in (
+            ("images.parquet", f"images/{number}.parquet"),
+            ("pixels.npy", f"encoded/pixels/{number}.npy"),
+        ):
+            if len(new) == len(keys):
+                link(shard / name, self._making / target)
+                self._digests[target] = digests[name]
+        if len(new) < len(keys):
+            pixels = np.load(shard / "pixels.npy", mmap_mode="r")
+            np.save(self._making / f"encoded/pixels/{number}.npy", pixels[new])
+            with pq.ParquetWriter(
+                self._making / f"images/{number}.parquet", IMAGES, compression="none"
+            ) as kept:
+                first = 0
+                for group in range(parquet.num_row_groups):
+                    table = parquet.read_row_group(group)
+                    rows = [row - first for row in new if 0 <= row - first < len(table)]
+                    first += len(table)
+                    if rows:
+                        kept.write_table(table.take(rows))
 
     def example(self, example: Encoded) -> None:
         """Store an encoded sample, whose images are stored."""
@@ -152,40 +168,52 @@ class Writer:
             self._columns[name].append(values)
         self._mark_offsets()
 
+    def samples(self, rows: pa.Table) -> None:
+        """Store conversations, schema `SAMPLES`, each with a side of the split and a stored example."""
+        self._samples.write_table(rows)
+        for name, source, split in zip(
+            *(rows[column].to_pylist() for column in ("id", "source", "split")), strict=True
+        ):
+            self._splits[split].append(self._rows[name])
+            self._used[source] += 1
+
     def finish(
         self,
-        samples: Iterable[Sample],
         *,
         quarantine: Sequence[Rejected],
         bad_images: Iterable[Mapping[str, Any]],
         raw: Mapping[str, int],
+        merged: Mapping[str, int],
         identity: Mapping[str, Any],
+        about: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Write what remains, publish the set under its name and return its manifest.
 
-        Each of the `samples` has a stored example; `raw` counts the records of every set.
+        `raw` counts the records of every set, `merged` those whose rounds are in a sample that another
+        record names; `about` goes into the manifest as it is.
         """
-        counts = self._write_samples(samples)
+        self._samples.close()
+        for split, indices in self._splits.items():
+            np.save(self._making / f"encoded/{split}.npy", np.array(indices, np.int64))
         for column in self._columns.values():
             column.finish()
-        self._shards.finish()
         write_quarantine(self._making / "quarantine.jsonl", quarantine)
         _write_lines(self._making / "bad_images.jsonl", bad_images)
+        paths = sorted(path for path in self._making.rglob("*") if path.is_file())
+        names = {str(path.relative_to(self._making)): path for path in paths}
+        total = self._used.total()
         manifest = {
             "schema_version": SCHEMA_VERSION,
             **self._settings,
             "identity": dict(identity),
-            "sources": conservation(
-                raw, used=counts["source"], merged=counts["merged"], quarantine=quarantine
-            ),
-            "splits": {split: counts["split"][split] for split in SPLITS},
+            "sources": conservation(raw, used=self._used, merged=merged, quarantine=quarantine),
+            "splits": {split: len(self._splits[split]) for split in SPLITS},
             "encoded_sources": list(self._sources),
-            "mix": {source: n / counts["all"] for source, n in counts["source"].items()},
+            "mix": {source: count / total for source, count in self._used.items()},
             "images": len(self._index),
+            **about,
             "files": {
-                str(path.relative_to(self._making)): sha256(path)
-                for path in sorted(self._making.rglob("*"))
-                if path.is_file()
+                name: self._digests.get(name) or sha256(path) for name, path in names.items()
             },
         }
         text = json.dumps(manifest, indent=1) + "\n"
@@ -194,31 +222,6 @@ class Writer:
             shutil.rmtree(self.folder)
         self._making.rename(self.folder)
         return manifest
-
-    def _write_samples(self, samples: Iterable[Sample]) -> dict[str, Any]:
-        rows: dict[str, list[int]] = {split: [] for split in SPLITS}
-        sources: Counter[str] = Counter()
-        merged: Counter[str] = Counter()
-        pending: list[dict[str, Any]] = []
-        with pq.ParquetWriter(self._making / "samples/00000.parquet", SAMPLES) as parquet:
-            for sample in samples:
-                rows[sample.split].append(self._rows[sample.conversation.id])
-                sources[sample.conversation.source] += 1
-                merged[sample.conversation.source] += len(sample.conversation.merged)
-                pending.append(_row(sample))
-                if len(pending) == 1000:
-                    parquet.write_table(pa.Table.from_pylist(pending, SAMPLES))
-                    pending = []
-            parquet.write_table(pa.Table.from_pylist(pending, SAMPLES))
-        for split, indices in rows.items():
-            np.save(self._making / f"encoded/{split}.npy", np.array(indices, np.int64))
-        splits = {split: len(indices) for split, indices in rows.items()}
-        return {
-            "source": sources,
-            "merged": merged,
-            "split": splits,
-            "all": sum(splits.values()),
-        }
 
     def _mark_offsets(self) -> None:
         self._columns["offsets"].append(np.array([[self._columns[n].length for n in RAGGED]]))
@@ -268,94 +271,3 @@ def write_quarantine(path: Path, quarantine: Iterable[Rejected]) -> None:
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-class _Column:
-    """An .npy file that grows along its first axis, so that nothing is held in memory."""
-
-    def __init__(self, path: Path, *, dtype: str, shape: tuple[int, ...] = ()) -> None:
-        self.file = open(path, "wb")  # noqa: SIM115 - closed by the Writer
-        self._dtype, self._shape, self.length = np.dtype(dtype), shape, 0
-        self._write_header()
-
-    def append(self, rows: np.ndarray) -> None:
-        """Add rows, of shape (n, *shape)."""
-        self.file.write(np.ascontiguousarray(rows, self._dtype).data)
-        self.length += len(rows)
-
-    def finish(self) -> None:
-        """Write the final length into the header."""
-        # numpy pads headers so that any length fits in the same room.
-        self.file.seek(0)
-        self._write_header()
-        self.file.close()
-
-    def _write_header(self) -> None:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self.length, *self._shape),
-        }
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-
-class _Shards:
-    """images/*.parquet: row groups of about 8 MB in files of about 256 MB."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._parquet, self._files = folder, None, 0
-        self._rows: list[dict[str, Any]] = []
-        self._group_bytes = self._shard_bytes = 0
-
-    def append(self, image: StoredImage, source_id: str) -> None:
-        """Add a row."""
-        row = {name: getattr(image, name) for name in IMAGES.names[:-1]}
-        self._rows.append(row | {"source_ids": [source_id]})
-        self._group_bytes += len(image.bytes)
-        if self._group_bytes >= GROUP_BYTES:
-            self._flush()
-
-    def finish(self) -> None:
-        """Write what is left; there is always one file, so that readers find the schema."""
-        if self._rows or not self._files:
-            self._flush()
-        self.close()
-
-    def close(self) -> None:
-        """Close the file that is being written."""
-        if self._parquet:
-            self._parquet.close()
-            self._parquet = None
-
-    def _flush(self) -> None:
-        if self._parquet is None:
-            path = self._folder / f"{self._files:05}.parquet"
-            self._parquet = pq.ParquetWriter(path, IMAGES, compression="none")
-            self._files += 1
-        self._parquet.write_table(pa.Table.from_pylist(self._rows, IMAGES))
-        self._shard_bytes += self._group_bytes
-        self._rows, self._group_bytes = [], 0
-        if self._shard_bytes >= SHARD_BYTES:
-            self.close()
-            self._shard_bytes = 0
-
-
-def _row(sample: Sample) -> dict[str, Any]:
-    conversation = sample.conversation
-    messages = [
-        {
-            "role": turn.role,
-            "supervise": turn.supervise,
-            "content": [asdict(part) for part in turn.content],
-        }
-        for turn in conversation.turns
-    ]
-    return {
-        "id": conversation.id,
-        "source": conversation.source,
-        "images": list(sample.images),
-        "messages": messages,
-        "split": sample.split,
-        "group_keys": list(sample.group_keys),
-        "meta": json.dumps({"record": conversation.record, **conversation.meta}),
-    }

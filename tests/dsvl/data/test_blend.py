@@ -15,7 +15,7 @@ from dsvl.data.encode import Encoder
 from dsvl.data.images import ImageProcessor, StoredImage
 from dsvl.data.store import open_store
 from dsvl.data.types import IGNORED, Conversation, Encoded, Example, ImageRef, Part, Turn
-from dsvl.data.writer import Sample, Writer
+from tests.dsvl.data.prepared import Sample, write
 
 IMAGE_TOKENS, MAX_IMAGES = 3, 5
 PROCESSOR = ImageProcessor(2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -62,27 +62,15 @@ def _pieces(text: str) -> list[str]:
 def prepared(folder: Path, chats: list[Conversation], encoder: Encoder):
     letters = sorted({ref.path for chat in chats for ref in chat.images})
     keys = {letter: f"{ord(letter):064x}" for letter in letters}
-    with Writer(
-        folder,
-        processor=PROCESSOR,
-        image_tokens=encoder.image_tokens,
-        pad_id=encoder.pad_id,
-        phrases=encoder.phrases(MAX_IMAGES),
-    ) as writer:
-        for letter, key in keys.items():
-            pixels = np.full((3, 2, 2), ord(letter), np.uint8)
-            writer.image(
-                StoredImage(key, letter.encode(), letter, 2, 2, "image/png", pixels),
-                source_id=letter,
-            )
-        samples = []
-        for chat in chats:
-            own = tuple(keys[ref.path] for ref in chat.images)
-            example = encoder.encode(chat, own)
-            writer.example(example)
-            samples.append(Sample(chat, own, "train", ()))
-        raw = Counter(chat.source for chat in chats)
-        writer.finish(samples, quarantine=(), bad_images=(), raw=raw, identity={})
+    pixels = np.zeros((3, 2, 2), np.uint8)
+    images = {
+        key: StoredImage(key, letter.encode(), letter, 2, 2, "image/png", pixels)
+        for letter, key in keys.items()
+    }
+    kept = [
+        Sample(chat, tuple(keys[ref.path] for ref in chat.images), "train", ()) for chat in chats
+    ]
+    write(folder, kept, encoder=encoder, images=images, processor=PROCESSOR)
     return open_store(folder)
 
 

@@ -3,21 +3,22 @@
 import json
 import multiprocessing
 import threading
-import time
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dsvl.config import SetConfig
 from dsvl.data.encode import Encoder, Phrases
-from dsvl.data.images import ImageProcessor, load
+from dsvl.data.images import load
 from dsvl.data.readers import read
 from dsvl.data.sources import Images
 from dsvl.data.store import open_store, verify
 from dsvl.data.types import Rejected
-from dsvl.data.writer import Sample, Writer, claim, conservation
+from dsvl.data.writer import Writer, claim, conservation
+from tests.dsvl.data.prepared import PROCESSOR, Sample, take_over, write
 
-PROCESSOR = ImageProcessor(8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 BAD = Rejected("set", "bad.json:0", "bad_roles", "message 0 is from 'robot'")
 
 
@@ -30,7 +31,7 @@ class Made:
         folder = Images(llava_set / "images")
         encoder = Encoder(tokenizer, image_tokens=4, max_tokens=999)
         self.images, self.samples, self.examples = {}, [], []
-        self.phrases = encoder.phrases(8)
+        self.encoder = encoder
         for number, chat in enumerate(chats):
             keys = []
             for ref in chat.images:
@@ -41,19 +42,9 @@ class Made:
             self.samples.append(Sample(chat, tuple(keys), split, (*keys, chat.meta["key"])))
             self.examples.append(encoder.encode(chat, keys))
 
-    def write(self, folder, samples=None, quarantine=(BAD,)):
-        with Writer(
-            folder, processor=PROCESSOR, image_tokens=4, pad_id=2, phrases=self.phrases
-        ) as writer:
-            for image in [*self.images.values(), *self.images.values()]:
-                writer.image(image, source_id=f"set/{image.path}")
-            for example in self.examples:
-                writer.example(example)
-            samples = self.samples if samples is None else samples
-            raw = {"set": len(samples) + len(quarantine)}
-            return writer.finish(
-                samples, quarantine=quarantine, bad_images=(), raw=raw, identity={"seed": 1}
-            )
+    def write(self, folder, **options):
+        options = {"images": self.images, "quarantine": (BAD,), **options}
+        return write(folder, self.samples, encoder=self.encoder, **options)
 
 
 @pytest.fixture
@@ -110,12 +101,32 @@ def test_images_come_back_as_bytes_and_as_pixels_once_each(made, tmp_path):
 
 
 def test_images_are_found_across_shards_and_row_groups(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("dsvl.data.writer.GROUP_BYTES", 1)
-    monkeypatch.setattr("dsvl.data.writer.SHARD_BYTES", 100)
-    made.write(tmp_path / "set")
-    assert len(list((tmp_path / "set/images").iterdir())) > 1
+    monkeypatch.setattr("dsvl.data.shard.GROUP_BYTES", 1)
+    made.write(tmp_path / "set", shard=3)
+    assert len(list((tmp_path / "set/images").iterdir())) == 2
     prepared = open_store(tmp_path / "set")
-    assert all(prepared.image(key) == image.bytes for key, image in made.images.items())
+    for key, image in made.images.items():
+        assert prepared.image(key) == image.bytes
+        np.testing.assert_array_equal(prepared.pixels(key), PROCESSOR.normalise(image.fitted))
+
+
+def test_an_image_that_several_shards_hold_is_stored_once(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsvl.data.shard.GROUP_BYTES", 1)
+    first, second, third, fourth = made.images.values()
+    phrases = Phrases(*([],) * 9)
+    with Writer(
+        tmp_path / "set", processor=PROCESSOR, image_tokens=4, pad_id=2, phrases=phrases
+    ) as writer:
+        for images in ([first, second], [second, first], [third, first, fourth, second]):
+            take_over(writer, images)
+        counts = {name: Counter() for name in ("raw", "merged", "identity", "about")}
+        manifest = writer.finish(quarantine=(), bad_images=(), **counts)
+    assert manifest["images"] == 4
+    prepared = open_store(tmp_path / "set")
+    for key, image in made.images.items():
+        assert prepared.image(key) == image.bytes
+        np.testing.assert_array_equal(prepared.pixels(key), PROCESSOR.normalise(image.fitted))
+    assert verify(tmp_path / "set") == []
 
 
 def test_the_manifest_accounts_for_every_record_and_file(made, tmp_path):
@@ -145,8 +156,10 @@ def test_a_lost_record_is_never_published(made, tmp_path):
 
 
 def test_nothing_is_left_of_an_interrupted_write(made, tmp_path):
+    (tmp_path / "out").mkdir()
+    made.samples.append(missing(made.samples[1]))
     with pytest.raises(KeyError):
-        made.write(tmp_path / "out/set", samples=[*made.samples, missing(made.samples[0])])
+        made.write(tmp_path / "out/set")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -156,7 +169,7 @@ def write_half(made, folder, written, go_on):
         claim(folder),
         Writer(folder, processor=PROCESSOR, image_tokens=4, pad_id=2, phrases=phrases) as writer,
     ):
-        writer.image(next(iter(made.images.values())), source_id="set/image")
+        take_over(writer, list(made.images.values()))
         written.set()
         go_on.wait()
 
@@ -193,9 +206,7 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_one_is_waited_for(mad
 
 
 def missing(sample):
-    from dataclasses import replace
-
-    return replace(sample, conversation=replace(sample.conversation, id="set/never-encoded"))
+    return replace(sample, images=("an image that is not stored",) * len(sample.images))
 
 
 def test_writing_again_replaces_the_set_and_gives_the_same_bytes(made, tmp_path):
@@ -230,18 +241,8 @@ def test_a_set_of_another_version_is_refused(made, tmp_path):
 def test_a_set_without_images_can_be_written_and_read(made, tmp_path):
     texts = [i for i, sample in enumerate(made.samples) if not sample.images]
     made.images = {}
-    made.examples = [made.examples[i] for i in texts]
-    made.write(tmp_path / "set", samples=[made.samples[i] for i in texts])
+    made.samples = [made.samples[i] for i in texts]
+    made.write(tmp_path / "set")
     prepared = open_store(tmp_path / "set")
     everything = [*prepared.train, *prepared.eval]
     assert [example.images for example in everything] == [()]
-
-
-def test_samples_are_read_by_index_in_microseconds(made, tmp_path):
-    made.write(tmp_path / "set")
-    train = open_store(tmp_path / "set").train
-    order = np.arange(len(train)).repeat(2000)
-    began = time.process_time()
-    for index in order:
-        train[index]
-    assert len(order) / (time.process_time() - began) > 50_000

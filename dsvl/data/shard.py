@@ -1,0 +1,366 @@
+"""Records in shards: a few hundred of a set, which are checked and encoded by themselves, on any machine.
+
+`spool` writes what a reader makes of raw records into files, a shard each. `Checker` takes one, opens the
+images that it is told to and encodes the conversations; its result appears under its name when it is
+complete, so that whoever comes after a killed process goes on from there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dsvl.data.columns import Column
+from dsvl.data.encode import Encoder
+from dsvl.data.images import ImageProcessor, StoredImage, load
+from dsvl.data.sources import BadImage, Images
+from dsvl.data.store import IMAGES, SAMPLES, sha256
+from dsvl.data.types import Conversation, Encoded, ImageRef, Part, Rejected, Turn
+
+RECORDS = 256
+"""Records a shard."""
+GROUP_BYTES = 8 << 20
+"""Image bytes a row group."""
+
+SPOOLED = pa.schema(
+    {
+        "record": pa.string(),
+        "merged": pa.list_(pa.string()),
+        "reason": pa.string(),  # of a rejected record, which has no more than this and what is above
+        "detail": pa.string(),
+        "id": pa.string(),
+        "key": pa.string(),
+        "paths": pa.list_(pa.binary()),  # JSON can spell paths that are no valid text
+        "messages": SAMPLES.field("messages").type,
+        "meta": pa.string(),
+    }
+)
+
+
+@contextmanager
+def complete(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which is given its name when the block ends; the first to finish wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    making.chmod(0o755)  # mkdtemp makes it private
+    try:
+        yield making
+        try:
+            making.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def spool(records: Iterable[Conversation | Rejected], folder: Path) -> None:
+    """Write the records of a set to `folder`, in their order, 00000.parquet first."""
+    with complete(folder) as making:
+        rows = map(_row, records)
+        for number in count():
+            some = list(islice(rows, RECORDS))
+            if not some:
+                break
+            pq.write_table(pa.Table.from_pylist(some, SPOOLED), making / f"{number:05}.parquet")
+
+
+def _row(record: Conversation | Rejected) -> dict[str, Any]:
+    if isinstance(record, Rejected):
+        detail = record.detail.encode(errors="backslashreplace").decode()
+        return {"record": record.record, "reason": record.reason, "detail": detail}
+    messages = [
+        {
+            "role": turn.role,
+            "supervise": turn.supervise,
+            "content": [asdict(part) for part in turn.content],
+        }
+        for turn in record.turns
+    ]
+    return {
+        "record": record.record,
+        "merged": list(record.merged),
+        "id": record.id,
+        "key": record.meta["key"],
+        "paths": [image.path.encode(errors="surrogatepass") for image in record.images],
+        "messages": messages,
+        "meta": json.dumps({"record": record.record, **record.meta}),
+    }
+
+
+class Row(NamedTuple):
+    """A record that is kept."""
+
+    place: int
+    """In its shard."""
+    images: Sequence[str]
+    """sha256 keys, in the order of the conversation's images."""
+    split: str
+    group_keys: Sequence[str]
+    """What ties it to its side of the split."""
+
+
+def samples(records: Path, source: str, kept: Sequence[Row]) -> pa.Table:
+    """The conversations that are kept of a spooled shard, schema `SAMPLES`."""
+    table = pq.read_table(records, columns=["id", "messages", "meta"])
+    table = table.take([row.place for row in kept])
+    columns = {
+        **dict(zip(table.column_names, table.columns, strict=True)),
+        "source": [source] * len(kept),
+        "images": [row.images for row in kept],
+        "split": [row.split for row in kept],
+        "group_keys": [row.group_keys for row in kept],
+    }
+    return pa.table({name: columns[name] for name in SAMPLES.names}, SAMPLES)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A shard to check."""
+
+    source: str
+    records: str
+    """Its spooled file."""
+    images: str
+    """The folder or file that holds the images of its set."""
+    fresh: tuple[int, ...]
+    """The images to open, as indices into all paths of the shard: those that no earlier shard opens."""
+    result: str
+    """The folder to write to."""
+
+
+class Checker:
+    """Opens images and encodes conversations, a shard at a time. A bad record is a result, no error."""
+
+    def __init__(
+        self, encoder: Encoder, *, processor: ImageProcessor, max_pixels: int, keep: bool
+    ) -> None:
+        """With `keep`, the images themselves are kept and not only what was found out about them."""
+        self._encoder, self._processor = encoder, processor
+        self._max_pixels, self._keep = max_pixels, keep
+        self._images = cache(Images)  # archives stay open
+
+    def check(self, task: Task) -> bool:
+        """Write the result of a shard and return true, unless it is there and its images are as they were."""
+        folder = Path(task.result)
+        if folder.is_dir():
+            if Result(folder).is_current(task.images):
+                return False
+            shutil.rmtree(folder)
+        rows = pq.read_table(task.records).to_pylist()
+        paths = [path_of(own) for row in rows for own in row["paths"] or ()]
+        found: dict[str, Any] = {"images": {}, "faults": {}, "stamps": {}, "rejected": {}}
+        with complete(folder) as making:
+            kept = ImageShard(making, edge=self._processor.size) if self._keep else None
+            for place in task.fresh:
+                path = paths[place]
+                if not path.startswith("data:"):  # which only another annotation file can change
+                    found["stamps"][path] = stamp(task.images, path)
+                try:
+                    image = load(
+                        self._images(task.images),
+                        path,
+                        processor=self._processor,
+                        max_pixels=self._max_pixels,
+                    )
+                except BadImage as bad:
+                    found["faults"][place] = [bad.reason, bad.detail]
+                    continue
+                found["images"][place] = image.key
+                if kept:
+                    kept.append(image, source_id=f"{task.source}/{image.path}")
+            if kept:
+                kept.close()
+            encoded: list[Encoded] = []
+            places: list[int] = []
+            for place, row in enumerate(rows):
+                if row["reason"]:
+                    continue
+                example = self._encoded(task.source, row)
+                if isinstance(example, Rejected):
+                    found["rejected"][place] = [example.reason, example.detail]
+                else:
+                    encoded.append(example)
+                    places.append(place)
+            np.savez(making / "encoded.npz", allow_pickle=False, **_laid_out(encoded, places))
+            found["sha256"] = {path.name: sha256(path) for path in making.iterdir()}
+            (making / "found.json").write_text(json.dumps(found), encoding="utf-8")
+        return True
+
+    def _encoded(self, source: str, row: dict[str, Any]) -> Encoded | Rejected:
+        turns = tuple(
+            Turn(message["role"], tuple(Part(**part) for part in message["content"]))
+            for message in row["messages"]
+        )
+        images = tuple(ImageRef(path_of(path)) for path in row["paths"])
+        conversation = Conversation(row["id"], source, row["record"], images, turns)
+        return self._encoder.encode(conversation, [str(i) for i in range(len(images))])
+
+
+def _laid_out(encoded: Sequence[Encoded], places: Sequence[int]) -> dict[str, np.ndarray]:
+    def end_to_end(name: str, dtype: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        return np.concatenate([np.empty((0, *shape), dtype), *(getattr(e, name) for e in encoded)])
+
+    shown = [[int(name) for name in example.images] for example in encoded]
+    return {
+        "places": np.array(places, np.int64),
+        "alone": np.array([example.alone for example in encoded], bool),
+        "ids": end_to_end("ids", "i4"),
+        "labels": end_to_end("labels", "i4"),
+        "kinds": end_to_end("kinds", "i1"),
+        "rounds": end_to_end("rounds", "i4", (4,)),
+        "refs": end_to_end("refs", "i4", (4,)),
+        "images": np.array([*chain.from_iterable(shown)], np.int64),
+        "counts": np.array(
+            [
+                [len(e.ids), len(e.rounds), len(e.refs), len(own)]
+                for e, own in zip(encoded, shown, strict=True)
+            ],
+            np.int64,
+        ).reshape(-1, 4),
+    }
+
+
+class Result:
+    """What was found out about the records of a shard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def is_current(self, images: str) -> bool:
+        """Whether the image files are still those that were opened."""
+        return all(stamp(images, path) == was for path, was in self._found["stamps"].items())
+
+    @property
+    def images(self) -> dict[int, str]:
+        """Index into the shard's paths -> sha256 key of the image that was opened."""
+        return {int(place): key for place, key in self._found["images"].items()}
+
+    @property
+    def faults(self) -> dict[int, list[str]]:
+        """Index into the shard's paths -> reason and detail, where the image cannot be used."""
+        return {int(place): fault for place, fault in self._found["faults"].items()}
+
+    @property
+    def stamps(self) -> dict[str, list[int] | None]:
+        """`stamp` of every path that was opened, but for `data:` URIs."""
+        return self._found["stamps"]
+
+    @property
+    def rejected(self) -> dict[int, list[str]]:
+        """Row -> reason and detail, where the conversation cannot be used."""
+        return {int(row): fault for row, fault in self._found["rejected"].items()}
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Digests of the files."""
+        return self._found["sha256"]
+
+    def examples(self, ids: Sequence[str], source: str) -> Iterator[tuple[int, Encoded]]:
+        """(row, what was encoded) of every conversation; `ids` are those of all rows.
+
+        Its images are indices into the images of the conversation.
+        """
+        with np.load(self.folder / "encoded.npz") as columns:
+            data = dict(columns)
+        ends = np.cumsum(data["counts"], 0)
+        starts = ends - data["counts"]
+        bounds = zip(starts.tolist(), ends.tolist(), strict=True)
+        for place, alone, (start, end) in zip(
+            data["places"].tolist(), data["alone"].tolist(), bounds, strict=True
+        ):
+            tokens, rounds, refs, images = map(slice, start, end)
+            yield (
+                place,
+                Encoded(
+                    id=ids[int(place)],
+                    ids=data["ids"][tokens],
+                    labels=data["labels"][tokens],
+                    kinds=data["kinds"][tokens],
+                    images=tuple(map(str, data["images"][images].tolist())),
+                    source=source,
+                    alone=alone,
+                    rounds=data["rounds"][rounds],
+                    refs=data["refs"][refs],
+                ),
+            )
+
+    @cached_property
+    def _found(self) -> dict[str, Any]:
+        return json.loads((self.folder / "found.json").read_text(encoding="utf-8"))
+
+
+class ImageShard:
+    """images.parquet, schema `IMAGES`, and pixels.npy, what the tower takes: row by row the same images."""
+
+    def __init__(self, folder: Path, *, edge: int) -> None:
+        self._parquet = pq.ParquetWriter(folder / "images.parquet", IMAGES, compression="none")
+        self._pixels = Column(folder / "pixels.npy", dtype="u1", shape=(3, edge, edge))
+        self._keys: set[str] = set()
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0
+
+    def append(self, image: StoredImage, *, source_id: str) -> None:
+        """Add an image, unless one with these bytes is there."""
+        if image.key in self._keys:
+            return
+        self._keys.add(image.key)
+        self._pixels.append(image.fitted[None])
+        row = {name: getattr(image, name) for name in IMAGES.names[:-1]}
+        self._rows.append(row | {"source_ids": [source_id]})
+        self._bytes += len(image.bytes)
+        if self._bytes >= GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._flush()
+        self._parquet.close()
+        self._pixels.finish()
+
+    def _flush(self) -> None:
+        self._parquet.write_table(pa.Table.from_pylist(self._rows, IMAGES))
+        self._rows, self._bytes = [], 0
+
+
+def stamp(folder: str, path: str) -> list[int] | None:
+    """Size and time of the last change (ns) of a file, or the archive that it is in; else None."""
+    for place in (Path(folder, path), *Path(folder, path).parents):
+        try:
+            found = place.stat()
+        except NotADirectoryError:  # something on the way is a file: an archive
+            continue
+        except (OSError, ValueError):  # ValueError: a path that no file can have
+            return None
+        return [found.st_size, found.st_mtime_ns]
+    return None
+
+
+def path_of(spooled: bytes) -> str:
+    """A path as the annotation has it."""
+    return spooled.decode(errors="surrogatepass")
+
+
+def path_digest(folder: str, spooled: bytes) -> bytes:
+    """16 bytes that name an image, as a `data:` URI may be long."""
+    return hashlib.blake2b(folder.encode() + b"\0" + spooled, digest_size=16).digest()
+
+
+def link(file: Path, name: Path) -> None:
+    """Give a file another name, or copy it where the storage has no links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copy2(file, name)
