@@ -1,0 +1,60 @@
+"""What is compared is the same: pixels, answers that are trained, and samples that are read."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dsvl.data.types import IGNORED
+from tests.benchmarks import loading
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """Conversations, what the original and ours make of them, and how ours are normalised and decoded."""
+    folder = tmp_path_factory.mktemp("loading")
+    chats = loading.write_set(folder, 6)
+    theirs = loading.AsTheOriginal(folder, chats)
+    return chats, theirs, loading.prepare(folder, chats), loading._tools(folder)
+
+
+def test_both_ways_give_the_same_pixels(opened):
+    chats, theirs, ours, (_, processor, _) = opened
+    assert len(theirs) == len(ours) == len(chats) == 6
+    for (_, image), (pixels, *_) in zip(ours, map(theirs.__getitem__, range(6)), strict=True):
+        assert (image.width, image.height) == (640, 480)
+        found = processor.normalise(image.fitted)
+        assert found.shape == (3, loading.EDGE, loading.EDGE)
+        assert found.std() > 0.1
+        np.testing.assert_allclose(found, pixels, atol=1e-6)
+    assert len({image.key for _, image in ours}) == 6
+
+
+def test_both_ways_train_the_answers(opened):
+    chats, theirs, ours, (_, _, encoder) = opened
+    for index, chat in enumerate(chats):
+        answers = ["".join(p.text for p in t.content) for t in chat.turns if t.role == "assistant"]
+        expected = "</s>".join([*answers, ""])
+        _, ids, labels = theirs[index]
+        trained = [label for label in labels if label != IGNORED]
+        assert encoder.decode(trained) == expected
+        assert len(ids) == len(labels)
+        example, _ = ours[index]
+        assert encoder.decode(example.labels[example.labels != IGNORED].tolist()) == expected
+
+
+def test_samples_come_back_as_they_were_written(tmp_path):
+    examples = loading.write_prepared(tmp_path / "prepared", 40).train
+    assert [examples[index].id for index in range(39)] == [f"made/{n}" for n in range(1, 40)]
+    assert all(len(examples[n].ids) > loading.IMAGE_TOKENS for n in range(39))
+
+
+def test_one_command_measures_and_leaves_a_table(tmp_path, capsys):
+    few = ["--images", "4", "--samples", "50", "--rounds", "1"]
+    loading.main([*few, "--write", str(tmp_path)])
+    found = json.loads((tmp_path / "loading.json").read_text(encoding="utf-8"))
+    assert found["images"]["ways"].keys() == {loading.OURS, loading.ORIGINAL}
+    rates = found["samples"]["samples_per_s"].values()
+    assert all(least > 0 for _, least, _ in rates)
+    assert loading.table(found) == (tmp_path / "loading.md").read_text(encoding="utf-8")
+    assert loading.table(found) in capsys.readouterr().out
