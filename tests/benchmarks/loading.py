@@ -17,8 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
-from io import BytesIO
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,31 +25,25 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from torch.utils.data import DataLoader
 
-from dsvl.config import SetConfig
 from dsvl.data.blend import order
-from dsvl.data.encode import Encoder, load_tokenizer
-from dsvl.data.images import ImageProcessor, StoredImage, load
-from dsvl.data.readers import read
-from dsvl.data.sources import Images
+from dsvl.data.images import ImageProcessor, StoredImage
 from dsvl.data.store import Prepared, open_store
-from dsvl.data.types import IGNORED, Conversation, Example, ImageRef, Kind, Part, Rejected, Turn
+from dsvl.data.types import IGNORED, Conversation, Example, ImageRef, Kind, Part, Turn
 from dsvl.data.writer import Sample, Writer
 from tests.benchmarks.case import ORIGINAL, OURS
-from tests.benchmarks.made_up import Text
 from tests.benchmarks.measure import Figures, ratios, spread
 from tests.benchmarks.mmca import machine
-from tests.benchmarks.nine_sets import LLAVA, llava
+from tests.benchmarks.opening import (
+    EDGE,
+    IMAGE_TOKENS,
+    AsTheOriginal,
+    collated,
+    prepare,
+    write_set,
+)
 
-EDGE = 448
-"""Pixels of QWen-VL's tower."""
-IMAGE_TOKENS = 256
 WORKERS = 2
 BLOCK = 32
 """Conversations that a process takes at once, as in `orchestration.survey`."""
@@ -58,124 +51,13 @@ FASTER = 1.5
 """Target: images a second, against the original's."""
 SAMPLES_PER_S = 50_000
 """Target of reading by index."""
-
-Opened = tuple[Example, StoredImage]
-
-
-def write_set(folder: Path, images: int) -> list[Conversation]:
-    """Photographs, a tokenizer and conversations about them, as LLaVA has them."""
-    (folder / "images").mkdir()
-    for number, data in enumerate(photographs(images)):
-        (folder / f"images/{number}.jpg").write_bytes(data)
-    style, _ = LLAVA["conversation_58k"]
-    records = [llava(number, str(number), style) for number in range(images)]
-    (folder / "chats.json").write_text(json.dumps(records), encoding="utf-8")
-    CLIPImageProcessorPil(
-        size={"shortest_edge": EDGE}, crop_size={"height": EDGE, "width": EDGE}
-    ).save_pretrained(folder / "vision")
-    write_tokenizer(folder / "language")
-    config = SetConfig(reader="llava_dial", annotations=("chats.json",), images="images")
-    found = read("chats", config=config, root=folder, max_images=8, seed=0)
-    return [chat for chat in found if isinstance(chat, Conversation)]
-
-
-def photographs(images: int) -> Iterator[bytes]:
-    """JPEGs of 640 x 480 pixels, as most of COCO's, cut out of two photographs and their mirror images."""
-    one, other = load_sample_images().images
-    wall = np.block([[[one], [other]], [[other[:, ::-1]], [one[:, ::-1]]]])
-    places = np.random.default_rng(0).integers(
-        0, np.subtract(wall.shape[:2], (479, 639)), (images, 2)
-    )
-    for top, left in places:
-        file = BytesIO()
-        cut = wall[top : top + 480, left : left + 640]
-        Image.fromarray(np.ascontiguousarray(cut)).save(file, "JPEG", quality=90)
-        yield file.getvalue()
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level one that has learnt the words of our texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2_000,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = Text()
-    tokenizer.train_from_iterator((text(100, n, "training") for n in range(200)), trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
-
-def prepare(folder: Path, block: Sequence[Conversation]) -> list[Opened]:
-    """What an actor of the preparation makes of conversations about an image each."""
-    images, processor, encoder = _tools(folder)
-    done = []
-    for chat in block:
-        (ref,) = chat.images
-        image = load(images, ref.path, processor=processor, max_pixels=50_000_000)
-        example = encoder.encode(chat, [image.key])
-        assert not isinstance(example, Rejected)
-        done.append((example, image))
-    return done
-
-
-@cache
-def _tools(folder: Path) -> tuple[Images, ImageProcessor, Encoder]:
-    """What a process opens once."""
-    tokenizer = load_tokenizer(str(folder / "language"))
-    encoder = Encoder(tokenizer, image_tokens=IMAGE_TOKENS, max_tokens=4096)
-    processor = ImageProcessor.from_checkpoint(folder / "vision")
-    return Images(folder / "images"), processor, encoder
-
-
-class AsTheOriginal(Dataset):
-    """The samples of the original: pixels as floats, every round tokenised with and without its answer."""
-
-    SYSTEM = "You are a powerful vision-language assistant.\n\n### Image 1:\n<image>\n\n"
-
-    def __init__(self, folder: Path, chats: Sequence[Conversation]) -> None:
-        self._folder, self._chats = folder, chats
-        self._tokenizer = load_tokenizer(str(folder / "language"))
-        self._processor = CLIPImageProcessorPil.from_pretrained(folder / "vision")
-
-    def __len__(self) -> int:
-        return len(self._chats)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, list[int], list[int]]:
-        chat = self._chats[index]
-        (ref,) = chat.images
-        image = Image.open(self._folder / "images" / ref.path).convert("RGB")
-        pixels = self._processor(image)["pixel_values"][0]
-        ids, labels = [], []
-        texts = ["".join(part.text for part in turn.content) for turn in chat.turns]
-        for number, (question, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True)):
-            asked = f"### Question:\n{question}\n\n### Answer:\n"
-            asked = asked if number else self.SYSTEM + asked
-            whole = [*self._tokens(asked + answer), self._tokenizer.eos_token_id]
-            known = len(self._tokens(asked))
-            ids += whole
-            labels += [IGNORED] * known + whole[known:]
-        return pixels, ids, labels
-
-    def _tokens(self, text: str) -> list[int]:
-        bos = [self._tokenizer.bos_token_id]
-        return bos + self._tokenizer(text, truncation=True, max_length=511).input_ids
-
-
-def collated(batch: Sequence[tuple[np.ndarray, list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
-    """Pixels of a batch as one tensor, ids and labels padded to the longest."""
-    pixels, ids, labels = zip(*batch, strict=True)
-    padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return (
-        torch.from_numpy(np.stack(pixels)),
-        padded([torch.tensor(row) for row in ids]),
-        padded([torch.tensor(row) for row in labels], padding_value=IGNORED),
-    )
+READINGS: dict[str, Callable[[Example], Any]] = {
+    "by index": lambda example: example,
+    "and every token read": lambda example: [
+        tokens.max() for tokens in (example.ids, example.labels, example.kinds)
+    ],
+}
+"""What is done with a sample, which is a view of the memory map."""
 
 
 def images_a_second(folder: Path, *, images: int, rounds: int) -> dict[str, Any]:
@@ -232,25 +114,24 @@ def processor_seconds() -> float:
 def samples_a_second(folder: Path, *, samples: int, rounds: int) -> dict[str, Any]:
     """Reading by index, in another random order each round; the first round only warms up."""
     examples = write_prepared(folder / "prepared", samples).train
-    figures: dict[str, list[float]] = {"by index": [], "by index, every token read": []}
+    figures: dict[str, list[float]] = {way: [] for way in READINGS}
     for epoch in range(rounds + 1):
         indices = order(len(examples), seed=0, epoch=epoch).tolist()
-        for way, found in figures.items():
+        for way, read in READINGS.items():
             began = time.perf_counter()
-            if way == "by index":
-                for index in indices:
-                    examples[index]
-            else:
-                for index in indices:
-                    example = examples[index]
-                    for tokens in (example.ids, example.labels, example.kinds):
-                        tokens.max()
+            for index in indices:
+                read(examples[index])
             if epoch:
-                found.append(len(indices) / (time.perf_counter() - began))
+                figures[way].append(len(indices) / (time.perf_counter() - began))
     rates = {way: spread(found) for way, found in figures.items()}
-    met = rates["by index"][0] >= SAMPLES_PER_S
-    return {"samples": samples, "rounds": rounds, "positions": int(examples.lengths.sum()),
-            "samples_per_s": rates, "target": SAMPLES_PER_S, "met": met}  # fmt: skip
+    return {
+        "samples": samples,
+        "rounds": rounds,
+        "positions": int(examples.lengths.sum()),
+        "samples_per_s": rates,
+        "target": SAMPLES_PER_S,
+        "met": rates["by index"][0] >= SAMPLES_PER_S,
+    }
 
 
 def write_prepared(folder: Path, samples: int) -> Prepared:
@@ -331,7 +212,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         images = images_a_second(Path(folder), images=options.images, rounds=options.rounds)
@@ -353,4 +233,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
     main()

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 
 from dsvl.data.types import IGNORED
-from tests.benchmarks import loading
+from tests.benchmarks import loading, opening
+from tests.benchmarks.case import ORIGINAL, OURS
 
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     """Conversations, what the original and ours make of them, and how ours are normalised and decoded."""
     folder = tmp_path_factory.mktemp("loading")
-    chats = loading.write_set(folder, 6)
-    theirs = loading.AsTheOriginal(folder, chats)
-    return chats, theirs, loading.prepare(folder, chats), loading._tools(folder)
+    chats = opening.write_set(folder, 6)
+    theirs = opening.AsTheOriginal(folder, chats)
+    return chats, theirs, opening.prepare(folder, chats), opening.tools(folder)
 
 
 def test_both_ways_give_the_same_pixels(opened):
@@ -24,7 +25,7 @@ def test_both_ways_give_the_same_pixels(opened):
     for (_, image), (pixels, *_) in zip(ours, map(theirs.__getitem__, range(6)), strict=True):
         assert (image.width, image.height) == (640, 480)
         found = processor.normalise(image.fitted)
-        assert found.shape == (3, loading.EDGE, loading.EDGE)
+        assert found.shape == (3, opening.EDGE, opening.EDGE)
         assert found.std() > 0.1
         np.testing.assert_allclose(found, pixels, atol=1e-6)
     assert len({image.key for _, image in ours}) == 6
@@ -46,14 +47,14 @@ def test_both_ways_train_the_answers(opened):
 def test_samples_come_back_as_they_were_written(tmp_path):
     examples = loading.write_prepared(tmp_path / "prepared", 40).train
     assert [examples[index].id for index in range(39)] == [f"made/{n}" for n in range(1, 40)]
-    assert all(len(examples[n].ids) > loading.IMAGE_TOKENS for n in range(39))
+    assert all(len(examples[n].ids) > opening.IMAGE_TOKENS for n in range(39))
 
 
 def test_one_command_measures_and_leaves_a_table(tmp_path, capsys):
     few = ["--images", "4", "--samples", "50", "--rounds", "1"]
     loading.main([*few, "--write", str(tmp_path)])
     found = json.loads((tmp_path / "loading.json").read_text(encoding="utf-8"))
-    assert found["images"]["ways"].keys() == {loading.OURS, loading.ORIGINAL}
+    assert found["images"]["ways"].keys() == {ORIGINAL, OURS}
     rates = found["samples"]["samples_per_s"].values()
     assert all(least > 0 for _, least, _ in rates)
     assert loading.table(found) == (tmp_path / "loading.md").read_text(encoding="utf-8")
