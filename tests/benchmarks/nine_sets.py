@@ -94,10 +94,10 @@ BASE64 = (
     Subset("TVC", 137_000, 86_000, used=3, crowded=0.2),
     Subset("VST", 32_000, 16_000, used=116, crowded=0.6),
 )
-"""Instructions in thousands by Otter's issue 318; used groups by table 1, and one that grouping loses; TVC has
-86 thousand clips of 6.7 frames (arXiv:2306.05425). Guessed: how SN's and VST's instructions are grouped,
-and why the others do not come through: ids of TVC that are not among its images (Otter's issue 172), pictures
-of VST that expired."""
+"""Instructions in thousands by Otter's issue 318; used groups by table 1, and one that grouping loses; TVC
+has 86 thousand clips of 6.7 frames (arXiv:2306.05425). Guessed: how SN's and VST's instructions are
+grouped, and why the others do not come through: ids of TVC that are not among its images (Otter's issue
+172), pictures of VST that expired."""
 
 
 class Coco:
