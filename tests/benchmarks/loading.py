@@ -3,10 +3,10 @@
     python -m tests.benchmarks.loading [--write tests/benchmarks/results] [--rounds 7] [--samples 200000]
 
 Images: two processes read, decode, hash and fit photographs to 448 pixels and encode a conversation about
-each, as the actors of a preparation do; a `torch.utils.data.DataLoader` with two workers does what the
-original does for each sample of each epoch. Both hand over their results. Times are of the processor, over
-all processes, and beside them those of the clock; the two ways take turns. Samples: encoded ones by index, in
-random order, from a prepared set. About three minutes.
+each, as the actors of a preparation do once; or they do what the original does for each sample of each
+epoch. Both are driven by a `torch.utils.data.DataLoader`, which hands the results over in shared memory.
+Times are of the processor, over all processes, and beside them those of the clock; the two ways take turns.
+Samples: encoded ones by index, in random order, from a prepared set. About a minute.
 """
 
 import argparse
@@ -16,9 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +35,12 @@ from tests.benchmarks.mmca import machine
 from tests.benchmarks.opening import (
     EDGE,
     IMAGE_TOKENS,
+    AsPrepared,
     AsTheOriginal,
-    collated,
-    prepare,
     write_set,
 )
 
 WORKERS = 2
-BLOCK = 32
-"""Conversations that a process takes at once, as in `orchestration.survey`."""
 FASTER = 1.5
 """Target: images a second, against the original's."""
 SAMPLES_PER_S = 50_000
@@ -63,27 +57,27 @@ READINGS: dict[str, Callable[[Example], Any]] = {
 def images_a_second(folder: Path, *, images: int, rounds: int) -> dict[str, Any]:
     """Both ways in turns; the first round only warms up."""
     chats = write_set(folder, images)
-    blocks = [chats[start : start + BLOCK] for start in range(0, images, BLOCK)]
-    loader = DataLoader(
-        AsTheOriginal(folder, chats),
-        batch_size=8,
-        num_workers=WORKERS,
-        persistent_workers=True,
-        collate_fn=collated,
-    )
-    with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
-        ways: dict[str, Callable[[], int]] = {
-            ORIGINAL: lambda: sum(len(pixels) for pixels, *_ in loader),
-            OURS: lambda: sum(map(len, pool.map(partial(prepare, folder), blocks))),
-        }
-        figures = {way: Figures() for way in ways}
-        for number in range(rounds + 1):
-            for way, run in ways.items():
-                wall, seconds = time.perf_counter(), processor_seconds()
-                assert run() == images
-                if number:
-                    figures[way].seconds.append(processor_seconds() - seconds)
-                    figures[way].wall.append(time.perf_counter() - wall)
+    ways = {
+        way: DataLoader(
+            samples,
+            batch_size=8,
+            num_workers=WORKERS,
+            persistent_workers=True,
+            collate_fn=samples.batch,
+        )
+        for way, samples in (
+            (ORIGINAL, AsTheOriginal(folder, chats)),
+            (OURS, AsPrepared(folder, chats)),
+        )
+    }
+    figures = {way: Figures() for way in ways}
+    for number in range(rounds + 1):
+        for way, loader in ways.items():
+            wall, seconds = time.perf_counter(), processor_seconds()
+            assert sum(len(pixels) for pixels, *_ in loader) == images
+            if number:
+                figures[way].seconds.append(processor_seconds() - seconds)
+                figures[way].wall.append(time.perf_counter() - wall)
     times = ratios(figures[ORIGINAL], figures[OURS])
     by_the_clock = Figures(figures[ORIGINAL].wall), Figures(figures[OURS].wall)
     return {

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -27,8 +27,6 @@ from tests.benchmarks.nine_sets import LLAVA, llava
 EDGE = 448
 """Pixels of QWen-VL's tower."""
 IMAGE_TOKENS = 256
-
-Opened = tuple[Example, StoredImage]
 
 
 def write_set(folder: Path, images: int) -> list[Conversation]:
@@ -80,26 +78,31 @@ def write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def prepare(folder: Path, block: Sequence[Conversation]) -> list[Opened]:
-    """What an actor of the preparation makes of conversations about an image each."""
-    images, processor, encoder = tools(folder)
-    done = []
-    for chat in block:
+class AsPrepared(Dataset):
+    """What an actor of a preparation makes of conversations about an image each."""
+
+    def __init__(self, folder: Path, chats: Sequence[Conversation]) -> None:
+        self._images, self._chats = Images(folder / "images"), chats
+        self.processor = ImageProcessor.from_checkpoint(folder / "vision")
+        tokenizer = load_tokenizer(str(folder / "language"))
+        self.encoder = Encoder(tokenizer, image_tokens=IMAGE_TOKENS, max_tokens=4096)
+
+    def __len__(self) -> int:
+        return len(self._chats)
+
+    def __getitem__(self, index: int) -> tuple[StoredImage, Example]:
+        chat = self._chats[index]
         (ref,) = chat.images
-        image = load(images, ref.path, processor=processor, max_pixels=50_000_000)
-        example = encoder.encode(chat, [image.key])
+        image = load(self._images, ref.path, processor=self.processor, max_pixels=50_000_000)
+        example = self.encoder.encode(chat, [image.key])
         assert not isinstance(example, Rejected)
-        done.append((example, image))
-    return done
+        return image, example
 
-
-@cache
-def tools(folder: Path) -> tuple[Images, ImageProcessor, Encoder]:
-    """What a process opens once."""
-    tokenizer = load_tokenizer(str(folder / "language"))
-    encoder = Encoder(tokenizer, image_tokens=IMAGE_TOKENS, max_tokens=4096)
-    processor = ImageProcessor.from_checkpoint(folder / "vision")
-    return Images(folder / "images"), processor, encoder
+    @staticmethod
+    def batch(opened: Sequence[tuple[StoredImage, Example]]) -> tuple[torch.Tensor, list, list]:
+        """Resized images as one tensor, which goes through shared memory; files and examples."""
+        fitted = torch.from_numpy(np.stack([image.fitted for image, _ in opened]))
+        return fitted, [(image.key, image.bytes) for image, _ in opened], [e for _, e in opened]
 
 
 class AsTheOriginal(Dataset):
@@ -135,13 +138,15 @@ class AsTheOriginal(Dataset):
         bos = [self._tokenizer.bos_token_id]
         return bos + self._tokenizer(text, truncation=True, max_length=511).input_ids
 
-
-def collated(batch: Sequence[tuple[np.ndarray, list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
-    """Pixels of a batch as one tensor, ids and labels padded to the longest."""
-    pixels, ids, labels = zip(*batch, strict=True)
-    padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return (
-        torch.from_numpy(np.stack(pixels)),
-        padded([torch.tensor(row) for row in ids]),
-        padded([torch.tensor(row) for row in labels], padding_value=IGNORED),
-    )
+    @staticmethod
+    def batch(
+        opened: Sequence[tuple[np.ndarray, list[int], list[int]]],
+    ) -> tuple[torch.Tensor, ...]:
+        """Pixels as one tensor, ids and labels padded to the longest."""
+        pixels, ids, labels = zip(*opened, strict=True)
+        padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        return (
+            torch.from_numpy(np.stack(pixels)),
+            padded([torch.tensor(row) for row in ids]),
+            padded([torch.tensor(row) for row in labels], padding_value=IGNORED),
+        )

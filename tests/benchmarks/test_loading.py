@@ -12,36 +12,38 @@ from tests.benchmarks.case import ORIGINAL, OURS
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """Conversations, what the original and ours make of them, and how ours are normalised and decoded."""
+    """Conversations, and what the original and ours make of them."""
     folder = tmp_path_factory.mktemp("loading")
     chats = opening.write_set(folder, 6)
-    theirs = opening.AsTheOriginal(folder, chats)
-    return chats, theirs, opening.prepare(folder, chats), opening.tools(folder)
+    return chats, opening.AsTheOriginal(folder, chats), opening.AsPrepared(folder, chats)
 
 
 def test_both_ways_give_the_same_pixels(opened):
-    chats, theirs, ours, (_, processor, _) = opened
+    chats, theirs, ours = opened
     assert len(theirs) == len(ours) == len(chats) == 6
-    for (_, image), (pixels, *_) in zip(ours, map(theirs.__getitem__, range(6)), strict=True):
+    keys = set()
+    for index in range(6):
+        image, _ = ours[index]
+        pixels, *_ = theirs[index]
         assert (image.width, image.height) == (640, 480)
-        found = processor.normalise(image.fitted)
+        found = ours.processor.normalise(image.fitted)
         assert found.shape == (3, opening.EDGE, opening.EDGE)
         assert found.std() > 0.1
         np.testing.assert_allclose(found, pixels, atol=1e-6)
-    assert len({image.key for _, image in ours}) == 6
+        keys.add(image.key)
+    assert len(keys) == 6
 
 
 def test_both_ways_train_the_answers(opened):
-    chats, theirs, ours, (_, _, encoder) = opened
+    chats, theirs, ours = opened
     for index, chat in enumerate(chats):
         answers = ["".join(p.text for p in t.content) for t in chat.turns if t.role == "assistant"]
         expected = "</s>".join([*answers, ""])
         _, ids, labels = theirs[index]
-        trained = [label for label in labels if label != IGNORED]
-        assert encoder.decode(trained) == expected
         assert len(ids) == len(labels)
-        example, _ = ours[index]
-        assert encoder.decode(example.labels[example.labels != IGNORED].tolist()) == expected
+        _, example = ours[index]
+        for found in (labels, example.labels.tolist()):
+            assert ours.encoder.decode([label for label in found if label != IGNORED]) == expected
 
 
 def test_samples_come_back_as_they_were_written(tmp_path):
