@@ -1,6 +1,6 @@
 """How fast images are opened and samples are read: against a DataLoader that does the original's work.
 
-    python -m tests.benchmarks.loading [--write tests/benchmarks/results] [--rounds 7] [--samples 200000]
+    python -m tests.benchmarks.loading [--write tests/benchmarks/results] [--rounds 9] [--samples 200000]
 
 Images: two processes read, decode, hash and fit photographs to 448 pixels and encode a conversation about
 each, as the actors of a preparation do once; or they do what the original does for each sample of each
@@ -201,9 +201,9 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--samples", type=int, default=200_000)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--write", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
     began = time.monotonic()
