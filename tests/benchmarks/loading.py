@@ -15,20 +15,23 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader
 
 from dsvl.data.blend import order
+from dsvl.data.encode import Phrases
 from dsvl.data.images import ImageProcessor, StoredImage
-from dsvl.data.store import Prepared, open_store
-from dsvl.data.types import IGNORED, Conversation, Example, ImageRef, Kind, Part, Turn
-from dsvl.data.writer import Sample, Writer
+from dsvl.data.shard import ImageShard
+from dsvl.data.store import SAMPLES, Prepared, open_store, sha256
+from dsvl.data.types import IGNORED, Encoded, Example, Kind
+from dsvl.data.writer import Writer
 from tests.benchmarks.case import ORIGINAL, OURS
 from tests.benchmarks.measure import Figures, ratios, spread
 from tests.benchmarks.mmca import machine
@@ -133,30 +136,50 @@ def write_prepared(folder: Path, samples: int) -> Prepared:
     lot = np.random.default_rng(0)
     processor = ImageProcessor(8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     keys = [f"{number:064x}" for number in range(1000)]
-    said = (
-        Turn("user", (Part("image", image=0), Part("text", "?"))),
-        Turn("assistant", (Part("text", "."),)),
-    )
-
-    def kept() -> Iterator[Sample]:
-        for number in range(samples):
-            key, name = keys[number % len(keys)], f"made/{number}"
-            chat = Conversation(name, "made", f"made.json:{number}", (ImageRef(key),), said)
-            yield Sample(chat, (key,), "train" if number else "eval", (key, name))
-
-    with Writer(folder, processor=processor, image_tokens=IMAGE_TOKENS, pad_id=0) as writer:
+    none = Phrases([], [], [[]], [[]], [], [], [[]], [[]], [[]])
+    with (
+        tempfile.TemporaryDirectory() as shard,
+        Writer(
+            folder, processor=processor, image_tokens=IMAGE_TOKENS, pad_id=0, phrases=none
+        ) as writer,
+    ):
+        images = ImageShard(Path(shard), edge=8)
         for key in keys:
             fitted = lot.integers(0, 256, (3, 8, 8), np.uint8)
             image = StoredImage(key, key.encode(), f"{key}.jpg", 8, 8, "image/jpeg", fitted)
-            writer.image(image, source_id=f"made/{key}")
+            images.append(image, source_id=f"made/{key}")
+        images.close()
+        writer.images(Path(shard), {path.name: sha256(path) for path in Path(shard).iterdir()})
         for number, words in enumerate(lot.integers(40, 240, samples).tolist()):
+            end, answer = IMAGE_TOKENS + words, IMAGE_TOKENS + words // 2
             kinds = np.repeat(np.array([Kind.IMAGE, Kind.TEXT], np.int8), (IMAGE_TOKENS, words))
             ids = np.where(kinds == Kind.TEXT, number % 32_000, 0).astype(np.int32)
-            labels = np.where(np.arange(len(ids)) > IMAGE_TOKENS + words // 2, ids, IGNORED)
-            key = keys[number % len(keys)]
-            writer.example(Example(f"made/{number}", ids, labels.astype(np.int32), kinds, (key,)))
-        raw = {"made": samples}
-        writer.finish(kept(), quarantine=(), bad_images=(), raw=raw, identity={})
+            labels = np.where(np.arange(end) >= answer, ids, IGNORED).astype(np.int32)
+            writer.example(
+                Encoded(
+                    id=f"made/{number}",
+                    ids=ids,
+                    labels=labels,
+                    kinds=kinds,
+                    images=(keys[number % len(keys)],),
+                    source="made",
+                    alone=False,
+                    rounds=np.array([[IMAGE_TOKENS, answer, end, 1]], np.int32),
+                    refs=np.empty((0, 4), np.int32),
+                )
+            )
+        rows = [
+            {
+                "id": f"made/{number}",
+                "source": "made",
+                "images": [keys[number % len(keys)]],
+                "split": "train" if number else "eval",
+            }
+            for number in range(samples)
+        ]
+        writer.samples(pa.Table.from_pylist(rows, SAMPLES))
+        counts = {"raw": {"made": samples}, "merged": {}, "identity": {}, "about": {}}
+        writer.finish(quarantine=(), bad_images=(), **counts)
     return open_store(folder)
 
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from dsvl.config import SetConfig
-from dsvl.data.blend import Links, assign_split
 from dsvl.data.readers import read
 from dsvl.data.sources import BadImage, Images
+from dsvl.data.split import Links, assign_split
 from dsvl.data.types import Conversation, Rejected
 from orchestration.compose import load
 from tests.benchmarks import raw
