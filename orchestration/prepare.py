@@ -172,7 +172,7 @@ def _make(
             raw=found.raw,
             merged=found.merged,
             identity=identity,
-            about={},
+            about={"percolations": found.percolations},
         )
     _tidy(work)
     splits = found.splits

@@ -52,6 +52,8 @@ class Survey:
     quarantine: list[Rejected] = field(default_factory=list)
     bad_images: list[dict[str, Any]] = field(default_factory=list)
     """`source`, `path` and `stamp` of every image that cannot be used."""
+    percolations: list[dict[str, Any]] = field(default_factory=list)
+    """Groups that hold over half of a set, and what splitting them costs (`dsvl.data.split`)."""
     unreadable: list[str] = field(default_factory=list)
     """Why sets cannot be read at all, a line each; nothing is known of their records."""
 
@@ -79,7 +81,7 @@ def survey(
     Intermediate files are below `work`, which every machine must see.
     """
     seen = Survey(Counter(dict.fromkeys(sorted(experiment.data.sets), 0)))
-    spools = _spools(experiment, work, seen)
+    spools = _spools(experiment, work, seen, progress)
     tasks, places = _tasks(experiment, spools, work, processor=processor, keep=writer is not None)
     _check(experiment, tasks, processor=processor, keep=writer is not None, progress=progress)
     kept = _gather(tasks, places, seen, writer)
@@ -87,7 +89,9 @@ def survey(
     return seen
 
 
-def _spools(experiment: Experiment, work: Path, seen: Survey) -> dict[str, Path]:
+def _spools(
+    experiment: Experiment, work: Path, seen: Survey, progress: Progress
+) -> dict[str, Path]:
     """The records of every set, in the order of the names of sets and files: set -> folder of shards."""
     root, data = Path(experiment.storage.data).absolute(), experiment.data
     jobs: list[tuple[Any, ...]] = []
@@ -115,13 +119,15 @@ def _spools(experiment: Experiment, work: Path, seen: Survey) -> dict[str, Path]
             jobs.append(
                 (source, config, root, data.max_images, experiment.train.seed, folders[source])
             )
-    annotations = [root / name for job in jobs for name in job[1].annotations]
-    small = sum(path.stat().st_size for path in annotations) < READ_HERE
-    for source, problem in (
-        map(_Reader(), jobs)
-        if small
-        else _each(jobs, _Reader, {}, most=experiment.cluster.preparers)
-    ):
+    size = sum((root / name).stat().st_size for job in jobs for name in job[1].annotations)
+    if size < READ_HERE:
+        results = map(_Reader(), jobs)
+    else:
+        progress(f"data: {len(jobs)} sets to read, {size / 2**30:.1f} GiB")
+        results = _each(jobs, _Reader, {}, most=experiment.cluster.preparers)
+    for done, (source, problem) in enumerate(results, start=1):
+        if size >= READ_HERE:
+            progress(f"data: {source} read, {done} of {len(jobs)} sets")
         if problem:
             seen.unreadable.append(problem)
             del folders[source]
@@ -290,14 +296,15 @@ def _split(
     seen: Survey,
     writer: Writer | None,
 ) -> None:
-    sides = assign_split(
+    split = assign_split(
         [one.links for one in kept],
         declared={source: config.split for source, config in experiment.data.sets.items()},
         eval_fraction=experiment.data.eval_fraction,
         seed=experiment.train.seed,
     )
     by_task: dict[int, list[tuple[Kept, str]]] = {}
-    for one, side in zip(kept, sides, strict=True):
+    seen.percolations = [asdict(found) for found in split.percolations]
+    for one, side in zip(kept, split.sides, strict=True):
         source = one.links.source
         if side == "straddles_split":
             detail = "its images, or its record, are on both sides of the split"

@@ -112,7 +112,7 @@ def test_pairs_of_cgd_percolate_only_if_asked_to():
         """Share of the pairs that a split has to drop."""
         pairs = sets.pairs
         links = [Links("cgd", f"record {n}", tuple(map(str, pair))) for n, pair in enumerate(pairs)]
-        sides = assign_split(links, declared={"cgd": "auto"}, eval_fraction=0.1, seed=0)
+        sides = assign_split(links, declared={"cgd": "auto"}, eval_fraction=0.1, seed=0).sides
         return sides.count("straddles_split") / len(sides)
 
     assert straddling(NineSets(0.1)) == 0
