@@ -191,6 +191,7 @@ class Experiment(Section):
             del data[name]
         for dataset in data["sets"].values():
             del dataset["records"]
+            dataset["annotations"].sort()
         return {
             "data": data,
             "image_tokens": self.model.image_tokens,
