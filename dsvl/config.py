@@ -306,7 +306,8 @@ class BlendConfig:
     """How many samples it is known to make: lets `plan` count steps before `prepare` has run."""
 
     def __post_init__(self) -> None:
-        require(len(self.sets) > 0, "sets", self.sets, "must name at least one of data.sets")
+        once = len(set(self.sets)) == len(self.sets) > 0
+        require(once, "sets", self.sets, "must name at least one of data.sets, each once")
         fewest, most = self.concat
         require(1 <= fewest <= most, "concat", self.concat, "must be [fewest, most], from 1")
         require(
