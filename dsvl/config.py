@@ -376,10 +376,10 @@ class DataConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
 
     def all_blends(self) -> dict[str, BlendConfig]:
-        """Those that are named, then one for every set that none of them has."""
+        """Those that are named, and one for every set that none of them has, by their names."""
         named = {name for blend in self.blends.values() for name in blend.sets}
         own = {name: BlendConfig(sets=(name,)) for name in self.sets if name not in named}
-        return {**self.blends, **own}
+        return dict(sorted({**self.blends, **own}.items()))
 
 
 @dataclass(frozen=True, kw_only=True)

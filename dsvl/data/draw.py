@@ -107,12 +107,9 @@ def concatenated(examples: Examples, records: np.ndarray, sizes: np.ndarray) -> 
     rounds, images = examples.counts["rounds"][records], examples.counts["images"][records]
     before = running(images, sizes) - images  # images of the sample that earlier records have shown
     line = spans(examples.starts["rounds"][records], rounds)
-    shown = examples.rounds[line, 3].astype(np.int64)
-    earlier = np.concatenate([[0], shown[:-1]])[: len(shown)]
-    earlier[offsets(rounds)] = 0
     lines = Lines(
         round=line,
-        fresh=shown - earlier,
+        fresh=examples.shows[line],
         shift=np.repeat(before, rounds),
         follow=np.zeros(len(line), bool),
     )
@@ -220,11 +217,7 @@ class Joins:
 
         counts = np.bincount(sample, minlength=len(pairs))
         # The first conversation about an image shows it, in the round in which it does by itself.
-        begins = np.ones(len(line), bool)
-        begins[1:] = line[1:] != line[:-1] + 1
-        shown = examples.rounds[line, 3].astype(np.int64)
-        earlier = np.where(begins, 0, np.concatenate([[0], shown[:-1]]))
-        fresh = np.where((section == 0) & (rank == 0), shown - earlier, 0)
+        fresh = np.where((section == 0) & (rank == 0), examples.shows[line], 0)
         # The first round about all images shows those that no conversation has shown.
         opens = (section == 1) & np.concatenate(
             [[True], (section != 1)[:-1] | (np.diff(sample) > 0)]

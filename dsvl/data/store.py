@@ -129,6 +129,14 @@ class Examples:
             )
 
     @cached_property
+    def shows(self) -> np.ndarray:
+        """(R,) int64: how many images each of `rounds` shows."""
+        shown = self.rounds[:, 3].astype(np.int64)
+        earlier = np.roll(shown, 1)
+        earlier[self._offsets[:-1, RAGGED.index("rounds")]] = 0
+        return shown - earlier
+
+    @cached_property
     def _by_round(self) -> tuple[np.ndarray, np.ndarray]:
         by_round = np.argsort(self.starts["rounds"], kind="stable")
         return by_round, self.starts["rounds"][by_round]
