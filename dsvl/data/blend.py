@@ -12,20 +12,9 @@ import numpy as np
 
 from dsvl.config import BlendConfig, DataConfig
 from dsvl.data.compose import Composer
-from dsvl.data.draw import (
-    Drawn,
-    Joins,
-    concatenated,
-    groups_of,
-    mix,
-    offsets,
-    running,
-    sizes_of,
-    spans,
-    totals,
-    whole,
-)
+from dsvl.data.draw import Drawn, Joins, concatenated, groups_of, mix, sizes_of, whole
 from dsvl.data.store import Examples, Prepared
+from dsvl.data.stretches import offsets, running, spans, totals
 from dsvl.data.types import Example
 
 

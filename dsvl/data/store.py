@@ -116,8 +116,7 @@ class Examples:
 
     def record(self, rounds: np.ndarray) -> np.ndarray:
         """The conversation that each of these `rounds` is of."""
-        by_round, starts = self._by_round
-        return by_round[np.searchsorted(starts, rounds, "right") - 1]
+        return self._by_round[rounds]
 
     def said(self, rounds: np.ndarray) -> Iterator[tuple[bytes, bytes]]:
         """The ids of the question and of the answer of these rounds, as bytes."""
@@ -137,9 +136,10 @@ class Examples:
         return shown - earlier
 
     @cached_property
-    def _by_round(self) -> tuple[np.ndarray, np.ndarray]:
-        by_round = np.argsort(self.starts["rounds"], kind="stable")
-        return by_round, self.starts["rounds"][by_round]
+    def _by_round(self) -> np.ndarray:
+        by_row = np.full(len(self._offsets) - 1, -1)
+        by_row[self._rows] = np.arange(len(self))
+        return np.repeat(by_row, np.diff(self._offsets[:, RAGGED.index("rounds")]))
 
     def name(self, index: int) -> str:
         """The id of conversation `index`."""
