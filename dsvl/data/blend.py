@@ -1,7 +1,7 @@
 """How conversations become the samples of an epoch: put together, drawn, weighed and ordered.
 
 Every draw is a pure function of (seed, epoch, id), and an epoch is arithmetic on a few arrays: it takes no
-tokenizer and no image, so blends can change, or be searched, over data that are prepared once.
+tokenizer and no image, so blends can change over data that are prepared once.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence

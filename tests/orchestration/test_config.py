@@ -336,6 +336,7 @@ def test_rules_across_sections_are_told_beside_other_problems(settings, search):
         ("optim", {"kind": "grid", "values": [1]}, "is a section; name one of its fields"),
         ("data.max_images", {"kind": "grid", "values": [2]}, "decides the prepared data"),
         ("model.projection_queries", {"kind": "grid", "values": [4]}, "decides the prepared data"),
+        ("model.template", {"kind": "grid", "values": ["original"]}, "decides the prepared data"),
         (
             "model.projection",
             {"kind": "choice", "values": ["linear", "perceiver"]},

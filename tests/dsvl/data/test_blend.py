@@ -12,6 +12,7 @@ from dsvl.data.blend import Blender
 from dsvl.data.types import IGNORED, Example, Kind
 from tests.dsvl.data.conftest import (
     IMAGE_TOKENS,
+    assert_equal,
     blended,
     contents,
     data,
@@ -102,6 +103,29 @@ def test_a_set_that_no_blend_names_is_samples_as_it_stands(encoder, tmp_path):
         np.testing.assert_array_equal(sample.ids, encoder.encode(chat, keys(chat)).ids)
 
 
+@pytest.mark.parametrize("name", BLENDS)
+def test_some_samples_of_an_epoch_are_those_samples(store, name):
+    epoch = epoch_of(store, name, "plain")
+    chosen = np.random.default_rng(0).permutation(len(epoch))[:7]
+    some = epoch.take(chosen)
+    assert len(some) == len(chosen)
+    for place, index in enumerate(chosen):
+        assert_equal(some[place], epoch[int(index)])
+    for column in ("blends", "lengths", "targets", "rounds", "images"):
+        np.testing.assert_array_equal(getattr(some, column), getattr(epoch, column)[chosen])
+
+
+@pytest.mark.parametrize("name", ["plain", "concatenated"])
+def test_what_is_said_in_an_epoch_is_every_question_and_answer(encoder, store, name):
+    epoch, found, by_name = epoch_of(store, name), [], {chat.id: chat for chat in set_of("a")}
+    for index in range(len(epoch)):
+        for chat in (by_name[part] for part in epoch[index].id.split("+")):
+            alone = encoder.encode(chat, keys(chat))
+            for ask, answer, end, _ in alone.rounds:
+                found.append((alone.ids[ask:answer].tobytes(), alone.ids[answer:end].tobytes()))
+    assert list(epoch.said()) == found
+
+
 @laws
 @given(
     st.integers(0, 12),
@@ -146,9 +170,8 @@ def test_concatenation_makes_so_many_samples_of_so_many_records(
 ):
     found = [said(("q", "a"), images="", name=str(i)) for i in range(records)]
     store = prepared(tmp_path / "set", found, encoder)
-    epoch = blended(store, data("a", blends={"a": BlendConfig(sets=("a",), concat=concat)})).epoch(
-        0
-    )
+    config = data("a", blends={"a": BlendConfig(sets=("a",), concat=concat)})
+    epoch = blended(store, config).epoch(0)
     assert len(epoch) == samples
     names = [name for index in range(samples) for name in epoch[index].id.split("+")]
     assert Counter(names) == Counter(chat.id for chat in found)
@@ -172,6 +195,11 @@ def test_several_passes_take_every_conversation_equally_often(store):
 def rounds_of(sample: Example, end: int) -> np.ndarray:
     """Where its rounds end: after every token that closes an answer."""
     return np.flatnonzero((sample.labels == end) & (sample.ids == end)) + 1
+
+
+def start_of(sample: Example, end: int, images: int) -> Example:
+    columns = (column[:end] for column in (sample.ids, sample.labels, sample.kinds))
+    return Example(sample.id, *columns, sample.images[:images])
 
 
 @laws
@@ -206,12 +234,8 @@ def test_caps_leave_out_the_last_rounds_and_no_more_than_they_must(
                 fitting = end
                 assert epoch.rounds[index] >= rounds
         assert len(sample.ids) == fitting > 0
-        for column in ("ids", "labels", "kinds"):
-            np.testing.assert_array_equal(
-                getattr(sample, column), getattr(whole, column)[:fitting], column
-            )
-        assert sample.images == whole.images[: len(sample.images)]
-        assert len(sample.images) * IMAGE_TOKENS == (sample.kinds == Kind.IMAGE).sum()
+        shown = (whole.kinds[:fitting] == Kind.IMAGE).sum() // IMAGE_TOKENS
+        assert_equal(sample, start_of(whole, fitting, shown))
         assert epoch.lengths[index] == len(sample.ids)
         assert epoch.rounds[index] == len(rounds_of(sample, encoder.end))
         assert epoch.images[index] == len(sample.images)
