@@ -316,7 +316,12 @@ class BlendConfig:
             self.concat,
             "must be [1, 1] with join: true",
         )
-        require(self.join or not self.followups, "followups", self.followups, "needs join: true")
+        require(
+            self.join or not self.followups,
+            "followups",
+            self.followups,
+            "must be false without join: true",
+        )
         require(
             self.samples is None or (self.samples > 0 and self.epochs == 1.0),
             "samples",
@@ -356,9 +361,7 @@ class DataConfig:
             unknown = [part for part in blend.sets if part not in self.sets]
             rule = f"must be among data.sets: {', '.join(self.sets)}"
             require(not unknown, f"blends.{name}.sets", tuple(unknown), rule)
-        clashing = [
-            n for n in self.all_blends() if n in self.sets and n not in self.all_blends()[n].sets
-        ]
+        clashing = [n for n, b in self.blends.items() if n in self.sets and n not in b.sets]
         rule = "must have another name, or that set among its sets"
         require(not clashing, "blends", tuple(clashing), rule)
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")

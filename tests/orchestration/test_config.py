@@ -297,6 +297,35 @@ def test_nf4_takes_whole_blocks_of_a_row(settings):
     assert validated(settings | {"engine": {"zero_stage": 3}})
 
 
+@pytest.mark.parametrize(
+    ("name", "blend", "says"),
+    [
+        ("mine", {"sets": []}, "mine.sets: () must name at least one of data.sets"),
+        ("mine", {"sets": ["chats", "chats"]}, "each once"),
+        ("mine", {"sets": ["chat"]}, "mine.sets: ('chat',) must be among data.sets: chats, others"),
+        ("others", {}, "blends: ('others',) must have another name, or that set among its sets"),
+        ("mine", {"concat": [0, 2]}, "mine.concat: (0, 2) must be [fewest, most], from 1"),
+        ("mine", {"concat": [3, 2]}, "mine.concat: (3, 2) must be [fewest, most], from 1"),
+        ("mine", {"concat": [1, 2], "join": True}, "mine.concat: (1, 2) must be [1, 1] with join"),
+        ("mine", {"followups": True}, "mine.followups: True must be false without join: true"),
+        ("mine", {"samples": 0}, "mine.samples: 0 must be positive"),
+        (
+            "mine",
+            {"samples": 9, "epochs": 2},
+            "mine.samples: 9 must be positive, and stand without",
+        ),
+        ("mine", {"epochs": 0}, "mine.epochs: 0.0 must be positive"),
+        ("mine", {"weight": -1}, "mine.weight: -1.0 must be positive"),
+    ],
+)
+def test_a_blend_that_cannot_be_is_refused_where_it_stands(settings, name, blend, says):
+    settings["data"]["sets"]["others"] = settings["data"]["sets"]["chats"]
+    settings["data"]["blends"] = {name: {"sets": ["chats"], **blend}}
+    (problem,) = lines(settings)
+    assert problem.startswith("data.blends")
+    assert says in problem
+
+
 @pytest.mark.parametrize(("field", "value"), [("rank", -1), ("alpha", 0.0)])
 def test_an_adapter_that_cannot_be_is_refused_where_it_stands(settings, field, value):
     settings["model"]["vision_lora"] = {field: value}

@@ -187,9 +187,8 @@ def test_a_conversation_with_a_system_turn_of_its_own_never_shares_a_sample(enco
         said(("q", "a"), images="", name=str(i), system="Be brief." * (i % 2)) for i in range(9)
     ]
     store = prepared(tmp_path / "set", found, encoder)
-    epoch = blended(store, data("a", blends={"a": BlendConfig(sets=("a",), concat=(5, 5))})).epoch(
-        0
-    )
+    config = data("a", blends={"a": BlendConfig(sets=("a",), concat=(5, 5))})
+    epoch = blended(store, config).epoch(0)
     names = sorted((epoch[index].id.split("+") for index in range(len(epoch))), key=len)
     assert [len(parts) for parts in names] == [1, 1, 1, 1, 5]
     assert {parts[0] for parts in names[:4]} == {f"a/{i}" for i in (1, 3, 5, 7)}
