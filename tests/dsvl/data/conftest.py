@@ -16,9 +16,9 @@ from dsvl.data.store import Prepared, open_store
 from dsvl.data.types import Conversation, Encoded, Example, ImageRef, Part, Turn
 from dsvl.data.writer import Sample, Writer
 
-IMAGE_TOKENS, MAX_IMAGES = 3, 5
+IMAGE_TOKENS, MAX_IMAGES = 3, 12
 laws = settings(
-    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 PROCESSOR = ImageProcessor(2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from tests.dsvl.data.conftest import assert_equal, blended, data, keys, laws, pr
 LETTERS = "abcd"
 
 
+@laws
 @given(st.integers(0, 60), st.integers(1, 5), st.integers(0, 3), st.integers(0, 9))
 def test_groups_are_as_many_as_their_mean_size_wants_and_hold_every_record_once(
     records, fewest, more, seed
@@ -34,6 +36,12 @@ def test_groups_are_as_many_as_their_mean_size_wants_and_hold_every_record_once(
     assert sizes.sum() == records
     assert ((sizes <= most) & (sizes > 0)).all()
     assert (sizes[: None if possible else -1] >= fewest).all()
+
+
+def test_sizes_of_groups_are_even_and_drawn_anew():
+    first, second = (sizes_of(6000, 3000, 1, 3, key=mix(seed)) for seed in (0, 1))
+    assert np.bincount(first).tolist() == pytest.approx([0, 1000, 1000, 1000], rel=0.1)
+    assert (first == second).mean() == pytest.approx(1 / 3, rel=0.1)
 
 
 def about(chat: Conversation, place: int, *, shows: bool, opening: str = "") -> list[Turn]:

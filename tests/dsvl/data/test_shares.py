@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dsvl.config import BlendConfig
 from dsvl.data.blend import deal, order, shares
+from tests.dsvl.data.conftest import laws
 
 
 def blend(**options) -> BlendConfig:
@@ -19,11 +20,13 @@ def blend(**options) -> BlendConfig:
 MADE = st.lists(st.integers(0, 10_000), min_size=1, max_size=6)
 
 
+@laws
 @given(MADE)
 def test_by_themselves_blends_have_what_they_make(made):
     assert shares([blend()] * len(made), made=made, temperature=1.0) == made
 
 
+@laws
 @given(
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 5)), min_size=1, max_size=6),
     st.sampled_from([1, 2, 4]),
@@ -60,6 +63,7 @@ def test_shares_of_an_epoch(blends, made, temperature, expected):
 LENGTHS = st.lists(st.integers(1, 4096), min_size=1, max_size=6)
 
 
+@laws
 @given(LENGTHS, st.integers(1, 4))
 def test_what_is_dealt_is_every_sample_once_in_equal_parts_the_longest_first(lengths, parts):
     lengths = np.array(lengths * parts)
@@ -71,6 +75,7 @@ def test_what_is_dealt_is_every_sample_once_in_equal_parts_the_longest_first(len
     assert tokens == sorted(tokens, reverse=True)
 
 
+@laws
 @given(st.lists(st.integers(1, 100), min_size=6, max_size=6))
 def test_no_way_to_deal_pairs_has_a_smaller_longest_part(lengths):
     lengths = np.array(lengths)
