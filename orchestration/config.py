@@ -202,6 +202,8 @@ class Experiment(Section):
     def blending(self) -> str:
         """Names the settings by which samples are made of prepared data."""
         data = self.as_dict()["data"]
+        for blend in data["blends"].values():
+            del blend["records"]
         return _digest({name: data[name] for name in BLENDING})
 
     def differences(self, fields: Mapping[str, object]) -> list[str]:

@@ -119,8 +119,7 @@ class Examples:
 
     def record(self, rounds: np.ndarray) -> np.ndarray:
         """The conversation that each of these `rounds` is of."""
-        by_round, starts = self._by_round
-        return by_round[np.searchsorted(starts, rounds, "right") - 1]
+        return self._by_round[rounds]
 
     def said(self, rounds: np.ndarray) -> Iterator[tuple[bytes, bytes]]:
         """The ids of the question and of the answer of these rounds, as bytes."""
@@ -132,9 +131,18 @@ class Examples:
             )
 
     @cached_property
-    def _by_round(self) -> tuple[np.ndarray, np.ndarray]:
-        by_round = np.argsort(self.starts["rounds"], kind="stable")
-        return by_round, self.starts["rounds"][by_round]
+    def shows(self) -> np.ndarray:
+        """(R,) int64: how many images each of `rounds` shows."""
+        shown = self.rounds[:, 3].astype(np.int64)
+        earlier = np.roll(shown, 1)
+        earlier[self._offsets[:-1, RAGGED.index("rounds")]] = 0
+        return shown - earlier
+
+    @cached_property
+    def _by_round(self) -> np.ndarray:
+        by_row = np.full(len(self._offsets) - 1, -1)
+        by_row[self._rows] = np.arange(len(self))
+        return np.repeat(by_row, np.diff(self._offsets[:, RAGGED.index("rounds")]))
 
     def name(self, index: int) -> str:
         """The id of conversation `index`."""

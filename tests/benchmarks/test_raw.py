@@ -7,7 +7,9 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
+from pydantic import TypeAdapter
 
 from dsvl.config import SetConfig
 from dsvl.data.readers import read
@@ -20,7 +22,10 @@ from tests.benchmarks.made_up import Pictures
 from tests.benchmarks.nine_sets import NineSets
 
 ROOT = Path(__file__).parents[2]
-SETS = load(ROOT / "configs/experiment/visualchat_13b_set2.yaml").data.sets
+BLEND = yaml.safe_load((ROOT / "configs/data/llava_otter_blend.yaml").read_text())["data"]["sets"]
+SETS = load(ROOT / "configs/experiment/visualchat_13b_set2.yaml").data.sets | {
+    name: TypeAdapter(SetConfig).validate_python(config) for name, config in BLEND.items()
+}
 SCALE = 0.002
 
 
