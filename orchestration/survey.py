@@ -124,7 +124,7 @@ def _spools(
         results = map(_Reader(), jobs)
     else:
         progress(f"data: {len(jobs)} sets to read, {size / 2**30:.1f} GiB")
-        results = _each(jobs, _Reader, {}, most=experiment.cluster.preparers)
+        results = each(jobs, _Reader, {}, most=experiment.cluster.preparers)
     for done, (source, problem) in enumerate(results, start=1):
         if size >= READ_HERE:
             progress(f"data: {source} read, {done} of {len(jobs)} sets")
@@ -218,7 +218,7 @@ def _check(
     records = [pq.read_metadata(task.records).num_rows for task in tasks]
     began = said = time.monotonic()
     done = found = before = 0
-    for number, made in _each(
+    for number, made in each(
         list(enumerate(tasks)), _Preparer, settings, most=experiment.cluster.preparers
     ):
         done, found, now = (
@@ -354,7 +354,7 @@ def _digest(identity: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _each(
+def each(
     jobs: Sequence[Any], worker: type, settings: dict[str, Any], *, most: int
 ) -> Iterator[Any]:
     """What a pool of 1 to `most` actors, which grows with the work, makes of the jobs, in any order."""

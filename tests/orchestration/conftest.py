@@ -1,5 +1,6 @@
 """Small experiments: as settings, independent of the shipped ones, and on the shipped digits."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,8 +14,11 @@ import yaml
 from dsvl.digits import chats
 from orchestration.compose import load
 from orchestration.journal import curve
+from tests.orchestration.machines import Machines
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SHARDS = 12
+"""Of 256 records, in the experiment `sharded`."""
 
 LANGUAGE = {
     "checkpoint": "language",
@@ -76,6 +80,41 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     chats.write(folder / "raw/digits", train=96, evaluation=8)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an experiment on digits in several shards, from two files of annotations."""
+    folder = tmp_path_factory.mktemp("sharded")
+    chats.write(folder / "data/digits", train=(SHARDS - 2) * 256, evaluation=256)
+    records = json.loads((folder / "data/digits/train.json").read_text())
+    for name, some in (("first", records[:2000]), ("second", records[2000:])):
+        (folder / f"data/digits/{name}.json").write_text(json.dumps(some))
+    base = {"reader": "llava_json", "images": "digits/images"}
+    files = ["digits/first.json", "digits/second.json"]
+    sets = {
+        "more": base | {"annotations": ["digits/eval.json"], "split": "eval"},
+        "chats": base | {"annotations": files, "split": "train"},
+    }
+    settings = {
+        "extends": str(CONFIGS / "model/digits.yaml"),
+        "name": "digits",
+        "train": {"epochs": 1},
+        "data": {"sets": sets},
+        "storage": {"data": str(folder / "data")},
+    }
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    """A cluster of a node of four CPUs."""
+    started = Machines(cpus=0)
+    started.add(cpus=4)
+    yield started
+    started.end()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, and drivers that come and go."""
+"""Ray clusters on this machine whose nodes come and go, by hand or as there is work, and their drivers."""
 
 import json
 import os
@@ -11,10 +11,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 
 DRIVER = """
 import json, sys
@@ -44,12 +46,21 @@ class Machines:
         self._nodes: list[subprocess.Popen[bytes]] = []
         self._start(
             "--head", f"--port={port}", f"--temp-dir={self._folder}", f"--num-cpus={cpus}",
-            "--include-dashboard=false",
+            "--include-dashboard=false", *self._scaling(),
         )  # fmt: skip
 
     def add(self, *, cpus: int) -> subprocess.Popen[bytes]:
         """A node more."""
         return self._start(f"--address={self.address}", f"--num-cpus={cpus}")
+
+    def running(self, title: str) -> int:
+        """How many processes of the nodes have a title that begins so: a program, or what Ray calls them."""
+        titles = []
+        for node in self._nodes:
+            for process in psutil.Process(node.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):  # it has just ended
+                    titles.append(Path("".join(process.cmdline()[:1])).name)
+        return sum(own.startswith(title) for own in titles)
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """End a node or a driver at once, with all that it has started: its cable is pulled."""
@@ -66,9 +77,13 @@ class Machines:
         process.wait()
 
     def driver(self, experiment: Path, *overrides: str) -> subprocess.Popen[bytes]:
-        """A preparation that has begun."""
+        """A preparation on this cluster that has begun."""
+        return self.run(DRIVER, experiment, f"cluster.address={self.address}", *overrides)
+
+    def run(self, code: str, *arguments: object) -> subprocess.Popen[bytes]:
+        """A driver that has begun."""
         return subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(experiment), *overrides],
+            [sys.executable, "-c", code, *map(str, arguments)],
             env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -85,6 +100,10 @@ class Machines:
             self.kill(node)
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _scaling(self) -> Sequence[str]:
+        """What the head is told of nodes that are to come and go by themselves: nothing."""
+        return ()
+
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
         node = subprocess.Popen(
             [str(Path(sys.executable).parent / "ray"), "start", "--block", *options],
@@ -97,7 +116,48 @@ class Machines:
         return node
 
 
-def finished(driver: subprocess.Popen[bytes]) -> tuple[dict[str, Any], list[str]]:
+class Autoscaled(Machines):
+    """A head that has no CPU and starts nodes of one, up to `most`, as there is work; idle ones end."""
+
+    def __init__(self, *, most: int) -> None:
+        self._most = most
+        super().__init__(cpus=0)
+
+    @property
+    def nodes(self) -> int:
+        """How many there are beside the head."""
+        return self.running("raylet") - 1
+
+    def _scaling(self) -> Sequence[str]:
+        self._environment |= {
+            "RAY_FAKE_CLUSTER": "1",  # nodes are processes of this machine
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            # A driver asks for nodes every 10 s by default, and for 180 s: longer than a test has work.
+            "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "1",
+            "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "8",
+        }
+        head, node = ({"resources": {"CPU": cpus}, "node_config": {}} for cpus in (0, 1))
+        settings = BASE_READONLY_CONFIG | {
+            "max_workers": self._most,
+            "idle_timeout_minutes": 0.1,
+            "provider": {
+                "type": "fake_multinode",
+                "gcs_address": self.address,
+                "launch_multiple": True,
+                "use_node_id_as_ip": True,  # else idle nodes are not recognised
+                "disable_node_updaters": True,
+            },
+            "available_node_types": {
+                "ray.head.default": head | {"max_workers": 0},
+                "node": node | {"max_workers": self._most},
+            },
+        }
+        path = Path(self._folder) / "scaling.json"
+        path.write_text(json.dumps(settings))
+        return (f"--autoscaling-config={path}",)
+
+
+def finished(driver: subprocess.Popen[bytes]) -> tuple[Any, list[str]]:
     """What a driver returns in the end, and the lines that it has said."""
     out, said = driver.communicate(timeout=300)
     assert driver.returncode == 0, said.decode()
@@ -115,3 +175,13 @@ def wait_until(holds: Callable[[], bool], *, seconds: float = 120.0) -> None:
 def names(folder: Path, pattern: str) -> Sequence[str]:
     """The files or folders so named."""
     return sorted(path.name for path in folder.glob(pattern))
+
+
+def options(storage: Path, preparers: int) -> tuple[str, str]:
+    """Overrides: where a preparation writes, and how many actors take part."""
+    return f"storage.path={storage}", f"cluster.preparers={preparers}"
+
+
+def manifest(result: dict[str, Any]) -> dict[str, Any]:
+    """That of the set that a preparation has made, which holds the digests of all its files."""
+    return json.loads((Path(result["folder"]) / "manifest.json").read_text())
