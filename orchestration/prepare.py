@@ -16,7 +16,7 @@ from typing import Any
 from dsvl.data.blend import Blender
 from dsvl.data.encode import Encoder, fingerprint, load_tokenizer
 from dsvl.data.images import ImageProcessor
-from dsvl.data.shard import stamp
+from dsvl.data.shard import discard, stamp
 from dsvl.data.store import SCHEMA_VERSION, open_store, verify
 from dsvl.data.types import Reason, Rejected
 from dsvl.data.writer import Writer, claim, write_quarantine
@@ -231,11 +231,15 @@ def _processor(experiment: Experiment) -> ImageProcessor:
 
 
 def _tidy(work: Path) -> None:
-    """Remove finished shards of a day ago or more whose images no prepared set holds."""
+    """Remove what is a day old: finished shards whose images no prepared set holds, and unfinished work."""
+    before = time.time() - 24 * 3600
     for shard in work.glob("shard-*"):
         pixels = (shard / "pixels.npy").stat()
-        if pixels.st_nlink == 1 and time.time() - pixels.st_ctime > 24 * 3600:
-            shutil.rmtree(shard)
+        if pixels.st_nlink == 1 and pixels.st_ctime < before:
+            discard(shard)
+    for unfinished in work.glob(".*"):
+        if unfinished.stat().st_mtime < before:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from itertools import chain, count, islice
@@ -64,6 +64,12 @@ def complete(folder: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that `complete` has made; whenever that ends, no half of it keeps the name."""
+    making = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
+    shutil.rmtree(folder.rename(making))
 
 
 def spool(records: Iterable[Conversation | Rejected], folder: Path) -> None:
@@ -158,7 +164,7 @@ class Checker:
         if folder.is_dir():
             if Result(folder).is_current(task.images):
                 return False
-            shutil.rmtree(folder)
+            discard(folder)
         rows = pq.read_table(task.records).to_pylist()
         paths = [path_of(own) for row in rows for own in row["paths"] or ()]
         found: dict[str, Any] = {"images": {}, "faults": {}, "stamps": {}, "rejected": {}}
@@ -336,15 +342,21 @@ class ImageShard:
 
 
 def stamp(folder: str, path: str) -> list[int] | None:
-    """Size and time of the last change (ns) of a file, or the archive that it is in; else None."""
-    for place in (Path(folder, path), *Path(folder, path).parents):
-        try:
-            found = place.stat()
-        except NotADirectoryError:  # something on the way is a file: an archive
-            continue
-        except (OSError, ValueError):  # ValueError: a path that no file can have
+    """Size and time of the last change (ns) of a file in a folder, or the archive that it is in; else None."""
+    try:
+        own = Path(folder, path).resolve()
+        if not own.is_relative_to(Path(folder).resolve()):  # which is nobody's image
             return None
-        return [found.st_size, found.st_mtime_ns]
+        for place in (own, *own.parents):
+            with suppress(NotADirectoryError):  # something on the way is a file: an archive
+                found = place.stat()
+                return [found.st_size, found.st_mtime_ns]
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # absent, a path that no file can have, a loop of links
+        return None
     return None
 
 

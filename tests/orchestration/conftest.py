@@ -13,6 +13,7 @@ import yaml
 
 from dsvl.digits import chats
 from orchestration.compose import load
+from orchestration.config import Experiment, validated
 from orchestration.journal import curve
 from tests.orchestration.machines import Machines
 
@@ -72,6 +73,38 @@ def settings() -> dict[str, Any]:
 def search() -> dict[str, Any]:
     """A small, legal search over them."""
     return deepcopy(SEARCH)
+
+
+@pytest.fixture
+def experiment(
+    settings: dict[str, Any], llava_set: Path, tokenizer_folder: Path, tmp_path: Path
+) -> Callable[..., Experiment]:
+    """Make an experiment over files of `llava_set`: name -> its settings; they become `settings`."""
+    vision = tmp_path / "vision"
+    vision.mkdir()
+    (vision / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "size": {"shortest_edge": 8},
+                "crop_size": {"height": 8, "width": 8},
+                "resample": 3,
+                "image_mean": [0.5, 0.5, 0.5],
+                "image_std": [0.5, 0.5, 0.5],
+            }
+        )
+    )
+
+    def make(sets, *, storage="runs", preparers=1, tokenizer=tokenizer_folder, **data):
+        settings["model"]["languages"]["small"]["checkpoint"] = str(tokenizer)
+        settings["model"]["vision"]["checkpoint"] = str(vision)
+        base = {"reader": "llava_json", "images": "images", "split": "auto"}
+        data = {"max_tokens": 600, "max_dropped": 1.0, "eval_fraction": 0.5} | data
+        settings["data"] = data | {"sets": {name: base | own for name, own in sets.items()}}
+        settings["storage"] = {"path": str(tmp_path / storage), "data": str(llava_set)}
+        settings["cluster"] = {"preparers": preparers}
+        return validated(settings)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -26,36 +26,6 @@ pytestmark = pytest.mark.ray
 SAID: list[str] = []
 
 
-@pytest.fixture
-def experiment(settings, llava_set, tokenizer_folder, tmp_path):
-    """Make an experiment over files of `llava_set`: name -> its settings."""
-    vision = tmp_path / "vision"
-    vision.mkdir()
-    (vision / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "size": {"shortest_edge": 8},
-                "crop_size": {"height": 8, "width": 8},
-                "resample": 3,
-                "image_mean": [0.5, 0.5, 0.5],
-                "image_std": [0.5, 0.5, 0.5],
-            }
-        )
-    )
-
-    def make(sets, *, storage="runs", preparers=1, tokenizer=tokenizer_folder, **data):
-        settings["model"]["languages"]["small"]["checkpoint"] = str(tokenizer)
-        settings["model"]["vision"]["checkpoint"] = str(vision)
-        base = {"reader": "llava_json", "images": "images", "split": "auto"}
-        data = {"max_tokens": 600, "max_dropped": 1.0, "eval_fraction": 0.5} | data
-        settings["data"] = data | {"sets": {name: base | own for name, own in sets.items()}}
-        settings["storage"] = {"path": str(tmp_path / storage), "data": str(llava_set)}
-        settings["cluster"] = {"preparers": preparers}
-        return validated(settings)
-
-    return make
-
-
 BOTH = {
     "good": {"annotations": ["good.json"], "split": "eval"},
     "broken": {"annotations": ["broken.json", "copies.json"], "split": "train"},

@@ -1,0 +1,258 @@
+"""Preparation of data that is damaged or hostile, and of what killed processes have left."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from dsvl.data.store import open_store, verify
+from orchestration import cli
+from orchestration.prepare import prepare
+from tests.benchmarks.made_up import Pictures
+from tests.conftest import png_header
+
+pytestmark = pytest.mark.ray
+
+IMAGES, BAD = 10_000, 100
+CHAT = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A picture."}]
+
+
+def encoded(format: str) -> bytes:
+    file = io.BytesIO()
+    noise = random.Random(0).randbytes(32 * 24 * 3)
+    Image.frombytes("RGB", (32, 24), noise).save(file, format)
+    return file.getvalue()
+
+
+def write_records(path: Path, images: list[str]) -> None:
+    records = [{"id": name, "image": name, "conversations": CHAT} for name in images]
+    path.write_text(json.dumps(records))
+
+
+def reasons(folder: Path) -> dict[str, str]:
+    """Which reason the quarantine gives for the record of every image."""
+    lines = map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines())
+    return {line["record"].partition("(")[2][:-1]: line["reason"] for line in lines}
+
+
+@pytest.fixture
+def damaged(llava_set) -> dict[str, str]:
+    """Ten thousand images, of which one in a hundred is damaged: name -> reason, of those."""
+    draw, picture = random.Random(0), Pictures(32)
+    drawing, png = encoded("GIF"), encoded("PNG")
+
+    def cut(data: bytes) -> bytes:
+        return data[: draw.randrange(1, len(data) * 3 // 4)]
+
+    damages = [
+        ("undecodable_image", lambda data: b""),
+        ("undecodable_image", cut),
+        ("undecodable_image", lambda data: cut(png)),
+        ("undecodable_image", lambda data: b"<!DOCTYPE html><html>404</html>"),
+        ("undecodable_image", lambda data: drawing),
+        ("undecodable_image", lambda data: draw.randbytes(len(data))),
+        ("undecodable_image", lambda data: b"\0\0" + data[2:]),
+        ("undecodable_image", lambda data: b"8BPS" + data),
+        ("image_too_large", lambda data: png_header(9_000, 9_000)),
+        ("image_too_large", lambda data: png_header(60_000, 60_000)),
+    ]
+    (llava_set / "images/many").mkdir()
+    names = [f"many/{number:05}.{draw.choice(['jpg', 'png'])}" for number in range(IMAGES)]
+    bad = {}
+    for number, place in enumerate(draw.sample(range(IMAGES), BAD)):
+        bad[names[place]] = damages[number % len(damages)]
+    for name in names:
+        reason_and_damage = bad.get(name)
+        data = picture(name)
+        (llava_set / "images" / name).write_bytes(
+            reason_and_damage[1](data) if reason_and_damage else data
+        )
+    write_records(llava_set / "many.json", names)
+    return {name: bad[name][0] for name in names if name in bad}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_of_ten_thousand_images_exactly_the_damaged_ones_are_lost_each_with_its_reason(
+    experiment, settings, damaged, llava_set, tmp_path, monkeypatch, capsys
+):
+    many = {"many": {"annotations": ["many.json"]}}
+    experiment(many, max_dropped=0.0099)
+    monkeypatch.chdir(tmp_path)
+    Path("strict.yaml").write_text(yaml.safe_dump(settings))
+    assert cli.main(["prepare", "strict.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    first = next(name for name in damaged if damaged[name] == "undecodable_image")
+    place = int(first[5:10])
+    for part in (
+        "data.sets.many: 100 of 10000 records dropped (1.0%), more than data.max_dropped=0.0099",
+        f"80 undecodable_image (many.json:{place} ({first}): ",
+        "; 20 image_too_large (many.json:",
+        "repair them, or raise the limit",
+    ):
+        assert part in said
+
+    result = prepare(experiment(many, max_dropped=0.01))
+    assert reasons(Path(result["folder"])) == damaged
+    assert result["sources"]["many"] == {
+        "raw": IMAGES,
+        "used": IMAGES - BAD,
+        "merged": 0,
+        "dropped": dict(sorted(Counter(damaged.values()).items())),
+        "held_out": 0,
+    }
+    assert sum(result["splits"].values()) == result["images"] == IMAGES - BAD
+    prepared = open_store(result["folder"])
+    kept = [
+        key
+        for side in ("train", "eval")
+        for keys in prepared.samples(side)["images"].to_pylist()
+        for key in keys
+    ]
+    whole = [
+        path for path in (llava_set / "images/many").iterdir() if f"many/{path.name}" not in damaged
+    ]
+    assert sorted(kept) == sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in whole)
+    assert verify(Path(result["folder"])) == []
+
+
+WATCHED = """
+import json, os, sys
+import ray
+from orchestration.compose import load
+from orchestration.prepare import prepare
+
+def watch():
+    import os, sys
+    file = os.open(os.environ["OPENED"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    def note(event, arguments):
+        if event == "open" and isinstance(arguments[0], (str, bytes)):
+            os.write(file, os.path.realpath(os.fsdecode(arguments[0])).encode() + b"\\n")
+    sys.addaudithook(note)
+
+watch()
+ray.init(
+    num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[1],
+    runtime_env={"worker_process_setup_hook": watch},
+)
+prepare(load(sys.argv[2]))
+print(json.dumps(prepare(load(sys.argv[2]))))
+"""
+"""Prepares twice; all that the driver and any actor opens is noted in the file OPENED."""
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.ran),)
+
+
+@pytest.fixture
+def hostile(llava_set) -> dict[str, str]:
+    """A set of references to images, all but two of which are not to be followed: name -> reason."""
+    images, outside = llava_set / "images", llava_set / "outside"
+    outside.mkdir()
+    own, secret = ((images / name).read_bytes() for name in ("red.png", "green.png"))
+    (outside / "secret.png").write_bytes(secret)
+    code = pickle.dumps(Evil(llava_set / "ran"))
+    (images / "evil.png").write_bytes(code)
+    (images / "own.png").write_bytes(own + b"of another key")
+    with tarfile.open(images / "x.tar", "w") as tar:
+        for name, data in {
+            "own.png": own + b"in a tar",
+            "evil.png": code,
+            "../secret.png": secret,
+        }.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, kind in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, str(outside / "secret.png")
+            tar.addfile(info)
+    (outside / "x.tar").write_bytes((images / "x.tar").read_bytes())
+    pq.write_table(pa.table({"image": [code]}), images / "x.parquet")
+    pickled = {
+        "ARROW:extension:name": "ray.data.arrow_pickled_object",
+        "ARROW:extension:metadata": code,
+    }
+    field = pa.field("image", pa.large_binary(), metadata=pickled)
+    pq.write_table(
+        pa.table([pa.array([code], pa.large_binary())], pa.schema([field])),
+        images / "typed.parquet",
+    )
+    for name, target in {
+        "link-to-file.png": "secret.png",
+        "link-to-nothing.png": "absent.png",
+        "linked": ".",
+        "linked.tar": "x.tar",
+    }.items():
+        (images / name).symlink_to(outside / target)
+    os.mkfifo(images / "pipe.png")
+    return {
+        f"{outside}/secret.png": "forbidden_path",
+        f"{outside}/absent.png": "forbidden_path",
+        "../outside/secret.png": "forbidden_path",
+        "../outside/absent.png": "forbidden_path",
+        "link-to-file.png": "forbidden_path",
+        "link-to-nothing.png": "forbidden_path",
+        "linked/secret.png": "forbidden_path",
+        "linked/absent.png": "forbidden_path",
+        "linked.tar/own.png": "forbidden_path",
+        "https://127.0.0.1:9/secret.png": "forbidden_path",
+        "ftp://127.0.0.1:9/secret.png": "forbidden_path",
+        f"FILE:{outside}/secret.png": "forbidden_path",
+        "x.tar/../secret.png": "forbidden_path",
+        "x.tar/link.png": "missing_image",
+        "x.tar/hard.png": "missing_image",
+        f"x.tar/{outside}/secret.png": "missing_image",
+        "pipe.png": "missing_image",
+        "evil.png": "undecodable_image",
+        "x.tar/evil.png": "undecodable_image",
+        "x.parquet/0/image": "undecodable_image",
+        "typed.parquet/0/image": "undecodable_image",
+    }  # fmt: skip
+
+
+def test_nothing_outside_a_set_is_opened_and_nothing_in_it_is_run(
+    experiment, settings, hostile, llava_set, tmp_path, tmp_path_factory
+):
+    write_records(llava_set / "hostile.json", ["own.png", *hostile, "x.tar/own.png"])
+    sets = {
+        "hostile": {"annotations": ["hostile.json"], "split": "train"},
+        "good": {"annotations": ["good.json"], "split": "eval"},
+    }
+    experiment(sets)
+    (tmp_path / "hostile.yaml").write_text(yaml.safe_dump(settings))
+    opened = tmp_path / "opened"
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, tmp_path / "ray", tmp_path / "hostile.yaml"],
+        env=os.environ | {"OPENED": str(opened)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert reasons(Path(result["folder"])) == hostile
+    assert result["sources"]["hostile"]["used"] == 2
+    paths = {Path(line) for line in opened.read_text().splitlines()}
+    assert {llava_set / "images" / name for name in ("own.png", "x.tar", "evil.png")} <= paths
+    assert not any(path.is_relative_to(llava_set / "outside") for path in paths)
+    assert not (llava_set / "ran").exists()
+    assert result["reused"]
