@@ -342,7 +342,7 @@ class ImageShard:
 
 
 def stamp(folder: str, path: str) -> list[int] | None:
-    """Size and time of the last change (ns) of a file in a folder, or the archive that it is in; else None."""
+    """Size and time of the last change (ns) of a file below a folder, or the archive it is in; else None."""
     try:
         own = Path(folder, path).resolve()
         if not own.is_relative_to(Path(folder).resolve()):  # which is nobody's image

@@ -6,8 +6,7 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,7 @@ from orchestration import cli
 from orchestration.prepare import prepare
 from tests.benchmarks.made_up import Pictures
 from tests.conftest import png_header
+from tests.orchestration.machines import finished
 
 pytestmark = pytest.mark.ray
 
@@ -135,23 +135,21 @@ import ray
 from orchestration.compose import load
 from orchestration.prepare import prepare
 
+address, experiment, opened = sys.argv[1:]
+
 def watch():
-    import os, sys
-    file = os.open(os.environ["OPENED"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    file = os.open(opened, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     def note(event, arguments):
         if event == "open" and isinstance(arguments[0], (str, bytes)):
-            os.write(file, os.path.realpath(os.fsdecode(arguments[0])).encode() + b"\\n")
+            os.write(file, os.path.realpath(os.fsencode(arguments[0])) + b"\\n")
     sys.addaudithook(note)
 
 watch()
-ray.init(
-    num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[1],
-    runtime_env={"worker_process_setup_hook": watch},
-)
-prepare(load(sys.argv[2]))
-print(json.dumps(prepare(load(sys.argv[2]))))
+ray.init(address=address, log_to_driver=False, runtime_env={"worker_process_setup_hook": watch})
+prepare(load(experiment))
+print(json.dumps(prepare(load(experiment))))
 """
-"""Prepares twice; all that the driver and any actor opens is noted in the file OPENED."""
+"""Prepares twice, and notes every file that Python code of the driver or of an actor opens."""
 
 
 class Evil:
@@ -232,7 +230,7 @@ def hostile(llava_set) -> dict[str, str]:
 
 
 def test_nothing_outside_a_set_is_opened_and_nothing_in_it_is_run(
-    experiment, settings, hostile, llava_set, tmp_path, tmp_path_factory
+    experiment, settings, hostile, llava_set, tmp_path, machines
 ):
     write_records(llava_set / "hostile.json", ["own.png", *hostile, "x.tar/own.png"])
     sets = {
@@ -242,17 +240,59 @@ def test_nothing_outside_a_set_is_opened_and_nothing_in_it_is_run(
     experiment(sets)
     (tmp_path / "hostile.yaml").write_text(yaml.safe_dump(settings))
     opened = tmp_path / "opened"
-    done = subprocess.run(
-        [sys.executable, "-c", WATCHED, tmp_path / "ray", tmp_path / "hostile.yaml"],
-        env=os.environ | {"OPENED": str(opened)},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    result = json.loads(done.stdout.splitlines()[-1])
+    driver = machines.run(WATCHED, machines.address, tmp_path / "hostile.yaml", opened)
+    result, _ = finished(driver)
     assert reasons(Path(result["folder"])) == hostile
     assert result["sources"]["hostile"]["used"] == 2
     paths = {Path(line) for line in opened.read_text().splitlines()}
     assert {llava_set / "images" / name for name in ("own.png", "x.tar", "evil.png")} <= paths
     assert not any(path.is_relative_to(llava_set / "outside") for path in paths)
     assert not (llava_set / "ran").exists()
-    assert result["reused"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_happens_to_a_file_outside_a_set_makes_nothing_anew(experiment, hostile, llava_set):
+    write_records(llava_set / "hostile.json", ["own.png", *hostile])
+    sets = {
+        "hostile": {"annotations": ["hostile.json"], "split": "train"},
+        "good": {"annotations": ["good.json"], "split": "eval"},
+    }
+    prepare(experiment(sets))
+    (llava_set / "outside/secret.png").write_bytes(b"changed")
+    (llava_set / "outside/absent.png").write_bytes(b"new")
+    assert prepare(experiment(sets))["reused"]
+    (llava_set / "images/link-to-file.png").unlink()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(llava_set / "images/link-to-file.png")
+    after = prepare(experiment(sets))
+    assert not after["reused"]
+    assert after["sources"]["hostile"]["used"] == 2
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_shard_of_an_image_that_has_changed_is_made_again_and_no_other(
+    experiment, llava_set, tmp_path
+):
+    sets = {"good": {"annotations": ["good.json"], "split": "eval"}}
+    for name in ("first", "second", "third"):
+        Image.new("RGB", (8, 8), (1, 2, len(name))).save(llava_set / f"images/{name}.png")
+        write_records(llava_set / f"{name}.json", [f"{name}.png"])
+        sets[name] = {"annotations": [f"{name}.json"], "split": "train"}
+
+    def shards() -> dict[str, int]:
+        found = (tmp_path / "runs/prepared/.work").glob("shard-*/found.json")
+        return {file.parent.name: file.stat().st_mtime_ns for file in found}
+
+    def made() -> dict:
+        result = prepare(experiment(sets))
+        shutil.rmtree(result["folder"])
+        return result
+
+    made()
+    before = shards()
+    assert made()["sources"]["second"]["used"] == 1
+    assert shards() == before
+    (llava_set / "images/second.png").write_bytes(b"damaged")
+    assert made()["sources"]["second"]["used"] == 0
+    again = {name for name, changed in shards().items() if changed != before[name]}
+    assert shards().keys() == before.keys()
+    assert len(again) == 1
