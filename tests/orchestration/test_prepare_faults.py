@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -71,15 +72,10 @@ def damaged(llava_set) -> dict[str, str]:
     ]
     (llava_set / "images/many").mkdir()
     names = [f"many/{number:05}.{draw.choice(['jpg', 'png'])}" for number in range(IMAGES)]
-    bad = {}
-    for number, place in enumerate(draw.sample(range(IMAGES), BAD)):
-        bad[names[place]] = damages[number % len(damages)]
+    bad = dict(zip(draw.sample(names, BAD), damages * (BAD // len(damages)), strict=True))
     for name in names:
-        reason_and_damage = bad.get(name)
-        data = picture(name)
-        (llava_set / "images" / name).write_bytes(
-            reason_and_damage[1](data) if reason_and_damage else data
-        )
+        _, damage = bad.get(name, ("", bytes))
+        (llava_set / "images" / name).write_bytes(damage(picture(name)))
     write_records(llava_set / "many.json", names)
     return {name: bad[name][0] for name in names if name in bad}
 
@@ -296,3 +292,14 @@ def test_the_shard_of_an_image_that_has_changed_is_made_again_and_no_other(
     again = {name for name, changed in shards().items() if changed != before[name]}
     assert shards().keys() == before.keys()
     assert len(again) == 1
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_killed_processes_have_left_is_removed_a_day_later(experiment, tmp_path):
+    work = tmp_path / "runs/prepared/.work"
+    for left in ("of-a-day-ago", "of-now"):
+        (work / f".shard-{left}").mkdir(parents=True)
+    yesterday = time.time() - 25 * 3600
+    os.utime(work / ".shard-of-a-day-ago", (yesterday, yesterday))
+    prepare(experiment({"good": {"annotations": ["good.json"]}}))
+    assert [path.name for path in work.glob(".*")] == [".shard-of-now"]

@@ -42,8 +42,7 @@ def check(kill):
 
 def whole():
     digests = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in result.iterdir()}
-    found = digests.pop("found.json") and Result(result)
-    return digests == found.sha256 and len(digests) == 3
+    return digests.pop("found.json", None) and digests == Result(result).sha256
 
 kills, ended = 0, -signal.SIGKILL
 while ended == -signal.SIGKILL:
