@@ -449,6 +449,9 @@ class EngineConfig:
     gradient_checkpointing: bool | None = None
     """Compute the decoder's layers anew in the backward pass instead of keeping what they gave, which takes a
     third of a step; when empty, only where `cluster.gpu_memory_gib` asks for it."""
+    stored_features: bool = False
+    """Have `prepare` keep what the frozen tower makes of each image, and train on that instead of running the
+    tower in every step: 2 MiB of disk an image with Qwen-VL's."""
 
     def __post_init__(self) -> None:
         require(self.micro_batch > 0, "micro_batch", self.micro_batch, "must be positive")

@@ -124,7 +124,8 @@ def _spools(
         results = map(_Reader(), jobs)
     else:
         progress(f"data: {len(jobs)} sets to read, {size / 2**30:.1f} GiB")
-        results = _each(jobs, _Reader, {}, most=experiment.cluster.preparers)
+        cluster = experiment.cluster
+        results = each(jobs, _Reader, {}, most=cluster.preparers, labels=cluster.cpu_labels)
     for done, (source, problem) in enumerate(results, start=1):
         if size >= READ_HERE:
             progress(f"data: {source} read, {done} of {len(jobs)} sets")
@@ -218,8 +219,13 @@ def _check(
     records = [pq.read_metadata(task.records).num_rows for task in tasks]
     began = said = time.monotonic()
     done = found = before = 0
-    for number, made in _each(
-        list(enumerate(tasks)), _Preparer, settings, most=experiment.cluster.preparers
+    cluster = experiment.cluster
+    for number, made in each(
+        list(enumerate(tasks)),
+        _Preparer,
+        settings,
+        most=cluster.preparers,
+        labels=cluster.cpu_labels,
     ):
         done, found, now = (
             done + records[number],
@@ -354,10 +360,19 @@ def _digest(identity: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _each(
-    jobs: Sequence[Any], worker: type, settings: dict[str, Any], *, most: int
+def each(
+    jobs: Sequence[Any],
+    worker: type,
+    settings: dict[str, Any],
+    *,
+    most: int,
+    gpus: int = 0,
+    labels: Mapping[str, str],
 ) -> Iterator[Any]:
-    """What a pool of 1 to `most` actors, which grows with the work, makes of the jobs, in any order."""
+    """What a pool of 1 to `most` actors, which grows with the work, makes of the jobs, in any order.
+
+    An actor has `gpus` GPUs and is on a node with these labels.
+    """
     import ray.data  # takes seconds, and a set that is prepared already needs none
 
     if not jobs:
@@ -383,6 +398,8 @@ def _each(
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(jobs))),
+            num_gpus=gpus,
+            label_selector=dict(labels),
         )
     for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         for done in block["done"]:

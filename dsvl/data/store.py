@@ -5,6 +5,7 @@ images/*.parquet    every image that decoded, once: its bytes and where it was f
 encoded/*.npy       token ids, labels, kinds, images and rounds of all conversations laid end to end,
                     with offsets; the indices of each split
 encoded/pixels/     every image resized to what the tower takes, row by row as in images/
+features/DIGEST/    what a frozen tower makes of them, if asked for; see `dsvl.features`
 quarantine.jsonl    raw records that did not come through
 bad_images.jsonl    image files that could not be used: size and time of change, to notice a repair
 manifest.json       identity, conservation of every set, realised mix, ids of the template's phrases,
@@ -14,7 +15,7 @@ manifest.json       identity, conservation of every set, realised mix, ids of th
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -180,6 +181,8 @@ class Prepared:
         """The conversations that are trained on, each by itself; `blend` makes samples of them."""
         self.eval = Examples(encoded, "eval", self._keys)
         """Those that are held out."""
+        self.vision_input: Callable[[str], np.ndarray] = self.pixels
+        """What a batch takes of the image with a key: pixels, unless features are set (`dsvl.features`)."""
 
     @property
     def quarantined(self) -> int:
@@ -189,9 +192,23 @@ class Prepared:
 
     def pixels(self, key: str) -> np.ndarray:
         """(3, P, P) float32 of the image with this sha256 key, as the tower takes it."""
+        shard, row = self.place(key)
+        return self.processor.normalise(self._pixels[shard][row])
+
+    def place(self, key: str) -> tuple[int, int]:
+        """The shard of the image with this key, and its row there."""
         index = self._index[key]
         shard = bisect_right(self._first, index) - 1
-        return self.processor.normalise(self._pixels[shard][index - self._first[shard]])
+        return shard, index - self._first[shard]
+
+    @property
+    def shards(self) -> int:
+        """How many the images are in."""
+        return len(self._pixels)
+
+    def pixel_shard(self, shard: int) -> np.ndarray:
+        """(n, 3, P, P) uint8 of a shard's images, before they are normalised; a view."""
+        return self._pixels[shard]
 
     def image(self, key: str) -> bytes:
         """The bytes of the image with this sha256 key, as they were found."""
