@@ -14,6 +14,7 @@ manifest.json       identity, conservation of every set, realised mix, ids of th
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -265,7 +266,10 @@ def open_store(folder: str | Path) -> Prepared:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """What is wrong with a prepared set, a line a fault: none if all is as it was written."""
+    """What is wrong with a prepared set, a line a fault: none if all is as it was written.
+
+    Files whose size and time of change are those of the last verification are not read again.
+    """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         return [f"{folder}: has no manifest.json"]
@@ -274,13 +278,22 @@ def verify(folder: str | Path) -> list[str]:
         expected = manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         return [f"{folder / 'manifest.json'}: is damaged: {type(error).__name__}: {error}"]
-    faults = []
+    record = folder / ".verified.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    faults, verified = [], {}
     for name, digest in expected.items():
         path = folder / name
         if not path.is_file():
             faults.append(f"{path}: is missing")
-        elif sha256(path) != digest:
+            continue
+        found = path.stat()
+        verified[name] = [digest, found.st_size, found.st_mtime_ns]
+        if known.get(name) != verified[name] and sha256(path) != digest:
             faults.append(f"{path}: differs from what was written")
+    if not faults and known != verified:
+        making = record.with_name(f".verified-{os.getpid()}")
+        making.write_text(json.dumps(verified), encoding="utf-8")
+        making.rename(record)
     return faults
 
 
