@@ -59,6 +59,15 @@ def _prepare(experiment: Experiment) -> Result:
     return _described(prepare(experiment))
 
 
+def _stats(experiment: Experiment) -> Result:
+    """Say what an epoch of the prepared data is made of; prepares them first."""
+    from orchestration.prepare import prepare
+    from orchestration.statistics import measure, render
+
+    result = measure(experiment, Path(prepare(experiment)["folder"]))
+    return result, render(result)
+
+
 def _train(experiment: Experiment) -> Result:
     """Train the model, or go on where the run stopped."""
     from orchestration.commands import train
@@ -104,6 +113,7 @@ VERBS: dict[str, Callable[..., Result]] = {
     "check": _check,
     "plan": _plan,
     "prepare": _prepare,
+    "stats": _stats,
     "train": _train,
     "sweep": _sweep,
     "report": _report,
