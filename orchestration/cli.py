@@ -68,6 +68,20 @@ def _stats(experiment: Experiment) -> Result:
     return result, render(result)
 
 
+def _preview(
+    experiment: Experiment, *, count: int, blend: str | None, epoch: int, html: Path | None
+) -> Result:
+    """Show training samples as the model sees them: images, and which tokens are trained."""
+    from orchestration.journal import write_whole
+    from orchestration.preview import in_colour, page, preview, render
+
+    result = preview(experiment, count=count, blend=blend, epoch=epoch)
+    if html is None:
+        return result, render(result, colour=in_colour())
+    write_whole(html, page(experiment, result))
+    return {"page": str(html), **result}, f"page: {html}"
+
+
 def _train(experiment: Experiment) -> Result:
     """Train the model, or go on where the run stopped."""
     from orchestration.commands import train
@@ -114,12 +128,24 @@ VERBS: dict[str, Callable[..., Result]] = {
     "plan": _plan,
     "prepare": _prepare,
     "stats": _stats,
+    "preview": _preview,
     "train": _train,
     "sweep": _sweep,
     "report": _report,
     "chat": _chat,
     "doctor": _doctor,
 }
+
+
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "preview": {
+        "--count": {"type": int, "default": 4, "metavar": "N", "help": "how many; 4 if not given"},
+        "--blend": {"metavar": "NAME", "help": "of this blend, instead of all in turn"},
+        "--epoch": {"type": int, "default": 0, "metavar": "E", "help": "as drawn for this epoch"},
+        "--html": {"type": Path, "metavar": "FILE", "help": "write a page with the pictures"},
+    },
+}
+"""What a verb takes beside an experiment: its keyword arguments, as argparse wants them."""
 
 
 FAULTS_FOUND = {"check": 2, "doctor": 1}
@@ -135,10 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     verb, experiment = "dsvl", None
     try:
-        request = _parser().parse_intermixed_args(arguments)
+        request, options = _request(arguments)
         verb = request.verb
         experiment = _experiment(request)
-        work = VERBS[verb]
+        work = partial(VERBS[verb], **options)
         if verb == "chat":  # which is read while it works
             work = partial(work, out=sys.stderr if as_json else sys.stdout)
         with redirect_stdout(sys.stderr):  # what libraries print is no result
@@ -163,6 +189,15 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(
             f"{message}; usage: dsvl VERB EXPERIMENT [section.field=value ...] [--json]"
         )
+
+
+def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """What is asked for, and the options that its verb alone takes."""
+    verb = next((word for word in arguments if not word.startswith("-")), "")
+    parser = _parser()
+    added = [parser.add_argument(name, **how) for name, how in OPTIONS.get(verb, {}).items()]
+    request = parser.parse_intermixed_args(arguments)
+    return request, {option.dest: getattr(request, option.dest) for option in added}
 
 
 def _parser() -> argparse.ArgumentParser:
