@@ -21,7 +21,11 @@ def data(record: Record) -> str:
         told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(lost.items()))
         kept = f"{source['raw']:,} records, {source['used']:,} used, {lost.total():,} quarantined"
         rows.append((f"set {name}", f"{kept}: {told}" if told else kept))
-    return f"<h3>Data</h3>{facts(rows)}{_epoch(measure(record.experiment, record.prepared))}"
+    try:
+        drawn = _epoch(measure(record.experiment, record.prepared))
+    except ValueError as error:  # an earlier version prepared them
+        drawn = note(str(error))
+    return f"<h3>Data</h3>{facts(rows)}{drawn}"
 
 
 def _epoch(measured: dict[str, Any]) -> str:

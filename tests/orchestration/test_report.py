@@ -318,6 +318,14 @@ def test_an_epoch_is_drawn_by_its_lengths_and_its_mix(sweep):
     assert [mix.partition("epoch")[2] for mix in mixes] == ["chats100.0%"] * 2
 
 
+def test_data_that_an_earlier_version_prepared_do_not_keep_the_page_from_being_written(sweep):
+    path = Path(sweep.storage.path, "prepared/tiny-0123/manifest.json")
+    write_json(path, json.loads(path.read_text()) | {"schema_version": 1})
+    text = page_of(sweep).text
+    assert "30 to train, 5 held out" in text
+    assert "schema_version=1: this version reads" in text
+
+
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any), st.integers(1, 50))
 def test_the_outline_of_a_histogram_covers_an_area_of_its_samples(counts, width):
     points = outline(counts, width=width)
