@@ -306,7 +306,8 @@ class BlendConfig:
     """How many samples it is known to make: lets `plan` count steps before `prepare` has run."""
 
     def __post_init__(self) -> None:
-        require(len(self.sets) > 0, "sets", self.sets, "must name at least one of data.sets")
+        once = len(set(self.sets)) == len(self.sets) > 0
+        require(once, "sets", self.sets, "must name at least one of data.sets, each once")
         fewest, most = self.concat
         require(1 <= fewest <= most, "concat", self.concat, "must be [fewest, most], from 1")
         require(
@@ -315,7 +316,12 @@ class BlendConfig:
             self.concat,
             "must be [1, 1] with join: true",
         )
-        require(self.join or not self.followups, "followups", self.followups, "needs join: true")
+        require(
+            self.join or not self.followups,
+            "followups",
+            self.followups,
+            "must be false without join: true",
+        )
         require(
             self.samples is None or (self.samples > 0 and self.epochs == 1.0),
             "samples",
@@ -355,9 +361,7 @@ class DataConfig:
             unknown = [part for part in blend.sets if part not in self.sets]
             rule = f"must be among data.sets: {', '.join(self.sets)}"
             require(not unknown, f"blends.{name}.sets", tuple(unknown), rule)
-        clashing = [
-            n for n in self.all_blends() if n in self.sets and n not in self.all_blends()[n].sets
-        ]
+        clashing = [n for n, b in self.blends.items() if n in self.sets and n not in b.sets]
         rule = "must have another name, or that set among its sets"
         require(not clashing, "blends", tuple(clashing), rule)
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
@@ -375,10 +379,10 @@ class DataConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
 
     def all_blends(self) -> dict[str, BlendConfig]:
-        """Those that are named, then one for every set that none of them has."""
+        """Those that are named, and one for every set that none of them has, by their names."""
         named = {name for blend in self.blends.values() for name in blend.sets}
         own = {name: BlendConfig(sets=(name,)) for name in self.sets if name not in named}
-        return {**self.blends, **own}
+        return dict(sorted({**self.blends, **own}.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,6 +449,9 @@ class EngineConfig:
     gradient_checkpointing: bool | None = None
     """Compute the decoder's layers anew in the backward pass instead of keeping what they gave, which takes a
     third of a step; when empty, only where `cluster.gpu_memory_gib` asks for it."""
+    stored_features: bool = False
+    """Have `prepare` keep what the frozen tower makes of each image, and train on that instead of running the
+    tower in every step: 2 MiB of disk an image with Qwen-VL's."""
 
     def __post_init__(self) -> None:
         require(self.micro_batch > 0, "micro_batch", self.micro_batch, "must be positive")

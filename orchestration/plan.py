@@ -178,7 +178,7 @@ def _samples(experiment: Experiment) -> tuple[int | None, str]:
         if known is None:
             return None, "unknown until prepare"
         total += min(blend.samples or known, known) * blend.epochs
-    return round(total), "data.sets.*.records"
+    return round(total), "records of data.sets and data.blends"
 
 
 def _table(sizes: tuple[SizePlan, ...]) -> list[tuple[str, ...]]:

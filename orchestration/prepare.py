@@ -73,9 +73,14 @@ def prepare(experiment: Experiment, *, progress: Progress = log.info) -> dict[st
                 if folder.exists():
                     log.warning("data: preparing again, as %s", "; ".join(faults))
                 _make(experiment, folder, processor, identity, progress=progress)
-                return _summary(experiment, folder, began, reused=False)
-    progress(f"data: {folder} is prepared already; remove it to have images read anew")
-    return _summary(experiment, folder, began, reused=True)
+    else:
+        faults = []
+        progress(f"data: {folder} is prepared already; remove it to have images read anew")
+    if experiment.engine.stored_features:
+        from orchestration.features import store_features  # takes seconds to import, for the tower
+
+        store_features(experiment, folder, progress)
+    return _summary(experiment, folder, began, reused=not faults)
 
 
 def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str, Any]:
@@ -172,7 +177,7 @@ def _make(
             raw=found.raw,
             merged=found.merged,
             identity=identity,
-            about={},
+            about={"percolations": found.percolations},
         )
     _tidy(work)
     splits = found.splits

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dsvl.data.blend import Blender, order
-from dsvl.data.encode import load_tokenizer, stretches
+from dsvl.data.encode import load_tokenizer, passages
 from dsvl.data.store import open_store
 from dsvl.data.types import IGNORED, Example
 from orchestration.config import Experiment
@@ -123,7 +123,7 @@ def _told(
             {"image": image, "tokens": int(tokens)}
             if image
             else {"text": text, "tokens": int(tokens), "trained": trained}
-            for text, tokens, trained, image in stretches(example, tokenizer)
+            for text, tokens, trained, image in passages(example, tokenizer)
         ],
     }
 

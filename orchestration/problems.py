@@ -115,8 +115,9 @@ def _explain(details: ErrorDetails, root: type[BaseModel]) -> Iterator[Problem]:
 def _broken_rule(keys: Keys, text: str, root: type) -> Problem:
     """A rule of a section names its field as `field=value: must ...`: point at the field."""
     name, _, rest = text.partition("=")
-    if name in fields_at(root, keys):
-        return Problem((*keys, name), rest.replace(": must", " must", 1))
+    field = (*keys, *name.split("."))
+    if rest and unknown_field(root, field) is None:
+        return Problem(field, rest.replace(": must", " must", 1))
     return Problem(keys, text)
 
 

@@ -184,4 +184,5 @@ def _decides_data(keys: tuple[str, ...], domain: Domain, model: ModelConfig | No
     if keys == ("model", "projection") and model is not None:
         others = (replace(model, projection=value) for value in domain.probes())
         return any(other.image_tokens != model.image_tokens for other in others)
-    return keys[0] == "data" or keys[:2] in (("model", "vision"), ("model", "projection_queries"))
+    deciding = {("model", name) for name in ("vision", "projection_queries", "template")}
+    return keys[0] == "data" or keys[:2] in deciding

@@ -52,6 +52,8 @@ class Survey:
     quarantine: list[Rejected] = field(default_factory=list)
     bad_images: list[dict[str, Any]] = field(default_factory=list)
     """`source`, `path` and `stamp` of every image that cannot be used."""
+    percolations: list[dict[str, Any]] = field(default_factory=list)
+    """Groups that hold over half of a set, and what splitting them costs (`dsvl.data.split`)."""
     unreadable: list[str] = field(default_factory=list)
     """Why sets cannot be read at all, a line each; nothing is known of their records."""
 
@@ -79,7 +81,7 @@ def survey(
     Intermediate files are below `work`, which every machine must see.
     """
     seen = Survey(Counter(dict.fromkeys(sorted(experiment.data.sets), 0)))
-    spools = _spools(experiment, work, seen)
+    spools = _spools(experiment, work, seen, progress)
     tasks, places = _tasks(experiment, spools, work, processor=processor, keep=writer is not None)
     _check(experiment, tasks, processor=processor, keep=writer is not None, progress=progress)
     kept = _gather(tasks, places, seen, writer)
@@ -87,7 +89,9 @@ def survey(
     return seen
 
 
-def _spools(experiment: Experiment, work: Path, seen: Survey) -> dict[str, Path]:
+def _spools(
+    experiment: Experiment, work: Path, seen: Survey, progress: Progress
+) -> dict[str, Path]:
     """The records of every set, in the order of the names of sets and files: set -> folder of shards."""
     root, data = Path(experiment.storage.data).absolute(), experiment.data
     jobs: list[tuple[Any, ...]] = []
@@ -115,13 +119,16 @@ def _spools(experiment: Experiment, work: Path, seen: Survey) -> dict[str, Path]
             jobs.append(
                 (source, config, root, data.max_images, experiment.train.seed, folders[source])
             )
-    annotations = [root / name for job in jobs for name in job[1].annotations]
-    small = sum(path.stat().st_size for path in annotations) < READ_HERE
-    for source, problem in (
-        map(_Reader(), jobs)
-        if small
-        else _each(jobs, _Reader, {}, most=experiment.cluster.preparers)
-    ):
+    size = sum((root / name).stat().st_size for job in jobs for name in job[1].annotations)
+    if size < READ_HERE:
+        results = map(_Reader(), jobs)
+    else:
+        progress(f"data: {len(jobs)} sets to read, {size / 2**30:.1f} GiB")
+        cluster = experiment.cluster
+        results = each(jobs, _Reader, {}, most=cluster.preparers, labels=cluster.cpu_labels)
+    for done, (source, problem) in enumerate(results, start=1):
+        if size >= READ_HERE:
+            progress(f"data: {source} read, {done} of {len(jobs)} sets")
         if problem:
             seen.unreadable.append(problem)
             del folders[source]
@@ -212,8 +219,13 @@ def _check(
     records = [pq.read_metadata(task.records).num_rows for task in tasks]
     began = said = time.monotonic()
     done = found = before = 0
-    for number, made in _each(
-        list(enumerate(tasks)), _Preparer, settings, most=experiment.cluster.preparers
+    cluster = experiment.cluster
+    for number, made in each(
+        list(enumerate(tasks)),
+        _Preparer,
+        settings,
+        most=cluster.preparers,
+        labels=cluster.cpu_labels,
     ):
         done, found, now = (
             done + records[number],
@@ -290,14 +302,15 @@ def _split(
     seen: Survey,
     writer: Writer | None,
 ) -> None:
-    sides = assign_split(
+    split = assign_split(
         [one.links for one in kept],
         declared={source: config.split for source, config in experiment.data.sets.items()},
         eval_fraction=experiment.data.eval_fraction,
         seed=experiment.train.seed,
     )
     by_task: dict[int, list[tuple[Kept, str]]] = {}
-    for one, side in zip(kept, sides, strict=True):
+    seen.percolations = [asdict(found) for found in split.percolations]
+    for one, side in zip(kept, split.sides, strict=True):
         source = one.links.source
         if side == "straddles_split":
             detail = "its images, or its record, are on both sides of the split"
@@ -347,10 +360,19 @@ def _digest(identity: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _each(
-    jobs: Sequence[Any], worker: type, settings: dict[str, Any], *, most: int
+def each(
+    jobs: Sequence[Any],
+    worker: type,
+    settings: dict[str, Any],
+    *,
+    most: int,
+    gpus: int = 0,
+    labels: Mapping[str, str],
 ) -> Iterator[Any]:
-    """What a pool of 1 to `most` actors, which grows with the work, makes of the jobs, in any order."""
+    """What a pool of 1 to `most` actors, which grows with the work, makes of the jobs, in any order.
+
+    An actor has `gpus` GPUs and is on a node with these labels.
+    """
     import ray.data  # takes seconds, and a set that is prepared already needs none
 
     if not jobs:
@@ -376,6 +398,8 @@ def _each(
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(jobs))),
+            num_gpus=gpus,
+            label_selector=dict(labels),
         )
     for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         for done in block["done"]:

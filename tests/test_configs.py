@@ -35,6 +35,12 @@ def test_experiments_have_names_of_their_own():
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize(("name", "made"), [("set1", 222_681 - 6_520), ("set2", 222_681)])
+def test_the_papers_blends_make_as_many_samples_as_its_table_1(name, made):
+    samples = plan(load(ROOT / f"configs/experiment/visualchat_13b_{name}.yaml")).samples
+    assert samples == pytest.approx(0.9 * made, rel=1e-4)  # a tenth is held out
+
+
 def test_each_of_the_papers_datasets_has_a_part_of_its_name():
     generic = {"llava_json", "sharegpt", "hf_messages", "alpaca", "qa"}
     for name in READERS.keys() - generic:

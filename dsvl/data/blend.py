@@ -1,7 +1,7 @@
 """How conversations become the samples of an epoch: put together, drawn, weighed and ordered.
 
 Every draw is a pure function of (seed, epoch, id), and an epoch is arithmetic on a few arrays: it takes no
-tokenizer and no image, so blends can change, or be searched, over data that are prepared once.
+tokenizer and no image, so blends can change over data that are prepared once.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,20 +12,9 @@ import numpy as np
 
 from dsvl.config import BlendConfig, DataConfig
 from dsvl.data.compose import Composer
-from dsvl.data.draw import (
-    Drawn,
-    Joins,
-    concatenated,
-    groups_of,
-    mix,
-    offsets,
-    running,
-    sizes_of,
-    spans,
-    totals,
-    whole,
-)
+from dsvl.data.draw import Drawn, Joins, concatenated, groups_of, mix, sizes_of, whole
 from dsvl.data.store import Examples, Prepared
+from dsvl.data.stretches import offsets, running, spans, totals
 from dsvl.data.types import Example
 
 
@@ -156,13 +145,13 @@ class Blender:
         data, counts = self._data, drawn.counts
         first = np.repeat(offsets(counts), counts)
         images = running(drawn.lines.fresh, counts)
+        # All three grow from round to round, so that what is kept is the beginning.
         keep = running(self._composer.tokens(drawn.lines, counts), counts) <= data.max_tokens
         keep &= images <= data.max_images
         if data.max_rounds is not None:
             keep &= np.arange(len(first)) - first < data.max_rounds
         if keep.all():
             return drawn
-        keep = running(~keep, counts) == 0  # nothing comes after a round that is left out
         lines = drawn.lines.take(np.flatnonzero(keep))
         kept = totals(keep, counts)
         shown = totals(lines.fresh, kept)
@@ -187,7 +176,6 @@ def shares(
     weights = np.array([blend.weight for blend in blends])
     parts = weights * sizes.astype(float) ** (1 / temperature) * (sizes > 0)
     exact = sizes.sum() * parts / max(parts.sum(), 1e-300)
-    exact = np.where(np.isclose(exact, np.round(exact), rtol=1e-9), np.round(exact), exact)
     whole = np.floor(exact).astype(int)
     lacking = sizes.sum() - whole.sum()
     whole[np.argsort(whole - exact, kind="stable")[:lacking]] += 1

@@ -1,12 +1,14 @@
 """Rounds of several encoded conversations -> one Example, by copying their ids: nothing is tokenised."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
 from dsvl.data.encode import Phrases
 from dsvl.data.store import Examples
+from dsvl.data.stretches import offsets, running, spans
 from dsvl.data.types import IGNORED, Example, Kind
 
 Positions = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -49,14 +51,21 @@ class Composer:
         image = _text([pad_id] * image_tokens)
         image[2][:] = Kind.IMAGE
         self._opening, self._turn = _text(phrases.opening), _text(phrases.turn)
-        self._ask, self._after_images = _text(phrases.ask), _text(phrases.after_images)
-        self._first = [_joined([_text(ids), image]) for ids in phrases.first_header]
-        self._next = [_joined([_text(ids), image]) for ids in phrases.header]
+        self._ask, after_images = _text(phrases.ask), _text(phrases.after_images)
+        first = [_joined([_text(ids), image]) for ids in phrases.first_header]
+        others = [_joined([_text(ids), image]) for ids in phrases.header]
+
+        @cache
+        def shown(start: int, end: int) -> Positions:
+            """Images `start` to `end`, and the text around them."""
+            return _joined([first[start], *others[start + 1 : end], after_images])
+
+        self._shown = shown
         self._follow = [_text(ids) for ids in phrases.follow_up]
         self._refs = [[_text(ids) for ids in table] for table in (phrases.ref, phrases.spaced_ref)]
         # Lengths, for arithmetic over all samples at once.
-        self._first_length = np.array([len(ids) for ids, _, _ in self._first])
-        self._next_sum = np.cumsum([0, *(len(ids) for ids, _, _ in self._next)])
+        self._first_length = np.array([len(ids) + len(after_images[0]) for ids, _, _ in first])
+        self._others_sum = np.cumsum([0, *(len(ids) for ids, _, _ in others)])
         self._follow_length = np.array([len(ids) for ids in phrases.follow_up])
         self._ref_length = np.array([[len(ids) for ids, _, _ in table] for table in self._refs])
         self._with_refs = bool(examples.counts["refs"].any())
@@ -74,10 +83,8 @@ class Composer:
         for place, ((start, _, end, _), fresh, shift, follow) in enumerate(told):
             if place:
                 pieces.append(self._turn)
-            for number in range(shown, shown + fresh):
-                pieces.append((self._next if number > shown else self._first)[number])
             if fresh:
-                pieces.append(self._after_images)
+                pieces.append(self._shown(shown, shown + fresh))
             shown += fresh
             if follow:
                 pieces += [self._ask, self._follow[shift]]
@@ -100,16 +107,13 @@ class Composer:
         """(L,) int64: positions that each line adds to its sample; samples have `counts` lines each."""
         rounds = self.examples.rounds[lines.round].astype(np.int64)
         tokens = rounds[:, 2] - rounds[:, 0] + len(self._turn[0])
-        first = np.cumsum(counts) - counts
-        tokens[first[counts > 0]] += len(self._opening[0]) - len(self._turn[0])
-        sums = np.concatenate([[0], np.cumsum(lines.fresh)])
-        before = sums[:-1] - np.repeat(sums[first], counts)
+        tokens[offsets(counts)[counts > 0]] += len(self._opening[0]) - len(self._turn[0])
+        before = running(lines.fresh, counts) - lines.fresh
         # More images than there are headers for are cut off afterwards: their length is of no account.
         most = len(self._first_length) - 1
         begin, last = np.minimum(before, most), np.minimum(before + lines.fresh, most + 1)
-        others = self._next_sum[last] - self._next_sum[np.minimum(begin + 1, last)]
-        headed = self._first_length[begin] + others + len(self._after_images[0])
-        tokens += np.where(lines.fresh > 0, headed, 0)
+        others = self._others_sum[last] - self._others_sum[np.minimum(begin + 1, last)]
+        tokens += np.where(lines.fresh > 0, self._first_length[begin] + others, 0)
         shift = np.minimum(lines.shift, most)
         tokens += np.where(lines.follow, self._follow_length[shift], 0)
         return tokens + self._renumbered(lines, since=0)
@@ -121,19 +125,17 @@ class Composer:
 
     def _renumbered(self, lines: Lines, *, since: int) -> np.ndarray:
         """(L,) int64: by how many tokens new numbers lengthen references, in all (0) or answers alone (1)."""
-        longer = np.zeros(len(lines.round), np.int64)
-        if not self._with_refs:
-            return longer
+        examples, most = self.examples, self._ref_length.shape[1] - 1
         moved = np.flatnonzero(lines.shift)
-        records = self.examples.record(lines.round[moved])
-        some = self.examples.counts["refs"][records] > 0
-        for place, record in zip(moved[some].tolist(), records[some].tolist(), strict=True):
-            bounds, shift = self.examples.rounds[lines.round[place]].tolist(), lines.shift[place]
-            for begin, stop, image, spaced in self._refs_of(record):
-                if bounds[since] <= begin < bounds[2]:
-                    number = min(image + shift, self._ref_length.shape[1] - 1)
-                    longer[place] += self._ref_length[spaced][number] - (stop - begin)
-        return longer
+        records = examples.record(lines.round[moved])
+        refs = examples.counts["refs"][records]
+        line = np.repeat(moved, refs)
+        begin, end, image, spaced = examples.refs[spans(examples.starts["refs"][records], refs)].T
+        bounds = examples.rounds[lines.round[line]]
+        within = (bounds[:, since] <= begin) & (begin < bounds[:, 2])
+        length = self._ref_length[spaced, np.minimum(image + lines.shift[line], most)]
+        longer = np.where(within, length - (end - begin), 0)
+        return np.bincount(line, longer, minlength=len(lines.round)).astype(np.int64)
 
     def _refs_of(self, record: int) -> list[list[int]]:
         start, count = (getattr(self.examples, n)["refs"][record] for n in ("starts", "counts"))

@@ -12,6 +12,7 @@ import numpy as np
 from dsvl.config import DataConfig
 from dsvl.data.compose import Lines
 from dsvl.data.store import Examples
+from dsvl.data.stretches import offsets, running, spans
 
 
 class Drawn(NamedTuple):
@@ -107,12 +108,9 @@ def concatenated(examples: Examples, records: np.ndarray, sizes: np.ndarray) -> 
     rounds, images = examples.counts["rounds"][records], examples.counts["images"][records]
     before = running(images, sizes) - images  # images of the sample that earlier records have shown
     line = spans(examples.starts["rounds"][records], rounds)
-    shown = examples.rounds[line, 3].astype(np.int64)
-    earlier = np.concatenate([[0], shown[:-1]])[: len(shown)]
-    earlier[offsets(rounds)] = 0
     lines = Lines(
         round=line,
-        fresh=shown - earlier,
+        fresh=examples.shows[line],
         shift=np.repeat(before, rounds),
         follow=np.zeros(len(line), bool),
     )
@@ -220,11 +218,7 @@ class Joins:
 
         counts = np.bincount(sample, minlength=len(pairs))
         # The first conversation about an image shows it, in the round in which it does by itself.
-        begins = np.ones(len(line), bool)
-        begins[1:] = line[1:] != line[:-1] + 1
-        shown = examples.rounds[line, 3].astype(np.int64)
-        earlier = np.where(begins, 0, np.concatenate([[0], shown[:-1]]))
-        fresh = np.where((section == 0) & (rank == 0), shown - earlier, 0)
+        fresh = np.where((section == 0) & (rank == 0), examples.shows[line], 0)
         # The first round about all images shows those that no conversation has shown.
         opens = (section == 1) & np.concatenate(
             [[True], (section != 1)[:-1] | (np.diff(sample) > 0)]
@@ -249,26 +243,3 @@ def _repeats(group: np.ndarray, value: np.ndarray) -> np.ndarray:
     repeated[at[1:]] |= same
     repeated[at[:-1]] |= same
     return repeated
-
-
-def offsets(counts: np.ndarray) -> np.ndarray:
-    """Where each of the stretches of so many starts, laid end to end."""
-    return np.cumsum(counts) - counts
-
-
-def spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of every stretch, end to end."""
-    return np.arange(counts.sum()) + np.repeat(starts - offsets(counts), counts)
-
-
-def running(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums within each stretch, up to and with every value."""
-    sums = np.concatenate([[0], np.cumsum(values)])
-    return sums[1:] - np.repeat(sums[offsets(counts)], counts)
-
-
-def totals(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(len(counts),) int64: the sum of every stretch."""
-    sums = np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
-    starts = offsets(counts)
-    return sums[starts + counts] - sums[starts]

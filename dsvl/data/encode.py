@@ -234,7 +234,7 @@ class _Positions(NamedTuple):
     refs: np.ndarray
 
 
-class Stretch(NamedTuple):
+class Passage(NamedTuple):
     """Positions of an example that are an image, or text that is trained throughout or not at all."""
 
     text: str
@@ -244,24 +244,24 @@ class Stretch(NamedTuple):
     """The number of the image from 1; 0 for text."""
 
 
-def stretches(example: Example, tokenizer: PreTrainedTokenizerFast) -> Iterator[Stretch]:
+def passages(example: Example, tokenizer: PreTrainedTokenizerFast) -> Iterator[Passage]:
     """The example as the model sees it, in order; no two adjacent texts are alike in `trained`."""
     trained = example.labels != IGNORED
     image = 0
     for start, end in _runs(example.kinds, trained):
         if example.kinds[start] == Kind.IMAGE:
             image += 1
-            yield Stretch("", end - start, False, image)
+            yield Passage("", end - start, False, image)
         else:
             text = tokenizer.decode(example.ids[start:end], clean_up_tokenization_spaces=False)
             assert isinstance(text, str)
-            yield Stretch(text, end - start, bool(trained[start]), 0)
+            yield Passage(text, end - start, bool(trained[start]), 0)
 
 
 def show(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
     """The example as text: trained tokens between ⟦ and ⟧, images as `[image 2: 4 tokens]`."""
     shown = []
-    for text, tokens, trained, image in stretches(example, tokenizer):
+    for text, tokens, trained, image in passages(example, tokenizer):
         text = f"[image {image}: {tokens} tokens]" if image else text
         shown.append(f"⟦{text}⟧" if trained else text)
     return "".join(shown)

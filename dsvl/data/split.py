@@ -3,10 +3,12 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Side = Literal["train", "eval", "straddles_split"]
+MOST_OF_REST = 0.5
+"""Share of what does not hang together that may be held out to spare what does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,39 +28,89 @@ class Links:
         return (*dict.fromkeys(self.images), self.record)
 
 
+@dataclass(frozen=True, slots=True)
+class Percolation:
+    """A group with over half of a set, what each way to split it costs, and the way that was taken."""
+
+    samples: int
+    shares: dict[str, float]
+    """Set -> share of it that is in the group."""
+    straddling: int
+    """Samples that are lost if images are split one by one."""
+    held_out_of_rest: float | None
+    """Share of the other groups of these sets to hold out if the group is trained on as a whole, None where
+    there are no others; above `MOST_OF_REST` it is too much of too little."""
+    way: Literal["by_image", "together"]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The side of every sample."""
+
+    sides: list[Side]
+    percolations: list[Percolation] = field(default_factory=list)
+
+
 def assign_split(
     samples: Sequence[Links],
     *,
     declared: Mapping[str, Literal["auto", "train", "eval"]],
     eval_fraction: float,
     seed: int,
-) -> list[Side]:
+) -> Split:
     """The side of every sample, so that no image and no record is on both.
 
-    A set declared `train` or `eval` keeps its side. Samples of `auto` sets go with all that they
-    are linked to, held out by a hash of the group. A group that holds over half of a set (links
-    percolate) has its images hashed one by one instead. A sample whose images fall on both
-    sides, or a training sample linked to one that is held out, `straddles_split`.
+    A set declared `train` or `eval` keeps its side. Samples of `auto` sets go with all that they are linked
+    to, held out by a hash of the group. A group that holds over half of a set (links percolate) is trained
+    on as a whole, and more of the rest is held out instead, if the rest is large enough: that loses nothing.
+    Else its images are hashed one by one. A sample whose images fall on both sides, or a training sample
+    linked to one that is held out, `straddles_split`.
     """
     sides: list[Side] = [
         "eval" if declared[sample.source] == "eval" else "train" for sample in samples
     ]
     automatic = [i for i, sample in enumerate(samples) if declared[sample.source] == "auto"]
     sizes = Counter(samples[i].source for i in automatic)
+    fractions = dict.fromkeys(sizes, eval_fraction)
 
-    def side(key: str) -> Literal["train", "eval"]:
+    def side(key: str, fraction: float = eval_fraction) -> Literal["train", "eval"]:
         digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-        return "eval" if int.from_bytes(digest[:8]) < eval_fraction * 2**64 else "train"
+        return "eval" if int.from_bytes(digest[:8]) < fraction * 2**64 else "train"
 
+    def apart(sample: Links) -> Side:
+        found: set[Side] = {side(key) for key in sample.images or (sample.record,)}
+        return found.pop() if len(found) == 1 else "straddles_split"
+
+    ordinary, percolations = [], []
     for group in _components([samples[i].group_keys for i in automatic]):
-        members = [samples[automatic[i]] for i in group]
-        held = Counter(member.source for member in members)
-        percolates = len(group) > 1 and any(2 * n > sizes[source] for source, n in held.items())
-        shared = side(min(key for member in members for key in member.group_keys))
-        for i, member in zip(group, members, strict=True):
-            keys = member.images or (member.record,)
-            found: set[Side] = {side(key) for key in keys} if percolates else {shared}
-            sides[automatic[i]] = found.pop() if len(found) == 1 else "straddles_split"
+        members = [automatic[i] for i in group]
+        held = Counter(samples[i].source for i in members)
+        if len(members) == 1 or not any(2 * n > sizes[source] for source, n in held.items()):
+            ordinary.append(members)
+            continue
+        for i in members:
+            sides[i] = apart(samples[i])
+        rests = {source: 1 - n / sizes[source] for source, n in held.items()}
+        needed = eval_fraction / min(rests.values()) if all(rests.values()) else None
+        percolations.append(
+            Percolation(
+                samples=len(members),
+                shares={source: n / sizes[source] for source, n in held.items()},
+                straddling=sum(sides[i] == "straddles_split" for i in members),
+                held_out_of_rest=needed,
+                way="by_image" if needed is None or needed > MOST_OF_REST else "together",
+            )
+        )
+        if needed is not None and needed <= MOST_OF_REST:
+            for i in members:
+                sides[i] = "train"
+            for source in held:
+                fractions[source] = max(fractions[source], needed)
+    for members in ordinary:
+        key = min(key for i in members for key in samples[i].group_keys)
+        shared = side(key, max(fractions[samples[i].source] for i in members))
+        for i in members:
+            sides[i] = shared
 
     held_out = {
         key
@@ -66,10 +118,11 @@ def assign_split(
         if where == "eval"
         for key in sample.group_keys
     }
-    return [
+    leak_free: list[Side] = [
         where if where != "train" or held_out.isdisjoint(sample.group_keys) else "straddles_split"
         for sample, where in zip(samples, sides, strict=True)
     ]
+    return Split(leak_free, percolations)
 
 
 def _components(keys: Sequence[Sequence[str]]) -> list[list[int]]:

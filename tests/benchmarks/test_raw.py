@@ -7,7 +7,9 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
+from pydantic import TypeAdapter
 
 from dsvl.config import SetConfig
 from dsvl.data.readers import read
@@ -20,7 +22,10 @@ from tests.benchmarks.made_up import Pictures
 from tests.benchmarks.nine_sets import NineSets
 
 ROOT = Path(__file__).parents[2]
-SETS = load(ROOT / "configs/experiment/visualchat_13b_set2.yaml").data.sets
+BLEND = yaml.safe_load((ROOT / "configs/data/llava_otter_blend.yaml").read_text())["data"]["sets"]
+SETS = load(ROOT / "configs/experiment/visualchat_13b_set2.yaml").data.sets | {
+    name: TypeAdapter(SetConfig).validate_python(config) for name, config in BLEND.items()
+}
 SCALE = 0.002
 
 
@@ -112,7 +117,7 @@ def test_pairs_of_cgd_percolate_only_if_asked_to():
         """Share of the pairs that a split has to drop."""
         pairs = sets.pairs
         links = [Links("cgd", f"record {n}", tuple(map(str, pair))) for n, pair in enumerate(pairs)]
-        sides = assign_split(links, declared={"cgd": "auto"}, eval_fraction=0.1, seed=0)
+        sides = assign_split(links, declared={"cgd": "auto"}, eval_fraction=0.1, seed=0).sides
         return sides.count("straddles_split") / len(sides)
 
     assert straddling(NineSets(0.1)) == 0

@@ -44,6 +44,7 @@ SETTINGS: dict[str, Any] = {
         "sets": {
             "chats": {"reader": "llava_json", "annotations": ["chats.json"], "images": "images"}
         },
+        "blends": {"chats": {"sets": ["chats"]}},
         "max_tokens": 64,
     },
     "train": {"epochs": 2, "batch": 12},

@@ -23,6 +23,7 @@ EXECUTION = {
     "tracking.experiment": "other",
     "search": {"space": {"optim.lr": {"kind": "grid", "values": [0.1]}}},
     "data.sets.chats.records": 99,
+    "data.blends.chats.records": 99,
 }
 WHAT = {
     "model.size": "large",
@@ -43,6 +44,7 @@ WHAT = {
     "model.projection": "mlp",
     "model.projection_layers": 2,
     "model.projection_queries": 8,
+    "model.template": "original",
     "model.attention": "causal",
     "model.cross_every": 2,
     "model.train_embedding": False,
@@ -61,7 +63,14 @@ WHAT = {
     **{f"data.sets.chats.fields.{name}": "other" for name in FieldsConfig.__annotations__},
     "data.sets.chats.split": "train",
     "data.sets.chats.max_dropped": 0.5,
+    "data.blends.chats.concat": [1, 2],
+    "data.blends.chats.join": True,
+    "data.blends.chats.samples": 9,
+    "data.blends.chats.epochs": 2,
+    "data.blends.chats.weight": 2,
+    "data.temperature": 2,
     "data.max_images": 3,
+    "data.max_rounds": 3,
     "data.max_tokens": 32,
     "data.max_image_pixels": 99,
     "data.max_dropped": 0.5,
@@ -79,8 +88,14 @@ WHAT = {
     "train.precision": "fp32",
     "train.seed": 1,
 }
-TOWER = {"model.vision.kind", "model.vision.queries", "model.vision.output_size"}
-"""Fields that are legal only together."""
+TOGETHER = {
+    "model.vision.kind",
+    "model.vision.queries",
+    "model.vision.output_size",
+    "data.blends.chats.sets",
+    "data.blends.chats.followups",
+}
+"""Fields that cannot change by themselves."""
 
 
 def lines(settings) -> list[str]:
@@ -109,7 +124,7 @@ def test_what_is_trained_makes_the_identity(settings, path):
 
 def test_every_field_of_the_identity_is_tried(settings):
     tried = {path.replace("languages.small", "language") for path in WHAT}
-    assert validated(settings).identity_fields().keys() == tried | TOWER
+    assert validated(settings).identity_fields().keys() == tried | TOGETHER
 
 
 def test_the_kind_of_the_tower_and_what_it_resamples_to_make_the_identity(settings):
@@ -125,6 +140,38 @@ def test_the_kind_of_the_tower_and_what_it_resamples_to_make_the_identity(settin
     ]
     assert len(set(found)) == len(kinds)
     assert found[0] == validated(settings).identity()
+
+
+def test_the_sets_of_a_blend_and_their_follow_ups_make_the_identity(settings):
+    sets = settings["data"]["sets"]
+    sets["others"] = sets["chats"]
+    blends = [
+        {"sets": ["chats"], "join": True},
+        {"sets": ["chats", "others"], "join": True},
+        {"sets": ["chats", "others"], "join": True, "followups": True},
+    ]
+    experiments = [
+        validated(settings).with_overrides({"data.blends.chats": blend}) for blend in blends
+    ]
+    assert len({experiment.identity() for experiment in experiments}) == len(blends)
+    assert len({experiment.blending() for experiment in experiments}) == len(blends)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("data.blends.chats.concat", [1, 2]),
+        ("data.blends.chats.weight", 2),
+        ("data.temperature", 2),
+        ("data.max_rounds", 3),
+    ],
+)
+def test_blends_leave_prepared_data_as_they_are(settings, path, value):
+    experiment = validated(settings)
+    other = experiment.with_overrides({path: value})
+    assert other.preparation() == experiment.preparation()
+    assert other.blending() != experiment.blending()
+    assert experiment.with_overrides({"data.max_tokens": 32}).blending() == experiment.blending()
 
 
 def test_the_other_sizes_of_the_family_are_not_part_of_the_identity(settings):
@@ -171,7 +218,9 @@ def section_paths(tree: dict, prefix: tuple = ()) -> list[tuple]:
 
 def test_every_section_at_every_depth_refuses_unknown_fields(settings, search):
     whole = validated({**settings, "search": search}).as_dict()
-    free = {("model", "languages"), ("data", "sets"), ("search", "space")}  # keys are the user's
+    # Their keys are the user's.
+    free = {("model", "languages"), ("data", "sets"), ("data", "blends"), ("search", "space")}
+    free |= {("cluster", "cpu_labels"), ("cluster", "gpu_labels")}
     for path in set(section_paths(whole)) - free:
         broken = json.loads(json.dumps(whole))
         section = broken
@@ -249,6 +298,35 @@ def test_nf4_takes_whole_blocks_of_a_row(settings):
     assert validated(settings | {"engine": {"zero_stage": 3}})
 
 
+@pytest.mark.parametrize(
+    ("name", "blend", "says"),
+    [
+        ("mine", {"sets": []}, "mine.sets: () must name at least one of data.sets"),
+        ("mine", {"sets": ["chats", "chats"]}, "each once"),
+        ("mine", {"sets": ["chat"]}, "mine.sets: ('chat',) must be among data.sets: chats, others"),
+        ("others", {}, "blends: ('others',) must have another name, or that set among its sets"),
+        ("mine", {"concat": [0, 2]}, "mine.concat: (0, 2) must be [fewest, most], from 1"),
+        ("mine", {"concat": [3, 2]}, "mine.concat: (3, 2) must be [fewest, most], from 1"),
+        ("mine", {"concat": [1, 2], "join": True}, "mine.concat: (1, 2) must be [1, 1] with join"),
+        ("mine", {"followups": True}, "mine.followups: True must be false without join: true"),
+        ("mine", {"samples": 0}, "mine.samples: 0 must be positive"),
+        (
+            "mine",
+            {"samples": 9, "epochs": 2},
+            "mine.samples: 9 must be positive, and stand without",
+        ),
+        ("mine", {"epochs": 0}, "mine.epochs: 0.0 must be positive"),
+        ("mine", {"weight": -1}, "mine.weight: -1.0 must be positive"),
+    ],
+)
+def test_a_blend_that_cannot_be_is_refused_where_it_stands(settings, name, blend, says):
+    settings["data"]["sets"]["others"] = settings["data"]["sets"]["chats"]
+    settings["data"]["blends"] = {name: {"sets": ["chats"], **blend}}
+    (problem,) = lines(settings)
+    assert problem.startswith("data.blends")
+    assert says in problem
+
+
 @pytest.mark.parametrize(("field", "value"), [("rank", -1), ("alpha", 0.0)])
 def test_an_adapter_that_cannot_be_is_refused_where_it_stands(settings, field, value):
     settings["model"]["vision_lora"] = {field: value}
@@ -288,6 +366,7 @@ def test_rules_across_sections_are_told_beside_other_problems(settings, search):
         ("optim", {"kind": "grid", "values": [1]}, "is a section; name one of its fields"),
         ("data.max_images", {"kind": "grid", "values": [2]}, "decides the prepared data"),
         ("model.projection_queries", {"kind": "grid", "values": [4]}, "decides the prepared data"),
+        ("model.template", {"kind": "grid", "values": ["original"]}, "decides the prepared data"),
         (
             "model.projection",
             {"kind": "choice", "values": ["linear", "perceiver"]},

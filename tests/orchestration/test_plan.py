@@ -8,7 +8,7 @@ import pytest
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
 from orchestration.parameters import Part
-from orchestration.plan import PlanError, plan
+from orchestration.plan import PlanError, blends_file, plan
 
 
 def test_only_the_projection_and_the_embedding_are_trained(settings):
@@ -37,28 +37,69 @@ def test_steps_follow_from_the_known_records(settings):
     assert planned.tokens_per_step == 12 * 64
 
 
+def blended(settings, *, known: int | None = 1000, **blend) -> Experiment:
+    settings["data"]["sets"]["chats"]["records"] = known
+    settings["data"]["blends"] = {"chats": {"sets": ["chats"], **blend}}
+    return validated(settings)
+
+
+@pytest.mark.parametrize(
+    ("blend", "samples"),
+    [
+        ({}, 900),  # a tenth of an automatic split is held out
+        ({"concat": [1, 3]}, 450),
+        ({"concat": [2, 3]}, 360),
+        ({"samples": 100}, 100),
+        ({"samples": 1000}, 900),
+        ({"concat": [1, 3], "samples": 600}, 450),
+        ({"epochs": 2.5}, 2250),
+        ({"concat": [1, 3], "epochs": 0.5}, 225),
+        ({"weight": 5}, 900),
+        ({"join": True}, None),  # depends on images that conversations share
+        ({"join": True, "records": 500}, 450),
+        ({"concat": [1, 3], "records": 500}, 450),
+    ],
+)
+def test_samples_follow_from_the_known_records_and_the_blend(settings, blend, samples):
+    planned = plan(blended(settings, **blend))
+    assert planned.samples == samples
+    where = "unknown until prepare" if samples is None else "records of data.sets and data.blends"
+    assert planned.samples_from == where
+
+
+def test_a_blend_whose_samples_are_known_needs_no_records_of_its_sets(settings):
+    assert plan(blended(settings, known=None)).samples is None
+    assert plan(blended(settings, known=None, records=500)).samples == 450
+
+
 def test_prepared_data_is_believed_before_anything_else(settings, tmp_path):
     settings |= {"storage": {"path": str(tmp_path)}}
-    settings["data"]["sets"]["chats"]["records"] = 1000
-    experiment = validated(settings)
-    manifest = tmp_path / "prepared/tiny/manifest.json"
-    manifest.parent.mkdir(parents=True)
-    data = experiment.as_dict()["data"]
-    del data["sets"]["chats"]["records"]
-    identity = {"data": data, "seed": 1234, "image_tokens": 4, "tokenizer": "unseen"}
-    content = {"identity": identity, "splits": {"train": 240, "eval": 9}}
-    manifest.write_text(json.dumps(content))
+    experiment = blended(settings, concat=[1, 3])
+    prepared = tmp_path / "prepared/tiny"
+    prepared.mkdir(parents=True)
+    identity = {**experiment.preparation(), "tokenizer": "unseen"}
+    (prepared / "manifest.json").write_text(json.dumps({"identity": identity}))
+    counts = {"chats": {"train": 200, "eval": 9}, "others": {"train": 40, "eval": 1}}
+    counted = blends_file(prepared, experiment)
+    counted.write_text(json.dumps(counts))
     assert plan(experiment).samples == 240
-    assert plan(experiment).samples_from == str(manifest)
+    assert plan(experiment).samples_from == str(counted)
     for change in (
         {"data.max_images": 3},
         {"train.seed": 1},
+        {"model.template": "original"},
         {"model.vision.class_token": True},
         {"model.projection": "perceiver"},
+        {"data.blends.chats.weight": 2},  # of these data, but they were counted for other blends
+        {"data.max_rounds": 3},
     ):
-        assert plan(experiment.with_overrides(change)).samples == 900
-    assert plan(experiment.with_overrides({"model.size": "large", "optim.lr": 1})).samples == 240
-    assert plan(experiment.with_overrides({"model.projection": "mlp"})).samples == 240
+        assert plan(experiment.with_overrides(change)).samples == 450
+    for same in (
+        {"model.size": "large", "optim.lr": 1},
+        {"model.projection": "mlp"},
+        {"data.sets.chats.records": 7, "data.blends.chats.records": 7},
+    ):
+        assert plan(experiment.with_overrides(same)).samples == 240
 
 
 def test_a_batch_larger_than_the_data_is_refused(settings):

@@ -91,16 +91,16 @@ def test_samples_are_the_first_of_an_epoch_one_blend_after_another(experiment, n
     tokenizer = load_tokenizer(experiment.model.language.checkpoint)
     ranked = order(len(epoch), seed=seed, epoch=number)
     found = preview(experiment, count=4, blend=None, epoch=number)
-    assert [told["blend"] for told in found["samples"]] == ["joined", "hostile"] * 2
-    (joined, hostile) = (
+    blends = list(experiment.data.all_blends())
+    assert [told["blend"] for told in found["samples"]] == blends * 2
+    one, two = (
         [epoch[index] for index in ranked.tolist() if epoch.blends[index] == place][:2]
         for place in (0, 1)
     )
+    expected = [one[0], two[0], one[1], two[1]]
+    assert [told["id"] for told in found["samples"]] == [example.id for example in expected]
     blocks = render(found, colour=False).split("\n\n--- ")
-    for told, example, block in zip(
-        found["samples"], [joined[0], hostile[0], joined[1], hostile[1]], blocks, strict=True
-    ):
-        assert told["id"] == example.id
+    for example, block in zip(expected, blocks, strict=True):
         assert block.endswith(show(example, tokenizer).replace("\x1b", r"\x1b"))
 
 

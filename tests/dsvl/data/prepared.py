@@ -46,6 +46,7 @@ def write(
     quarantine: Sequence[Rejected] = (),
     processor: ImageProcessor = PROCESSOR,
     shard: int = 100,
+    max_images: int = 8,
 ) -> dict:
     """Write a prepared set, `shard` images a shard, and return its manifest."""
     with Writer(
@@ -53,7 +54,7 @@ def write(
         processor=processor,
         image_tokens=encoder.image_tokens,
         pad_id=encoder.pad_id,
-        phrases=encoder.phrases(8),
+        phrases=encoder.phrases(max_images),
     ) as writer:
         stored = list(images.values())
         for first in range(0, len(stored), shard):

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,10 @@ def links(source: str, record: str, images: str = "") -> Links:
 
 
 def split(samples, declared=AUTO, eval_fraction=0.5, seed=0):
+    return whole_split(samples, declared, eval_fraction, seed).sides
+
+
+def whole_split(samples, declared=AUTO, eval_fraction=0.5, seed=0):
     return assign_split(samples, declared=declared, eval_fraction=eval_fraction, seed=seed)
 
 
@@ -75,6 +80,23 @@ def test_where_links_percolate_images_are_split_and_straddlers_named():
     assert 100 < counts["straddles_split"] < 450
     assert counts["eval"] > 10
     assert counts["train"] > 400
+
+
+def test_what_percolates_is_trained_on_whole_where_the_rest_can_be_held_out_instead():
+    chain = [links("a", f"{i}", chr(1000 + i) + chr(1001 + i)) for i in range(600)]
+    rest = [links("a", f"{i}", chr(5000 + i)) for i in range(600, 1000)]
+    found = whole_split(chain + rest, eval_fraction=0.1)
+    assert set(found.sides[:600]) == {"train"}
+    assert 50 < Counter(found.sides)["eval"] < 150, "a tenth of the set, all of it from the rest"
+    (cost,) = found.percolations
+    assert (cost.way, cost.samples, cost.shares) == ("together", 600, {"a": 0.6})
+    assert cost.held_out_of_rest == pytest.approx(0.1 / 0.4)
+    assert 60 < cost.straddling < 160, "2 f (1 - f) of the pairs of a chain"
+
+    (cost,) = whole_split(chain + rest[:30], eval_fraction=0.1).percolations
+    assert (cost.way, cost.held_out_of_rest > 1) == ("by_image", True)
+    (cost,) = whole_split(chain, eval_fraction=0.1).percolations
+    assert (cost.way, cost.held_out_of_rest) == ("by_image", None)
 
 
 def test_a_set_that_does_not_percolate_is_whole_beside_one_that_does():
