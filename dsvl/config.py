@@ -237,12 +237,12 @@ class SetConfig:
         "aokvqa", "coco_caption", "llava", "llava_dial", "llava_otter_blend", "minigpt4", "ocr_vqa",
         "otter_mimicit_cgd", "otter_mimicit_sd", "otter_mimicit_sn", "otter_mimicit_tvc",
         "otter_mimicit_vst", "sparkles_dialogue",
-        "llava_json", "sharegpt", "hf_messages", "qa",
+        "llava_json", "sharegpt", "hf_messages", "alpaca", "qa",
     ]  # fmt: skip
-    """The format of the annotations: one of the paper's datasets as it is downloaded, or one of four that
+    """The format of the annotations: one of the paper's datasets as it is downloaded, or one of five that
     any dataset may have."""
     annotations: tuple[str, ...]
-    """Annotation files, read in this order: JSON, or by their endings JSON lines or Parquet."""
+    """Annotation files, read in this order: JSON, or by their endings JSON lines, Parquet, CSV or TSV."""
     images: str
     """The folder or file that holds the images; nothing outside it is opened. Tar, zip, Parquet and JSON
     (of base64) are entered like folders."""

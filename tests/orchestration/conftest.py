@@ -1,5 +1,6 @@
 """Small experiments: as settings, independent of the shipped ones, and on the shipped digits."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,6 +86,31 @@ def trained_run(storage: Path, cluster: None) -> Path:
 
     path = digits(storage, "unbroken")
     train(load(path))
+    return path
+
+
+HOSTILE = "<script>alert('why?')</script> & \x1b[31m<mark>⟦no⟧</mark>"
+"""A text that must stay one, in a terminal and on a page."""
+
+
+@pytest.fixture(scope="session")
+def mixed(storage: Path, cluster: None) -> Path:
+    """The file of an experiment with two blends, prepared: digits one after another, and hostile texts."""
+    from orchestration.prepare import prepare
+
+    said = [{"from": "human", "value": HOSTILE}, {"from": "gpt", "value": f"Yes: {HOSTILE}"}]
+    records = [{"id": f"{HOSTILE} {number}", "conversations": said} for number in range(3)]
+    records += [{"id": "broken", "conversations": said[:1]}]
+    (storage / "raw/hostile.json").write_text(json.dumps(records))
+    hostile = {"reader": "llava_json", "annotations": ["hostile.json"], "images": "digits/images"}
+    data = {
+        "max_rounds": 4,
+        "max_dropped": 0.5,
+        "sets": {"hostile": hostile | {"split": "train"}},
+        "blends": {"joined": {"sets": ["digits_train", "digits_eval"], "concat": [1, 3]}},
+    }
+    path = digits(storage, "mixed", data=data)
+    prepare(load(path))
     return path
 
 
