@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Literal
 
+SCHEMA_VERSION = 3
+"""Of prepared data; see `dsvl.data.store`."""
 LOGIT_BYTES = 2**24
 """Float32 logits that the output head holds at once."""
 

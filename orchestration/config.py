@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
 
 from dsvl.config import (
+    SCHEMA_VERSION,
     CheckpointConfig,
     DataConfig,
     EngineConfig,
@@ -202,6 +203,7 @@ class Experiment(Section):
             del dataset["records"]
             dataset["annotations"].sort()
         return {
+            "schema_version": SCHEMA_VERSION,
             "data": data,
             "image_tokens": self.model.image_tokens,
             "template": self.model.template,

@@ -17,7 +17,7 @@ from dsvl.data.blend import Blender
 from dsvl.data.encode import Encoder, fingerprint, load_tokenizer
 from dsvl.data.images import ImageProcessor
 from dsvl.data.shard import stamp
-from dsvl.data.store import SCHEMA_VERSION, open_store, verify
+from dsvl.data.store import open_store, verify
 from dsvl.data.types import Reason, Rejected
 from dsvl.data.writer import Writer, claim, write_quarantine
 from orchestration.cluster import connect
@@ -214,7 +214,6 @@ def prepared_folder(experiment: Experiment, identity: dict[str, Any]) -> Path:
 def _identity(experiment: Experiment) -> dict[str, Any]:
     """All that decides what a sample is; equal for models that share tokenizer and processor."""
     return {
-        "schema_version": SCHEMA_VERSION,
         **experiment.preparation(),
         "annotations": {
             source: annotation_digests(experiment, source) for source in experiment.data.sets

@@ -21,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsvl.config import SCHEMA_VERSION
 from dsvl.data.encode import Encoder, fingerprint, load_tokenizer
 from dsvl.data.images import ImageProcessor
 from dsvl.data.readers import read
 from dsvl.data.shard import Checker, Result, Row, Task, path_digest, path_of, samples, spool
 from dsvl.data.split import Links, assign_split
-from dsvl.data.store import SCHEMA_VERSION, sha256
+from dsvl.data.store import sha256
 from dsvl.data.types import Reason, Rejected
 from dsvl.data.writer import Writer
 from orchestration.config import Experiment

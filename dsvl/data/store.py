@@ -26,11 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsvl.config import SCHEMA_VERSION
 from dsvl.data.encode import Phrases
 from dsvl.data.images import ImageProcessor
 from dsvl.data.types import Example, Part, Turn
 
-SCHEMA_VERSION = 3
 SPLITS = ("train", "eval")
 RAGGED = ("ids", "images", "names", "rounds", "refs")
 """What `offsets` counts: its row n is where sample n starts in each of them."""
