@@ -143,7 +143,7 @@ def resumption(prepared: Prepared, *, rounds: int) -> dict[str, Any]:
     data = DataConfig(
         sets={"made": made}, blends={"pairs": BlendConfig(sets=("made",), concat=(1, 3))}
     )
-    train = TrainConfig(epochs=1000, batch=128)
+    train = TrainConfig(epochs=1000, batch=min(128, len(prepared.train) // 4))
     seconds: dict[str, list[float]] = {"at sample 0": [], f"at sample {RESUMED:,}": []}
     for number in range(rounds + 1):
         for found, sample in zip(seconds.values(), (0, RESUMED), strict=True):
