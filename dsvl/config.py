@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Literal
 
+SCHEMA_VERSION = 3
+"""Of prepared data; see `dsvl.data.store`."""
 LOGIT_BYTES = 2**24
 """Float32 logits that the output head holds at once."""
 
@@ -237,12 +239,12 @@ class SetConfig:
         "aokvqa", "coco_caption", "llava", "llava_dial", "llava_otter_blend", "minigpt4", "ocr_vqa",
         "otter_mimicit_cgd", "otter_mimicit_sd", "otter_mimicit_sn", "otter_mimicit_tvc",
         "otter_mimicit_vst", "sparkles_dialogue",
-        "llava_json", "sharegpt", "hf_messages", "qa",
+        "llava_json", "sharegpt", "hf_messages", "alpaca", "qa",
     ]  # fmt: skip
-    """The format of the annotations: one of the paper's datasets as it is downloaded, or one of four that
+    """The format of the annotations: one of the paper's datasets as it is downloaded, or one of five that
     any dataset may have."""
     annotations: tuple[str, ...]
-    """Annotation files, read in this order: JSON, or by their endings JSON lines or Parquet."""
+    """Annotation files, read in this order: JSON, or by their endings JSON lines, Parquet, CSV or TSV."""
     images: str
     """The folder or file that holds the images; nothing outside it is opened. Tar, zip, Parquet and JSON
     (of base64) are entered like folders."""
@@ -449,6 +451,9 @@ class EngineConfig:
     gradient_checkpointing: bool | None = None
     """Compute the decoder's layers anew in the backward pass instead of keeping what they gave, which takes a
     third of a step; when empty, only where `cluster.gpu_memory_gib` asks for it."""
+    stored_features: bool = False
+    """Have `prepare` keep what the frozen tower makes of each image, and train on that instead of running the
+    tower in every step: 2 MiB of disk an image with Qwen-VL's."""
 
     def __post_init__(self) -> None:
         require(self.micro_batch > 0, "micro_batch", self.micro_batch, "must be positive")

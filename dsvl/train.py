@@ -127,7 +127,7 @@ def batch_of(prepared: Prepared, examples: Sequence[Example]) -> Batch:
     """Examples of a prepared set as one batch."""
     return collate(
         examples,
-        pixels=prepared.pixels,
+        pixels=prepared.vision_input,
         image_tokens=prepared.image_tokens,
         pad_id=prepared.pad_id,
     )

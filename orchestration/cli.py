@@ -9,111 +9,20 @@ import logging
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from pydantic_core import to_json
 
 from orchestration.compose import load
 from orchestration.config import Experiment
 from orchestration.problems import did_you_mean
+from orchestration.verbs import FAULTS_FOUND, OPTIONS, VERBS, WITHOUT_EXPERIMENT
 
 QUICKSTART = Path(__file__).parent.parent / "configs/experiment/quickstart.yaml"
-
-Result = tuple[dict[str, Any], str]
-"""What a verb found out, for programs and for people."""
-
-# The verbs import what they need themselves: ray, torch and mlflow take seconds, and `plan` none.
-
-
-def _quickstart(experiment: Experiment) -> Result:
-    """Make the digits, train, sweep and report: the whole way, on this machine."""
-    from orchestration.quickstart import render, run
-
-    result = run(experiment)
-    return result, render(result)
-
-
-def _check(experiment: Experiment) -> Result:
-    """Read the raw data and say what would come through."""
-    from orchestration.prepare import check
-
-    return _described(check(experiment))
-
-
-def _plan(experiment: Experiment) -> Result:
-    """Say what the experiment needs: memory, steps, disk."""
-    from orchestration.plan import plan
-
-    planned = plan(experiment)
-    return planned.as_dict(), planned.render()
-
-
-def _prepare(experiment: Experiment) -> Result:
-    """Turn raw data into prepared data."""
-    from orchestration.prepare import prepare
-
-    return _described(prepare(experiment))
-
-
-def _train(experiment: Experiment) -> Result:
-    """Train the model, or go on where the run stopped."""
-    from orchestration.commands import train
-
-    result = train(experiment)
-    return result, "\n".join(_lines({k: result[k] for k in ("folder", "state", "metrics")}))
-
-
-def _sweep(experiment: Experiment) -> Result:
-    """Run the search, or go on where it stopped."""
-    from orchestration.commands import sweep
-    from orchestration.search import render
-
-    result = sweep(experiment)
-    return result, render(result)
-
-
-def _report(experiment: Experiment) -> Result:
-    """Write the page of a run or a sweep."""
-    from orchestration.report import write
-
-    return _described(write(experiment))
-
-
-def _doctor(experiment: Experiment) -> Result:
-    """Examine this machine and the cluster."""
-    from orchestration.doctor import examine, render
-
-    result = examine(experiment)
-    return result, render(result)
-
-
-def _chat(experiment: Experiment, *, out: TextIO) -> Result:
-    """Talk to the best model that the experiment has."""
-    from orchestration.terminal import talk
-
-    result = talk(experiment, out=out)
-    return result, f"answered: {result['answered']}"
-
-
-VERBS: dict[str, Callable[..., Result]] = {
-    "quickstart": _quickstart,
-    "check": _check,
-    "plan": _plan,
-    "prepare": _prepare,
-    "train": _train,
-    "sweep": _sweep,
-    "report": _report,
-    "chat": _chat,
-    "doctor": _doctor,
-}
-
-
-FAULTS_FOUND = {"check": 2, "doctor": 1}
-"""Exit status where a verb did its work and found faults: of the request, or of the machine."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,14 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     verb, experiment = "dsvl", None
     try:
-        request = _parser().parse_intermixed_args(arguments)
+        request, options = _request(arguments)
         verb = request.verb
-        experiment = _experiment(request)
-        work = VERBS[verb]
+        work = partial(VERBS[verb], **options)
+        if verb not in WITHOUT_EXPERIMENT:
+            experiment = _experiment(request)
+            work = partial(work, experiment)
         if verb == "chat":  # which is read while it works
             work = partial(work, out=sys.stderr if as_json else sys.stdout)
         with redirect_stdout(sys.stderr):  # what libraries print is no result
-            result, text = work(experiment)
+            result, text = work()
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         return _fail(str(error), as_json=as_json, status=2)
     except KeyboardInterrupt:
@@ -150,31 +61,36 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are reported like every other."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(
-            f"{message}; usage: dsvl VERB EXPERIMENT [section.field=value ...] [--json]"
-        )
+        raise ValueError(f"{message}; {' '.join(self.format_usage().split())}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {verb:<12}{action.__doc__}" for verb, action in VERBS.items())
+def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """What is asked for, and the options that its verb alone takes."""
+    verb = next((word for word in arguments if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        near = did_you_mean(verb, VERBS) or f"; the verbs are {', '.join(VERBS)}"
+        raise ValueError(f"no verb {verb!r}{near}")
+    verbs = "\n".join(f"  {name:<12}{action.__doc__}" for name, action in VERBS.items())
+    about = f"Train and search multi-modal chat models.\n\nverbs:\n{verbs}"
     parser = _Parser(
         prog="dsvl",
-        description=f"Train and search multi-modal chat models.\n\nverbs:\n{verbs}",
+        description=VERBS[verb].__doc__ if verb else about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("verb", metavar="VERB")
-    parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="a YAML file")
-    parser.add_argument("overrides", metavar="section.field=value", nargs="*")
+    parser.add_argument("verb", metavar=verb or "VERB")
+    if verb not in WITHOUT_EXPERIMENT:
+        parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="a YAML file")
+        parser.add_argument("overrides", metavar="section.field=value", nargs="*")
+    options = OPTIONS.get(verb or "", {})
+    added = [parser.add_argument(name, **how) for name, how in options.items()]
     parser.add_argument("--json", action="store_true", help="print the result as a JSON document")
-    return parser
+    request = parser.parse_intermixed_args(arguments)
+    return request, {option.dest: getattr(request, option.dest) for option in added}
 
 
 def _experiment(request: argparse.Namespace) -> Experiment:
     path, overrides = request.experiment, request.overrides
-    if request.verb not in VERBS:
-        near = did_you_mean(request.verb, VERBS) or f"; the verbs are {', '.join(VERBS)}"
-        raise ValueError(f"no verb {request.verb!r}{near}")
     if request.verb == "quickstart" and (path is None or "=" in path):
         path, overrides = QUICKSTART, [*([path] if path else []), *overrides]
     if path is None:
@@ -214,26 +130,6 @@ def _log(verb: str, experiment: Experiment | None) -> Path:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "no message")
-
-
-def _described(result: dict[str, Any]) -> Result:
-    return result, "\n".join(_lines(result))
-
-
-def _lines(result: Mapping[str, Any], indent: str = "") -> list[str]:
-    width = max((len(str(name)) for name in result), default=0) + 1
-    lines: list[str] = []
-    for name, value in result.items():
-        if isinstance(value, Mapping):
-            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
-        elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
-            lines.append(f"{indent}{name}:")
-            for item in value:
-                lines += [*_lines(item, indent + "  "), ""]
-        else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            lines.append(f"{indent}{f'{name}:':<{width}} {shown}")
-    return lines
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
 
 from dsvl.config import (
+    SCHEMA_VERSION,
     CheckpointConfig,
     DataConfig,
     EngineConfig,
@@ -42,6 +43,10 @@ class ClusterConfig(Section):
     gpus_per_worker: Literal[0, 1] = 0
     preparers: int = Field(default=1, gt=0)
     """Most actors that prepare data at once."""
+    cpu_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that prepare data, as `ray start --labels` gives them; any node when empty."""
+    gpu_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that run the tower."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of a GPU that a worker may fill; a plan that needs more is refused."""
     failures: int = Field(default=2, ge=0)
@@ -124,6 +129,11 @@ class Experiment(Section):
             problems.append(
                 Problem(("engine", "zero_stage"), f"{rule}; set that to nf4, or this to 2")
             )
+        if model and model.vision_lora.rank and engine.stored_features:
+            rule = "true needs a frozen tower, which model.vision_lora.rank trains"
+            problems.append(
+                Problem(("engine", "stored_features"), f"{rule}; set it to false, or that to 0")
+            )
         if train and engine.zero_stage == 0 and train.precision != "fp32":
             rule = f"0 keeps no float32 master values for train.precision={train.precision}"
             problems.append(Problem(("engine", "zero_stage"), f"{rule}; set it to 1, 2 or 3"))
@@ -193,6 +203,7 @@ class Experiment(Section):
             del dataset["records"]
             dataset["annotations"].sort()
         return {
+            "schema_version": SCHEMA_VERSION,
             "data": data,
             "image_tokens": self.model.image_tokens,
             "template": self.model.template,

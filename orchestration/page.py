@@ -81,8 +81,12 @@ font-size:.9rem;max-width:30rem;margin-top:.4rem}
 .chat dl{margin:.3rem 0 .9rem;display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem}
 .chat dt{color:var(--soft)}.chat dd{margin:0;min-width:0}
 .images{display:flex;flex-wrap:wrap;gap:.6rem}
-.images img{display:block;max-width:100%;max-height:18rem;border:1px solid var(--line)}
-.images .small{image-rendering:pixelated;width:6rem;height:auto}
+.chat img{display:block;max-width:100%;max-height:18rem;border:1px solid var(--line)}
+.chat .small{image-rendering:pixelated;width:6rem;height:auto}
+.sample{margin-top:1rem}.sample h3{margin:0}.sample div{white-space:pre-wrap}
+.sample figure{display:inline-block;white-space:normal;margin:.2rem .6rem .2rem 0;max-width:100%}
+.sample mark{background:color-mix(in srgb,var(--c2) 22%,transparent);color:inherit;
+box-shadow:0 2px var(--c2)}
 .right{color:var(--good);font-weight:600}
 .wrong{color:var(--bad);font-weight:600;text-decoration:underline dotted;
 text-underline-offset:3px}
@@ -152,7 +156,7 @@ def chat(told: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]]) -> st
     """A chat with its images, and whether each answer is exactly the true one."""
     parts = [note(told["id"])]
     for part in told["rounds"]:
-        figures = [_image(i, images.get(told["images"][i])) for i in part["images"]]
+        figures = [_image(f"image {i + 1}", images.get(told["images"][i])) for i in part["images"]]
         parts += [f'<div class="images">{"".join(figures)}</div>'] if figures else []
         right = part["model"].strip() == part["answer"].strip()
         look, verdict = ("right", "✓ right") if right else ("wrong", "✗ wrong")
@@ -164,14 +168,32 @@ def chat(told: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]]) -> st
     return f'<article class="chat">{"".join(parts)}</article>'
 
 
-def _image(number: int, image: Mapping[str, Any] | None) -> str:
-    name = f"image {number + 1}"
+def sample(told: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]]) -> str:
+    """A training sample with its images where they stand, its trained tokens marked."""
+    inside = []
+    for piece in told["pieces"]:
+        if "image" in piece:
+            at = told["images"][piece["image"] - 1]
+            name = f"image {piece['image']}: {at['path']}, {at['width']} × {at['height']}"
+            inside.append(_image(f"{name}, {at['key'][:12]}", images.get(at["key"])))
+        else:
+            tag = "mark" if piece["trained"] else "span"
+            inside.append(f"<{tag}>{escape(piece['text'])}</{tag}>")
+    what = f"{told['id']}: {told['tokens']:,} tokens, {told['supervised']:,} trained"
+    return (
+        f'<article class="chat sample"><h3>{escape(told["blend"])}</h3>{note(what)}'
+        f"<div>{''.join(inside)}</div></article>"
+    )
+
+
+def _image(name: str, image: Mapping[str, Any] | None) -> str:
     if image is None or image["mime"] not in IMAGES:
-        return f"<figure><figcaption>{name}: not in the prepared data</figcaption></figure>"
+        caption = f"<figcaption>{escape(name)}: not in the prepared data</figcaption>"
+        return f"<figure>{caption}</figure>"
     small = {"class": "small"} if max(image["width"], image["height"]) < 96 else {}
     source = f"data:{image['mime']};base64,{b64encode(image['bytes']).decode()}"
     tag = attributes({"src": source, "alt": name, **small})
-    return f"<figure><img{tag}><figcaption>{name}</figcaption></figure>"
+    return f"<figure><img{tag}><figcaption>{escape(name)}</figcaption></figure>"
 
 
 def number(value: float) -> str:

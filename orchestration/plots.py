@@ -167,6 +167,14 @@ def bars(title: str, shares: Sequence[tuple[str, float, str]], *, caption: str) 
     )
 
 
+def outline(counts: Sequence[int], *, width: int) -> list[Point]:
+    """The outline of a histogram in percent; bin i counts whole numbers from i * width."""
+    total = sum(counts) or 1
+    tops = [(i * width - 0.5, 100 * count / total) for i, count in enumerate(counts)]
+    steps = [point for x, y in tops for point in ((x, y), (x + width, y))]
+    return [(steps[0][0], 0.0), *steps, (steps[-1][0], 0.0)]
+
+
 def thin(points: Sequence[Point], most: int) -> list[Point]:
     """At most so many points, each the mean of its neighbourhood."""
     size = math.ceil(len(points) / most) or 1

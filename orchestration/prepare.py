@@ -17,7 +17,7 @@ from dsvl.data.blend import Blender
 from dsvl.data.encode import Encoder, fingerprint, load_tokenizer
 from dsvl.data.images import ImageProcessor
 from dsvl.data.shard import discard, stamp
-from dsvl.data.store import SCHEMA_VERSION, open_store, verify
+from dsvl.data.store import open_store, verify
 from dsvl.data.types import Reason, Rejected
 from dsvl.data.writer import Writer, claim, write_quarantine
 from orchestration.cluster import connect
@@ -73,9 +73,14 @@ def prepare(experiment: Experiment, *, progress: Progress = log.info) -> dict[st
                 if folder.exists():
                     log.warning("data: preparing again, as %s", "; ".join(faults))
                 _make(experiment, folder, processor, identity, progress=progress)
-                return _summary(experiment, folder, began, reused=False)
-    progress(f"data: {folder} is prepared already; remove it to have images read anew")
-    return _summary(experiment, folder, began, reused=True)
+    else:
+        faults = []
+        progress(f"data: {folder} is prepared already; remove it to have images read anew")
+    if experiment.engine.stored_features:
+        from orchestration.features import store_features  # takes seconds to import, for the tower
+
+        store_features(experiment, folder, progress)
+    return _summary(experiment, folder, began, reused=not faults)
 
 
 def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str, Any]:
@@ -209,7 +214,6 @@ def prepared_folder(experiment: Experiment, identity: dict[str, Any]) -> Path:
 def _identity(experiment: Experiment) -> dict[str, Any]:
     """All that decides what a sample is; equal for models that share tokenizer and processor."""
     return {
-        "schema_version": SCHEMA_VERSION,
         **experiment.preparation(),
         "annotations": {
             source: annotation_digests(experiment, source) for source in experiment.data.sets

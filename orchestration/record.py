@@ -185,8 +185,8 @@ def read_data(folder: Path) -> Data:
 
 
 def read_images(folder: Path, keys: set[str]) -> dict[str, dict[str, Any]]:
-    """Prepared images by key, each with bytes, mime, width and height; row group by row group."""
-    columns = ["key", "bytes", "mime", "width", "height"]
+    """Prepared images by key, each with bytes, path, mime, width and height; row group by row group."""
+    columns = ["key", "bytes", "path", "mime", "width", "height"]
     found = {}
     for file in _image_files(folder):
         for group in range(file.num_row_groups):

@@ -1,6 +1,7 @@
 """One HTML page on a training, a sweep or both, from the files of the run folder alone.
 
-This file says what stands on the page, section by section; sweep_report.py does the same for sweeps.
+This file says what stands on the page, section by section; data_report.py and sweep_report.py do the same
+for data and for sweeps.
 No server, no Ray and no torch is needed, and the page asks no other host for anything. What a dataset, a
 model or a configuration says is escaped: it may hold HTML.
 """
@@ -15,13 +16,13 @@ from typing import Any
 
 import yaml
 
-from orchestration import sweep_report
+from orchestration import data_report, sweep_report
 from orchestration.config import Experiment
 from orchestration.journal import write_whole
 from orchestration.page import cards, chat, document, duration, facts, grid, note, number, percent
 from orchestration.parameters import language_parameters, parameters
 from orchestration.plots import SHARES, Series, chart, figure, thin
-from orchestration.record import Record, Run, read_data, read_if_there, read_images
+from orchestration.record import Record, Run, read_if_there, read_images
 
 PACKAGES = ("ray", "deepspeed", "torch", "transformers", "mlflow", "numpy", "pyarrow", "pillow")
 TOLD = {
@@ -56,7 +57,7 @@ def write(experiment: Experiment) -> dict[str, Any]:
 
 def page(record: Record) -> str:
     """The whole page; each section is a function below."""
-    sections = [headline, asked, data]
+    sections = [headline, asked, data_report.data]
     sections += [curves] if record.training else []
     sections += sweep_report.SECTIONS if record.trials else []
     sections += [chats, again]
@@ -121,22 +122,6 @@ def asked(record: Record) -> str:
     if search:
         rows.append(("search", f"{search.mode} {search.metric}, scheduler {search.scheduler.kind}"))
     return f"<h2>What was asked</h2>{facts(rows)}"
-
-
-def data(record: Record) -> str:
-    """How many samples there are, and what was lost on the way to them."""
-    if record.prepared is None:
-        return note("The storage holds no prepared data of this experiment.")
-    found = read_data(record.prepared)
-    splits = found.splits
-    rows = [("samples", f"{splits['train']:,} to train, {splits['eval']:,} held out")]
-    rows.append(("images", f"{found.images:,}"))
-    for name, source in found.sources.items():
-        lost = found.lost[name]
-        told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(lost.items()))
-        kept = f"{source['raw']:,} records, {source['used']:,} used, {lost.total():,} quarantined"
-        rows.append((f"set {name}", f"{kept}: {told}" if told else kept))
-    return f"<h3>Data</h3>{facts(rows)}"
 
 
 def curves(record: Record) -> str:

@@ -21,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsvl.config import SCHEMA_VERSION
 from dsvl.data.encode import Encoder, fingerprint, load_tokenizer
 from dsvl.data.images import ImageProcessor
 from dsvl.data.readers import read
 from dsvl.data.shard import Checker, Result, Row, Task, path_digest, path_of, samples, spool
 from dsvl.data.split import Links, assign_split
-from dsvl.data.store import SCHEMA_VERSION, sha256
+from dsvl.data.store import sha256
 from dsvl.data.types import Reason, Rejected
 from dsvl.data.writer import Writer
 from orchestration.config import Experiment
@@ -124,7 +125,8 @@ def _spools(
         results = map(_Reader(), jobs)
     else:
         progress(f"data: {len(jobs)} sets to read, {size / 2**30:.1f} GiB")
-        results = each(jobs, _Reader, {}, most=experiment.cluster.preparers)
+        cluster = experiment.cluster
+        results = each(jobs, _Reader, {}, most=cluster.preparers, labels=cluster.cpu_labels)
     for done, (source, problem) in enumerate(results, start=1):
         if size >= READ_HERE:
             progress(f"data: {source} read, {done} of {len(jobs)} sets")
@@ -218,8 +220,13 @@ def _check(
     records = [pq.read_metadata(task.records).num_rows for task in tasks]
     began = said = time.monotonic()
     done = found = before = 0
+    cluster = experiment.cluster
     for number, made in each(
-        list(enumerate(tasks)), _Preparer, settings, most=experiment.cluster.preparers
+        list(enumerate(tasks)),
+        _Preparer,
+        settings,
+        most=cluster.preparers,
+        labels=cluster.cpu_labels,
     ):
         done, found, now = (
             done + records[number],
@@ -355,9 +362,18 @@ def _digest(identity: Any) -> str:
 
 
 def each(
-    jobs: Sequence[Any], worker: type, settings: dict[str, Any], *, most: int
+    jobs: Sequence[Any],
+    worker: type,
+    settings: dict[str, Any],
+    *,
+    most: int,
+    gpus: int = 0,
+    labels: Mapping[str, str],
 ) -> Iterator[Any]:
-    """What a pool of 1 to `most` actors, which grows with the work, makes of the jobs, in any order."""
+    """What a pool of 1 to `most` actors, which grows with the work, makes of the jobs, in any order.
+
+    An actor has `gpus` GPUs and is on a node with these labels.
+    """
     import ray.data  # takes seconds, and a set that is prepared already needs none
 
     if not jobs:
@@ -383,6 +399,8 @@ def each(
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(jobs))),
+            num_gpus=gpus,
+            label_selector=dict(labels),
         )
     for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         for done in block["done"]:

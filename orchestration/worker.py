@@ -14,9 +14,11 @@ from dsvl.data.encode import fingerprint, load_tokenizer
 from dsvl.data.store import Prepared, open_store
 from dsvl.engine import Engine, from_rank_0, join
 from dsvl.evaluate import evaluate, majority_accuracy
+from dsvl.features import Features
 from dsvl.model import VisualChat
 from dsvl.train import Plan, steps
 from orchestration.config import Experiment
+from orchestration.features import features_folder
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
 from orchestration.results import refuse_another, write_result
@@ -47,6 +49,8 @@ def work(config: dict) -> None:
         optim_config=experiment.optim,
     )
     frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
+    if experiment.engine.stored_features:
+        prepared.vision_input = Features(prepared, features_folder(experiment, prepared.folder))
     start = resume(engine, experiment, folder, frozen=frozen)
     blender = Blender(prepared, "train", data=experiment.data, seed=train.seed)
     samples = held_out_samples(prepared, experiment)

@@ -42,7 +42,7 @@ def test_the_papers_blends_make_as_many_samples_as_its_table_1(name, made):
 
 
 def test_each_of_the_papers_datasets_has_a_part_of_its_name():
-    generic = {"llava_json", "sharegpt", "hf_messages", "qa"}
+    generic = {"llava_json", "sharegpt", "hf_messages", "alpaca", "qa"}
     for name in READERS.keys() - generic:
         part = yaml.safe_load((ROOT / f"configs/data/{name}.yaml").read_text())
         (described,) = validated_sets(part["data"]["sets"]).items()

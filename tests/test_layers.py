@@ -41,6 +41,7 @@ ONLY: list[tuple[str, set[str]]] = [
         for name in ("problems", "settings", "space", "config", "compose", "parameters", "plan")
     ),
     ("orchestration/cli.py", {"pydantic_core", "orchestration"}),
+    ("orchestration/verbs.py", {"orchestration"}),
     ("jobs/*", {"orchestration", "dsvl.qwen_vision"}),
 ]
 """Pattern of files -> all that they import beside the standard library."""

@@ -98,7 +98,7 @@ class Digits:
             sides[chats.held_out(index)].append(example)
         self.train, self.eval = map(Examples, sides)
 
-    def pixels(self, key: str) -> np.ndarray:
+    def vision_input(self, key: str) -> np.ndarray:
         return self._pixels[key]
 
 

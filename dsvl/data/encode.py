@@ -1,7 +1,7 @@
 """Conversation -> Example: token ids, labels and kinds of their final length."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -234,17 +234,36 @@ class _Positions(NamedTuple):
     refs: np.ndarray
 
 
-def show(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The example as text: trained tokens between ⟦ and ⟧, images as `[image 2: 4 tokens]`."""
+class Passage(NamedTuple):
+    """Positions of an example that are an image, or text that is trained throughout or not at all."""
+
+    text: str
+    tokens: int
+    trained: bool
+    image: int
+    """The number of the image from 1; 0 for text."""
+
+
+def passages(example: Example, tokenizer: PreTrainedTokenizerFast) -> Iterator[Passage]:
+    """The example as the model sees it, in order; no two adjacent texts are alike in `trained`."""
     trained = example.labels != IGNORED
-    shown, image = [], 0
+    image = 0
     for start, end in _runs(example.kinds, trained):
         if example.kinds[start] == Kind.IMAGE:
             image += 1
-            shown.append(f"[image {image}: {end - start} tokens]")
-            continue
-        text = tokenizer.decode(example.ids[start:end], clean_up_tokenization_spaces=False)
-        shown.append(f"⟦{text}⟧" if trained[start] else text)
+            yield Passage("", end - start, False, image)
+        else:
+            text = tokenizer.decode(example.ids[start:end], clean_up_tokenization_spaces=False)
+            assert isinstance(text, str)
+            yield Passage(text, end - start, bool(trained[start]), 0)
+
+
+def show(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The example as text: trained tokens between ⟦ and ⟧, images as `[image 2: 4 tokens]`."""
+    shown = []
+    for text, tokens, trained, image in passages(example, tokenizer):
+        text = f"[image {image}: {tokens} tokens]" if image else text
+        shown.append(f"⟦{text}⟧" if trained else text)
     return "".join(shown)
 
 

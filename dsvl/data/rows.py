@@ -1,6 +1,7 @@
-"""Raw annotation files, row by row: JSON, JSON lines and Parquet, a window at a time in memory."""
+"""Raw annotation files, row by row: JSON, JSON lines, Parquet, CSV and TSV, a window at a time in memory."""
 
 import base64
+import csv
 import json
 import re
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ NEAR = 16
 """Characters at the end of a window in which a number, name or escape may be cut off."""
 MAX_ROW = 1 << 28
 """Characters of the largest row; a file whose quotes do not pair up must not fill the memory."""
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+"""Of tables, by the ending of their file."""
 PARQUET_ROWS = 64
 """Rows of a Parquet file that are held at once; images may lie in them."""
 _DECODER = json.JSONDecoder()
@@ -32,9 +35,11 @@ _EXTENSION_TYPE = [
 def rows(
     path: Path, file: str, *, within: str = "", holding: Literal["a list", "an object"] = "a list"
 ) -> Iterator[Row]:
-    """The rows of a `.jsonl` or `.parquet` file, or of the list or object that a JSON file holds.
+    """The rows of a `.jsonl`, `.parquet`, `.csv` or `.tsv` file, or of the list or object in a JSON file.
 
-    With `within`, the JSON file is an object, and what it holds under that key is meant.
+    A CSV or TSV file begins with the names of its columns; every value is a text, and a row of another number
+    of values is given as their list. With `within`, the JSON file is an object, and what it holds under that
+    key is meant.
     Raises FileNotFoundError; ValueError naming file and line where the file as a whole cannot be read.
     """
     if not path.is_file():
@@ -43,6 +48,8 @@ def rows(
         found = _parquet(path)
     elif path.suffix in (".jsonl", ".ndjson"):
         found = _lines(path)
+    elif path.suffix in DELIMITERS:
+        found = _table(path)
     else:
         found = _members(path, within, holding)
     for position, (key, value) in enumerate(found):
@@ -94,6 +101,22 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                     yield "", json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number or 1}: is not JSON: {error}") from error
+
+
+def _table(path: Path) -> Iterator[tuple[str, Any]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, delimiter=DELIMITERS[path.suffix], strict=True)
+        try:
+            names = next(lines, [])
+            if not names or len(set(names)) < len(names):
+                rule = "must begin with the names of its columns, each another"
+                raise ValueError(f"{path}:1: {rule}, but begins with {names}")
+            for cells in lines:
+                if cells:  # a blank line has none
+                    fits = len(cells) == len(names)
+                    yield "", dict(zip(names, cells, strict=True)) if fits else cells
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}:{lines.line_num or 1}: is not CSV: {error}") from error
 
 
 def _members(path: Path, within: str, holding: str) -> Iterator[tuple[str, Any]]:

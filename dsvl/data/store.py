@@ -5,6 +5,7 @@ images/*.parquet    every image that decoded, once: its bytes and where it was f
 encoded/*.npy       token ids, labels, kinds, images and rounds of all conversations laid end to end,
                     with offsets; the indices of each split
 encoded/pixels/     every image resized to what the tower takes, row by row as in images/
+features/DIGEST/    what a frozen tower makes of them, if asked for; see `dsvl.features`
 quarantine.jsonl    raw records that did not come through
 bad_images.jsonl    image files that could not be used: size and time of change, to notice a repair
 manifest.json       identity, conservation of every set, realised mix, ids of the template's phrases,
@@ -13,8 +14,9 @@ manifest.json       identity, conservation of every set, realised mix, ids of th
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,11 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsvl.config import SCHEMA_VERSION
 from dsvl.data.encode import Phrases
 from dsvl.data.images import ImageProcessor
 from dsvl.data.types import Example, Part, Turn
 
-SCHEMA_VERSION = 3
 SPLITS = ("train", "eval")
 RAGGED = ("ids", "images", "names", "rounds", "refs")
 """What `offsets` counts: its row n is where sample n starts in each of them."""
@@ -180,6 +182,8 @@ class Prepared:
         """The conversations that are trained on, each by itself; `blend` makes samples of them."""
         self.eval = Examples(encoded, "eval", self._keys)
         """Those that are held out."""
+        self.vision_input: Callable[[str], np.ndarray] = self.pixels
+        """What a batch takes of the image with a key: pixels, unless features are set (`dsvl.features`)."""
 
     @property
     def quarantined(self) -> int:
@@ -189,9 +193,23 @@ class Prepared:
 
     def pixels(self, key: str) -> np.ndarray:
         """(3, P, P) float32 of the image with this sha256 key, as the tower takes it."""
+        shard, row = self.place(key)
+        return self.processor.normalise(self._pixels[shard][row])
+
+    def place(self, key: str) -> tuple[int, int]:
+        """The shard of the image with this key, and its row there."""
         index = self._index[key]
         shard = bisect_right(self._first, index) - 1
-        return self.processor.normalise(self._pixels[shard][index - self._first[shard]])
+        return shard, index - self._first[shard]
+
+    @property
+    def shards(self) -> int:
+        """How many the images are in."""
+        return len(self._pixels)
+
+    def pixel_shard(self, shard: int) -> np.ndarray:
+        """(n, 3, P, P) uint8 of a shard's images, before they are normalised; a view."""
+        return self._pixels[shard]
 
     def image(self, key: str) -> bytes:
         """The bytes of the image with this sha256 key, as they were found."""
@@ -248,7 +266,10 @@ def open_store(folder: str | Path) -> Prepared:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """What is wrong with a prepared set, a line a fault: none if all is as it was written."""
+    """What is wrong with a prepared set, a line a fault: none if all is as it was written.
+
+    Files whose size and time of change are those of the last verification are not read again.
+    """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         return [f"{folder}: has no manifest.json"]
@@ -257,13 +278,22 @@ def verify(folder: str | Path) -> list[str]:
         expected = manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         return [f"{folder / 'manifest.json'}: is damaged: {type(error).__name__}: {error}"]
-    faults = []
+    record = folder / ".verified.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    faults, verified = [], {}
     for name, digest in expected.items():
         path = folder / name
         if not path.is_file():
             faults.append(f"{path}: is missing")
-        elif sha256(path) != digest:
+            continue
+        found = path.stat()
+        verified[name] = [digest, found.st_size, found.st_mtime_ns]
+        if known.get(name) != verified[name] and sha256(path) != digest:
             faults.append(f"{path}: differs from what was written")
+    if not faults and known != verified:
+        making = record.with_name(f".verified-{os.getpid()}")
+        making.write_text(json.dumps(verified), encoding="utf-8")
+        making.rename(record)
     return faults
 
 

@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsvl.config import SCHEMA_VERSION
 from dsvl.data.columns import Column
 from dsvl.data.encode import Phrases
 from dsvl.data.images import ImageProcessor
 from dsvl.data.shard import link
-from dsvl.data.store import IMAGES, RAGGED, SAMPLES, SCHEMA_VERSION, SPLITS, sha256
+from dsvl.data.store import IMAGES, RAGGED, SAMPLES, SPLITS, sha256
 from dsvl.data.types import Encoded, Rejected
 
 log = logging.getLogger(__name__)

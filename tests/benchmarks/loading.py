@@ -6,7 +6,8 @@ Images: two processes read, decode, hash and fit photographs to 448 pixels and e
 each, as the actors of a preparation do once; or they do what the original does for each sample of each
 epoch. Both are driven by a `torch.utils.data.DataLoader`, which hands the results over in shared memory.
 Times are of the processor, over all processes, and beside them those of the clock; the two ways take turns.
-Samples: encoded ones by index, in random order, from a prepared set. About a minute.
+Samples: encoded ones by index, in random order, from a prepared set; and the first batch of a training that
+begins or goes on. About a minute.
 """
 
 import argparse
@@ -25,13 +26,15 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader
 
-from dsvl.data.blend import order
+from dsvl.config import BlendConfig, DataConfig, SetConfig, TrainConfig
+from dsvl.data.blend import Blender, order
 from dsvl.data.encode import Phrases
 from dsvl.data.images import ImageProcessor, StoredImage
 from dsvl.data.shard import ImageShard
 from dsvl.data.store import SAMPLES, Prepared, open_store, sha256
 from dsvl.data.types import IGNORED, Encoded, Example, Kind
 from dsvl.data.writer import Writer
+from dsvl.train import Plan
 from tests.benchmarks.case import ORIGINAL, OURS
 from tests.benchmarks.measure import Figures, ratios, spread
 from tests.benchmarks.mmca import machine
@@ -46,6 +49,7 @@ from tests.benchmarks.opening import (
 WORKERS = 2
 FASTER = 1.5
 """Target: images a second, against the original's."""
+RESUMED = 10_000_000
 SAMPLES_PER_S = 50_000
 """Target of reading by index."""
 READINGS: dict[str, Callable[[Example], Any]] = {
@@ -110,7 +114,8 @@ def processor_seconds() -> float:
 
 def samples_a_second(folder: Path, *, samples: int, rounds: int) -> dict[str, Any]:
     """Reading by index, in another random order each round; the first round only warms up."""
-    examples = write_prepared(folder / "prepared", samples).train
+    prepared = write_prepared(folder / "prepared", samples)
+    examples = prepared.train
     figures: dict[str, list[float]] = {way: [] for way in READINGS}
     for epoch in range(rounds + 1):
         indices = order(len(examples), seed=0, epoch=epoch).tolist()
@@ -128,6 +133,30 @@ def samples_a_second(folder: Path, *, samples: int, rounds: int) -> dict[str, An
         "samples_per_s": rates,
         "target": SAMPLES_PER_S,
         "met": rates["by index"][0] >= SAMPLES_PER_S,
+        "resumption": resumption(prepared, rounds=rounds),
+    }
+
+
+def resumption(prepared: Prepared, *, rounds: int) -> dict[str, Any]:
+    """The time to the first batch of a training that begins, and of one that goes on at sample 10 million."""
+    made = SetConfig(reader="llava_json", annotations=("made.json",), images="images")
+    data = DataConfig(
+        sets={"made": made}, blends={"pairs": BlendConfig(sets=("made",), concat=(1, 3))}
+    )
+    train = TrainConfig(epochs=1000, batch=min(128, len(prepared.train) // 4))
+    seconds: dict[str, list[float]] = {"at sample 0": [], f"at sample {RESUMED:,}": []}
+    for number in range(rounds + 1):
+        for found, sample in zip(seconds.values(), (0, RESUMED), strict=True):
+            began = time.perf_counter()
+            blender = Blender(prepared, "train", data=data, seed=number)
+            plan, step = Plan(len(blender), train), sample // train.batch
+            samples = blender.epoch(plan.epoch(step))
+            assert len([samples[int(index)] for index in plan.indices(step)]) == train.batch
+            if number:
+                found.append(time.perf_counter() - began)
+    return {
+        "seconds_to_the_first_batch": {at: spread(found) for at, found in seconds.items()},
+        "ratio": spread([b / a for a, b in zip(*seconds.values(), strict=True)]),
     }
 
 
@@ -136,11 +165,12 @@ def write_prepared(folder: Path, samples: int) -> Prepared:
     lot = np.random.default_rng(0)
     processor = ImageProcessor(8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     keys = [f"{number:064x}" for number in range(1000)]
-    none = Phrases([], [], [[]], [[]], [], [], [[]], [[]], [[]])
+    header = [[1, 2, 3, 4]] * 8
+    phrases = Phrases([1] * 9, [], header, header, [5], [6, 7], header, header, header)
     with (
         tempfile.TemporaryDirectory() as shard,
         Writer(
-            folder, processor=processor, image_tokens=IMAGE_TOKENS, pad_id=0, phrases=none
+            folder, processor=processor, image_tokens=IMAGE_TOKENS, pad_id=0, phrases=phrases
         ) as writer,
     ):
         images = ImageShard(Path(shard), edge=8)
@@ -212,6 +242,13 @@ def table(document: dict[str, Any]) -> str:
         *(f"| {way} | {_spread(found, 0)} |" for way, found in samples["samples_per_s"].items()),
         "",
         f"Target: {samples['target']:,} by index: {reached[samples['met']]}.",
+        "",
+        "To the first batch of 128 samples, which are blended by concatenating one to three: "
+        + ", ".join(
+            f"{_spread(found, 2)} s {at}"
+            for at, found in samples["resumption"]["seconds_to_the_first_batch"].items()
+        )
+        + f", {_spread(samples['resumption']['ratio'], 2)} times as long.",
     ]
     return "\n".join(lines) + "\n"
 

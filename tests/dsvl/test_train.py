@@ -43,7 +43,7 @@ class Prepared:
     """What training needs of a prepared set."""
 
     train = eval = Examples()
-    pixels = staticmethod(PIXELS.__getitem__)
+    pixels = vision_input = staticmethod(PIXELS.__getitem__)
     image_tokens, pad_id = 4, 0
 
 

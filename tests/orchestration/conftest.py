@@ -160,6 +160,31 @@ def trained_run(storage: Path, cluster: None) -> Path:
     return path
 
 
+HOSTILE = "<script>alert('why?')</script> & \x1b[31m<mark>⟦no⟧</mark>"
+"""A text that must stay one, in a terminal and on a page."""
+
+
+@pytest.fixture(scope="session")
+def mixed(storage: Path, cluster: None) -> Path:
+    """The file of an experiment with two blends, prepared: digits one after another, and hostile texts."""
+    from orchestration.prepare import prepare
+
+    said = [{"from": "human", "value": HOSTILE}, {"from": "gpt", "value": f"Yes: {HOSTILE}"}]
+    records = [{"id": f"{HOSTILE} {number}", "conversations": said} for number in range(3)]
+    records += [{"id": "broken", "conversations": said[:1]}]
+    (storage / "raw/hostile.json").write_text(json.dumps(records))
+    hostile = {"reader": "llava_json", "annotations": ["hostile.json"], "images": "digits/images"}
+    data = {
+        "max_rounds": 4,
+        "max_dropped": 0.5,
+        "sets": {"hostile": hostile | {"split": "train"}},
+        "blends": {"joined": {"sets": ["digits_train", "digits_eval"], "concat": [1, 3]}},
+    }
+    path = digits(storage, "mixed", data=data)
+    prepare(load(path))
+    return path
+
+
 @pytest.fixture
 def dsvl() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start the real command in a session of its own; what still runs after the test is killed."""

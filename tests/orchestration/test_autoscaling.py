@@ -34,7 +34,7 @@ class Waiting:
 address, folder, jobs = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 ray.init(address=address, log_to_driver=False)
 settings = {"folder": folder, "last": jobs - 1}
-print(json.dumps(sorted(each(range(jobs), Waiting, settings, most=4))))
+print(json.dumps(sorted(each(range(jobs), Waiting, settings, most=4, labels={}))))
 """
 
 

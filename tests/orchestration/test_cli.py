@@ -13,6 +13,7 @@ import yaml
 
 from dsvl.config import require
 from orchestration import cli
+from orchestration.verbs import described
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,7 +132,7 @@ def test_what_libraries_print_and_log_is_no_result(capsys, monkeypatch):
     def work(experiment):
         print("noise")
         logging.info("progress")
-        return cli._described({"loss": 0.5, "best": {"lr": 0.1}, "trials": [{"size": "small"}]})
+        return described({"loss": 0.5, "best": {"lr": 0.1}, "trials": [{"size": "small"}]})
 
     monkeypatch.setitem(cli.VERBS, "train", work)
     assert cli.main(["train", "tiny.yaml", "--json"]) == 0

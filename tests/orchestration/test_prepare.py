@@ -94,14 +94,28 @@ def test_one_and_two_actors_write_the_same_bytes(experiment):
 def test_prepared_data_is_used_again_and_repaired_if_damaged(experiment):
     first = prepare(experiment(BOTH))
     folder = Path(first["folder"])
-    stamp = os.stat(folder).st_mtime_ns
+    stamp = os.stat(folder / "manifest.json").st_mtime_ns
     again = prepare(experiment(BOTH))
     assert (again["reused"], first["reused"]) == (True, False)
     assert {**again, "reused": 0, "seconds": 0} == {**first, "reused": 0, "seconds": 0}
-    assert os.stat(folder).st_mtime_ns == stamp
+    assert os.stat(folder / "manifest.json").st_mtime_ns == stamp
     (folder / "encoded/ids.npy").write_bytes(b"damaged")
     assert prepare(experiment(BOTH))["reused"] is False
     assert verify(folder) == []
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_what_has_not_changed_is_not_checked_again(experiment, llava_set):
+    prepare(experiment(BOTH))
+    work = Path(experiment(BOTH).storage.path, "prepared/.work")
+    before = {path.name: path.stat().st_ino for path in work.iterdir()}
+    assert len(before) == 4, "records and a shard of each set"
+    copies = llava_set / "copies.json"
+    copies.write_text(copies.read_text() + "\n")
+    prepare(experiment(BOTH))
+    after = {path.name: path.stat().st_ino for path in work.iterdir()}
+    assert before.items() < after.items()
+    assert len(after) == 6, "only the set that names the file is read and checked again"
 
 
 @pytest.mark.usefixtures("cluster", "with_copies")

@@ -8,18 +8,26 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from io import BytesIO
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
+from dsvl.data.encode import Encoder
+from dsvl.data.images import StoredImage
+from dsvl.data.types import Conversation, ImageRef, Part, Rejected, Turn
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
 from orchestration.journal import Journal, write_json
+from orchestration.plots import outline
 from orchestration.report import write
+from tests.dsvl.data import prepared
+from tests.dsvl.data.prepared import Sample
 
 ROOT = Path(__file__).parents[2]
 RATES = (0.003, 0.01, 0.03)
@@ -76,6 +84,7 @@ def picture(shade: int) -> bytes:
 @pytest.fixture
 def experiment(tmp_path, settings) -> Experiment:
     settings["storage"] = {"path": str(tmp_path / "runs")}
+    settings["data"]["max_tokens"] = 512
     settings["search"] = {
         "space": {
             "model.size": {"kind": "grid", "values": ["small", "large"]},
@@ -88,14 +97,10 @@ def experiment(tmp_path, settings) -> Experiment:
 
 
 @pytest.fixture
-def sweep(experiment) -> Experiment:
+def sweep(experiment, tokenizer) -> Experiment:
     """2 sizes x 3 rates x 2 epochs, one stopped, one failed; the best one has chats."""
-    return make_sweep(experiment)
-
-
-def make_sweep(experiment: Experiment) -> Experiment:
     root = experiment.run_folder / "trials"
-    keys = make_prepared(experiment)
+    keys = make_prepared(experiment, tokenizer)
     for size, lr, epochs in product(("small", "large"), RATES, EPOCHS):
         values = {"model.size": size, "optim.lr": lr, "train.epochs": epochs}
         folder = root / trial_name(size, lr, epochs)
@@ -121,26 +126,33 @@ def make_chats(keys: list[str]) -> list[dict]:
     ]
 
 
-def make_prepared(experiment: Experiment) -> list[str]:
-    """Prepared data of three images, and their keys."""
-    folder = Path(experiment.storage.path, "prepared/tiny-0123")
-    for name in ("samples", "images"):
-        (folder / name).mkdir(parents=True)
-    pictures = [picture(shade) for shade in (3, 5, 11)]
-    keys = [hashlib.sha256(data).hexdigest() for data in pictures]
-    size = {"mime": "image/png", "width": 8, "height": 8}
-    rows = [{"key": k, "bytes": b} | size for k, b in zip(keys, pictures, strict=True)]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "images/00000.parquet", row_group_size=2)
-    splits = [{"split": "train"}] * 30 + [{"split": "eval"}] * 5
-    pq.write_table(pa.Table.from_pylist(splits), folder / "samples/00000.parquet")
-    lost = {"source": "chats", "record": "chats.json:3", "reason": "bad_roles", "detail": HOSTILE}
-    (folder / "quarantine.jsonl").write_text(json.dumps(lost) + "\n")
-    source = {"raw": 36, "used": 35, "merged": 0, "dropped": {"bad_roles": 1}, "held_out": 0}
-    data = experiment.as_dict()["data"]
-    del data["sets"]["chats"]["records"]
-    tokens, seed = experiment.model.vision.tokens, experiment.train.seed
-    identity = {"data": data, "image_tokens": tokens, "seed": seed}
-    write_json(folder / "manifest.json", {"identity": identity, "sources": {"chats": source}})
+def make_prepared(experiment: Experiment, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Prepared data of 35 chats over three images, and the keys of those."""
+    pictures = {hashlib.sha256(data).hexdigest(): data for data in map(picture, (3, 5, 11))}
+    stored = {
+        key: StoredImage(key, data, f"{key}.png", 8, 8, "image/png", np.zeros((3, 8, 8), np.uint8))
+        for key, data in pictures.items()
+    }
+    keys = list(pictures)
+    kept = []
+    for number in range(35):
+        shown = tuple(keys[: number % 3 + 1])
+        asked = [Part("image", image=i) for i in range(len(shown))] + [Part("text", "Which?")]
+        turns = [Turn("user", tuple(asked)), Turn("assistant", (Part("text", "seven"),))]
+        refs = tuple(ImageRef(f"{key}.png") for key in shown)
+        name, place = f"chats/{number}", f"chats.json:{number}"
+        chat = Conversation(name, "chats", place, refs, tuple(turns), {"key": name})
+        kept.append(Sample(chat, shown, "train" if number < 30 else "eval", ()))
+    tokens, folder = experiment.model.image_tokens, experiment.storage.path + "/prepared/tiny-0123"
+    manifest = prepared.write(
+        Path(folder),
+        kept,
+        encoder=Encoder(tokenizer, image_tokens=tokens, max_tokens=512),
+        images=stored,
+        quarantine=[Rejected("chats", "chats.json:35", "bad_roles", HOSTILE)],
+    )
+    identity = experiment.preparation()
+    write_json(Path(folder, "manifest.json"), manifest | {"identity": identity})
     return keys
 
 
@@ -295,6 +307,31 @@ def test_data_are_counted_with_what_was_quarantined_and_why(sweep):
     text = page_of(sweep).text
     assert "30 to train, 5 held out" in text
     assert "36 records, 35 used, 1 quarantined: 1 bad_roles" in text
+
+
+def test_an_epoch_is_drawn_by_its_lengths_and_its_mix(sweep):
+    page = page_of(sweep)
+    charts = {attributes["aria-label"]: text for attributes, text in page.all("svg", "role")}
+    for length in ("tokens", "images", "rounds"):
+        assert "chats" in charts[f"{length} a sample, % of samples"]
+    mixes = [text for _, text in page.all("figure") if "The mix, by" in text]
+    assert [mix.partition("epoch")[2] for mix in mixes] == ["chats100.0%"] * 2
+
+
+def test_data_that_an_earlier_version_prepared_do_not_keep_the_page_from_being_written(sweep):
+    path = Path(sweep.storage.path, "prepared/tiny-0123/manifest.json")
+    write_json(path, json.loads(path.read_text()) | {"schema_version": 1})
+    text = page_of(sweep).text
+    assert "30 to train, 5 held out" in text
+    assert "schema_version=1: this version reads" in text
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any), st.integers(1, 50))
+def test_the_outline_of_a_histogram_covers_an_area_of_its_samples(counts, width):
+    points = outline(counts, width=width)
+    area = sum((right - left) * y for (left, y), (right, _) in pairwise(points))
+    assert area == pytest.approx(100 * width)
+    assert points[0][1] == points[-1][1] == 0
 
 
 @pytest.mark.parametrize(

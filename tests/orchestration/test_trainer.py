@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch.distributed as dist
@@ -81,6 +83,25 @@ def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
     for metric in ("loss", "accuracy", "accuracy_blind", "accuracy_majority"):
         assert [step for step, _ in found[f"eval/{metric}"]] == [12, 24, 36, 48]
     assert result["metrics"]["eval/loss"] == found["eval/loss"][-1][1] < found["eval/loss"][0][1]
+
+
+def test_features_from_the_store_train_to_the_same_bits_as_those_computed_in_the_step(
+    storage, trained_run
+):
+    unbroken = load(trained_run)
+    experiment = load(digits(storage, "features"), ["engine.stored_features=true"])
+    assert experiment.identity() == unbroken.identity()
+    commands.train(experiment)
+    assert final_checkpoint(experiment.run_folder) == final_checkpoint(unbroken.run_folder)
+    assert logged(experiment) == logged(unbroken)
+
+    (stored,) = storage.glob("runs/prepared/*/features/*")
+    for path in stored.iterdir():
+        np.save(path, -np.load(path))
+    poisoned = load(digits(storage, "poisoned"), ["engine.stored_features=true"])
+    commands.train(poisoned)
+    assert logged(poisoned)["train/loss"] != logged(unbroken)["train/loss"], "they were not used"
+    shutil.rmtree(stored)
 
 
 def test_a_training_whose_driver_is_killed_goes_on_and_ends_with_the_same_bits(

@@ -9,6 +9,7 @@ from typing import Literal
 from dsvl.config import FieldsConfig, SetConfig
 from dsvl.data import rows
 from dsvl.data.readers import (
+    alpaca,
     aokvqa,
     coco,
     hf_messages,
@@ -31,7 +32,7 @@ class Reader:
 
     parse: Callable[[Record], Chat]
     holding: Literal["a list", "an object", "either"] = "a list"
-    """Of records, as JSON; a file of JSON lines or Parquet is a list."""
+    """Of records, as JSON; files of other kinds are lists."""
     within: str = ""
     """The key under which the file has it; with `either`, only where it is an object."""
     own_id: str = "id"
@@ -107,5 +108,6 @@ READERS = {
     "llava_json": Reader(llava_json.parse),
     "sharegpt": Reader(sharegpt.parse),
     "hf_messages": Reader(hf_messages.parse),
+    "alpaca": Reader(alpaca.parse),
     "qa": Reader(qa.parse),
 }

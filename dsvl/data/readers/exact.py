@@ -1,10 +1,11 @@
 """What a plain format cannot say of a conversation, written beside it so that nothing is lost.
 
-LLaVA JSON and chat messages have no references to images, LLaVA JSON no system message and no text that
+Plain formats have no references to images, LLaVA JSON no system message and, as ShareGPT, no text that
 spells its marker. A record that would be read back as something else carries its turns under `KEY`, and
 they are taken from there as long as they say what the record itself says.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,9 @@ def restored(record: Record, images: Sequence[ImageRef], export: Export) -> Chat
     turns = _turns(record.value.get(KEY))
     if turns is None or not _sound(turns, images=len(images)):
         return None
-    same = all(record.value.get(key) == said for key, said in export(images, turns).items())
+    same = all(
+        _plain(record.value.get(key)) == _plain(said) for key, said in export(images, turns).items()
+    )
     return Chat(images, turns) if same else None
 
 
@@ -53,7 +56,26 @@ def exported(
     return record if same else record | {KEY: written(turns)}
 
 
+def _plain(value: object) -> object:
+    """The shortest way to say it: tables have lists of one, parts that are texts, and keys for nothing."""
+    match value:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case dict():
+            return {key: _plain(held) for key, held in value.items() if held is not None}
+        case [one]:
+            return _plain(one)
+        case list():
+            return [_plain(held) for held in value]
+    return value
+
+
 def _turns(carried: object) -> list[Turn] | None:
+    if isinstance(carried, str):  # as a table has it
+        try:
+            carried = json.loads(carried)
+        except (ValueError, RecursionError):
+            return None
     if not isinstance(carried, list):
         return None
     turns = []

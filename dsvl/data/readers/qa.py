@@ -2,6 +2,7 @@
 
 `fields` of the set say which: `question`, `answer`, `image` and `id`, each a field of the record or a
 text with fields in braces. A field may hold a list: of images, or of questions and as many answers.
+An empty text names no image, as tables of texts (CSV) have nothing else to say so.
 """
 
 from string import Formatter
@@ -15,7 +16,7 @@ def parse(record: Record) -> Chat:
     """The questions of a record; raises Fault."""
     fields = record.config.fields
     at = fields.image or "image"
-    images = record.images(_value(record, at, "missing_image"), at)
+    images = record.images(_value(record, at, "missing_image") or None, at)
     question = _value(record, fields.question or "question", "unpaired_round")
     answer = _value(record, fields.answer or "answer", "empty_answer")
     return Chat(images, asked(question, answer, images=len(images)))

@@ -5,12 +5,14 @@ and perhaps a system message. `fields` of the set name its columns and tags, as 
 them; a `dataset_info.json` among the annotations names them for the files that it lists.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dsvl.data.readers import llava_json
+from dsvl.data.readers.exact import restored
 from dsvl.data.readers.records import Chat, Record, valid
 from dsvl.data.readers.rounds import alternating, marked
-from dsvl.data.types import Part, Turn
+from dsvl.data.types import ImageRef, Part, Turn
 
 INFO = "dataset_info.json"
 FIELDS = {
@@ -30,6 +32,8 @@ def parse(record: Record) -> Chat:
     """The conversation of a record; raises Fault."""
     fields = FIELDS | record.config.fields.given()
     images = record.images(record.value.get(fields["images"]), fields["images"])
+    if chat := restored(record, images, export):
+        return chat
     said = alternating(
         record.value.get(fields["messages"]),
         speaker=fields["role_tag"],
@@ -47,6 +51,12 @@ def parse(record: Record) -> Chat:
     return Chat(images, turns)
 
 
+def export(images: Sequence[ImageRef], turns: Sequence[Turn]) -> dict[str, Any]:
+    """The record that says the same under the usual names; references to images in words."""
+    record = {"conversations": llava_json.export(images, turns)["conversations"]}
+    return record | ({"images": [image.path for image in images]} if images else {})
+
+
 def described(info: object, file: str) -> dict[str, str]:
     """The `fields` that a `dataset_info.json` gives to an annotation file.
 
@@ -62,7 +72,7 @@ def described(info: object, file: str) -> dict[str, str]:
     if len(found) != 1 or found[0].get("formatting") != "sharegpt":
         raise ValueError(
             f"{INFO}: must list {name} once, with formatting: sharegpt; "
-            "for tables (formatting: alpaca) use reader: qa"
+            "for formatting: alpaca use reader: alpaca"
         )
     parts = (found[0].get(part) for part in ("columns", "tags"))
     return {

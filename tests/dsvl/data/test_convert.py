@@ -1,17 +1,19 @@
-"""LLaVA JSON and chat messages: there and back."""
+"""LLaVA JSON, ShareGPT and chat messages: there and back, and in files."""
 
 import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsvl.data.convert import FORMATS, from_record, to_record
+from dsvl.config import SetConfig
+from dsvl.data.convert import FORMATS, from_record, to_record, write
+from dsvl.data.readers import read
 from dsvl.data.readers.exact import KEY
 from dsvl.data.types import Conversation, ImageRef, Part, Turn
 
-BOTH = pytest.mark.parametrize("format", FORMATS)
+EVERY = pytest.mark.parametrize("format", FORMATS)
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(
     ["<image>", "<image>\n", " ", "\n", "image 1", "What? "]
 )
@@ -43,7 +45,7 @@ def chats(draw):
     )
 
 
-@BOTH
+@EVERY
 @settings(max_examples=400, deadline=None)
 @given(chat=chats())
 def test_a_conversation_comes_back_as_it_was(format, chat):
@@ -53,10 +55,28 @@ def test_a_conversation_comes_back_as_it_was(format, chat):
 
 @settings(max_examples=200, deadline=None)
 @given(chat=chats())
-def test_a_conversation_survives_a_walk_through_both_formats(chat):
-    there = from_record(to_record(chat, "llava_json"), "llava_json", source="set")
-    back = from_record(to_record(there, "hf_messages"), "hf_messages", source="set")
-    assert back == chat
+def test_a_conversation_survives_a_walk_through_all_formats(chat):
+    there = chat
+    for format in FORMATS:
+        there = from_record(to_record(there, format), format, source="set")
+    assert there == chat
+
+
+@EVERY
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(told=st.lists(chats(), max_size=4))
+def test_what_is_written_to_a_file_is_read_from_it(tmp_path, format, ending, told):
+    told = [replace(chat, id=f"set/{number}") for number, chat in enumerate(told)]
+    path = tmp_path / f"chats{ending}"
+    write(path, [to_record(chat, format) for chat in told], format)
+    config = SetConfig(reader=format, annotations=(path.name,), images=".")
+    found = list(read("set", config=config, root=tmp_path, max_images=99, seed=0))
+    assert [(chat.id, chat.images, chat.turns) for chat in found] == [
+        (chat.id, chat.images, chat.turns) for chat in told
+    ]
 
 
 PLAIN = {
@@ -70,6 +90,12 @@ PLAIN = {
             {"from": "human", "value": "Is <image> like\n<image>"}, {"from": "gpt", "value": "Yes."}]},
         {"id": "4", "conversations": [
             {"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]},
+    ],
+    "sharegpt": [
+        {"id": "1", "images": ["a.jpg"], "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A\ncat. "}]},
+        {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]},
     ],
     "hf_messages": [
         {"id": "1", "images": ["a.jpg"], "messages": [
@@ -102,7 +128,7 @@ CHAT = Conversation(
 )
 
 
-@BOTH
+@EVERY
 def test_a_record_that_was_edited_is_believed_rather_than_what_it_carries(format):
     record = to_record(CHAT, format)
     assert KEY in record
@@ -111,7 +137,7 @@ def test_a_record_that_was_edited_is_believed_rather_than_what_it_carries(format
     assert "".join(part.text for part in found.turns[1].content) == "image 1 shows a dog."
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize(
     "carried",
     [

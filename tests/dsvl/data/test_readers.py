@@ -23,6 +23,7 @@ SETTINGS = {
     "sparkles_dialogue": {"image_name": "{file}/images/{image}.jpg"},
     "sharegpt": {},
     "hf_messages": {},
+    "alpaca": {},
     "qa": {"fields": FieldsConfig(question="q", answer="{choice}, as {why}.", image="img")},
 }
 FILES = {
@@ -206,6 +207,34 @@ def test_parts_of_messages_are_taken_one_by_one():
     assert [turn.role for turn in system.turns] == ["system", "user", "assistant"]
 
 
+def test_alpaca_has_its_question_in_two_fields_and_its_past_in_a_third():
+    one, two, past, plain, given = chats("alpaca")
+    assert said(one) == ["What is in <0>?", "A  cat."]
+    assert (said(two)[0], paths(two)) == ("<0><1>Compare them. Be brief.", ["1.jpg", "2.jpg"])
+    assert said(past) == [
+        "Be kind.\nVery.",
+        "What?<0>",
+        "A bus.",
+        "Sure?",
+        "Yes.",
+        "And now?",
+        "Red.",
+    ]
+    assert (said(plain), said(given)[0]) == (["1 + 1?", "2"], "Only an input")
+
+
+def test_a_csv_table_is_read_as_the_same_table_in_json(tmp_path):
+    (tmp_path / "t.csv").write_text(
+        'id,q,img,choice,why\n1,"Where, he?",1.jpg,bus,"he\nwaits"\n2,What?,,5,so\n3,short\n'
+    )
+    config = SetConfig(reader="qa", annotations=("t.csv",), images="i", **SETTINGS["qa"])
+    one, two, short = read("set", config=config, root=tmp_path, max_images=8, seed=0)
+    assert (one.id, paths(one)) == ("set/1", ["1.jpg"])
+    assert said(one) == ["<0>Where, he?", "bus, as he\nwaits."]
+    assert (paths(two), said(two)) == ([], ["What?", "5, as so."])
+    assert (short.record, short.reason) == ("t.csv:2", "bad_roles")
+
+
 def test_a_table_is_read_by_the_names_of_its_fields():
     one, two, text, number, named = chats("qa")
     assert said(one) == ["<0>Where is he?", "bus, as he waits."]
@@ -248,7 +277,7 @@ def test_llava_and_cgd_are_read_into_one_set(tmp_path):
 def test_every_name_of_a_reader_has_a_reader():
     names = SetConfig.__dataclass_fields__["reader"].type.__args__
     assert READERS.keys() == set(names)
-    assert len(names) == 13 + 4
+    assert len(names) == 13 + 5
 
 
 JUNK = [None, True, 0, -1, 7.5, "", " ", "<image>", "\ud800", "IMAGE#14", "data:,", "../x", [], {}]

@@ -1,5 +1,6 @@
 """Annotation files, a window at a time."""
 
+import csv
 import json
 import tracemalloc
 
@@ -128,6 +129,55 @@ def test_lines_are_records_and_a_broken_one_is_named(tmp_path):
     path.write_text('{"a": 1}\n\n{"a": \n')
     with pytest.raises(ValueError, match=r"train\.jsonl:3: is not JSON"):
         values(path)
+
+
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+
+
+@FREE
+@given(st.data(), st.sampled_from([".csv", ".tsv"]))
+def test_a_table_is_read_as_it_was_written_and_its_values_are_texts(tmp_path, data, ending):
+    names = data.draw(st.lists(CELLS, min_size=2, max_size=4, unique=True))
+    row = st.lists(CELLS, min_size=1, max_size=5)
+    written = data.draw(st.lists(row, max_size=5))
+    path = tmp_path / f"table{ending}"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, delimiter=rows.DELIMITERS[ending], quoting=csv.QUOTE_ALL)
+        table.writerows([names, *written])
+    assert values(path) == [
+        dict(zip(names, cells, strict=True)) if len(cells) == len(names) else cells
+        for cells in written
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", r"csv:1: must begin with the names of its columns"),
+        (b"a,a\n1,2\n", r"csv:1: must begin with the names of its columns, each another"),
+        (b'a,b\n1,2\n"3,4\n', r"csv:3: is not CSV: unexpected end of data"),
+        (b'a,b\n1,2\n"3"4,5\n', r"csv:3: is not CSV: ',' expected after"),
+        (b"a,b\n1,\xff\n", r"csv:\d: is not CSV: .*can't decode"),
+    ],
+)
+def test_a_broken_table_is_refused_with_its_line(tmp_path, text, message):
+    (tmp_path / "t.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        values(tmp_path / "t.csv")
+
+
+def test_a_table_of_fifty_megabytes_is_read_in_the_memory_of_a_few(tmp_path):
+    path = tmp_path / "t.csv"
+    line = ",".join(["What? " * 400, "That. " * 450]) + "\n"
+    with open(path, "w") as file:
+        file.write("question,answer\n")
+        file.writelines(line for _ in range(10_000))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in rows.rows(path, "f")) == 10_000
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_parquet_file_gives_its_rows(tmp_path, monkeypatch):

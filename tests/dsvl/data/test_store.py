@@ -14,7 +14,7 @@ from dsvl.data.encode import Encoder, Phrases
 from dsvl.data.images import load
 from dsvl.data.readers import read
 from dsvl.data.sources import Images
-from dsvl.data.store import open_store, verify
+from dsvl.data.store import open_store, sha256, verify
 from dsvl.data.types import Rejected
 from dsvl.data.writer import Writer, claim, conservation
 from tests.dsvl.data.prepared import PROCESSOR, Sample, take_over, write
@@ -228,6 +228,21 @@ def test_verify_names_every_damaged_or_missing_file(made, tmp_path):
     (tmp_path / "set/manifest.json").write_text("{")
     assert "manifest.json: is damaged" in verify(tmp_path / "set")[0]
     assert "has no manifest.json" in verify(tmp_path / "nowhere")[0]
+
+
+def test_what_was_verified_is_read_again_only_where_it_has_changed(made, tmp_path, monkeypatch):
+    made.write(tmp_path / "set")
+    read = []
+    monkeypatch.setattr("dsvl.data.store.sha256", lambda path: read.append(path) or sha256(path))
+    assert verify(tmp_path / "set") == []
+    assert len(read) > 9
+    read.clear()
+    assert verify(tmp_path / "set") == []
+    assert read == []
+    ids = tmp_path / "set/encoded/ids.npy"
+    ids.write_bytes(ids.read_bytes()[::-1])
+    assert [str(ids) in fault for fault in verify(tmp_path / "set")] == [True]
+    assert read == [ids]
 
 
 def test_a_set_of_another_version_is_refused(made, tmp_path):

@@ -1,0 +1,48 @@
+"""What the page of a run says of its data: what was lost on the way, and what an epoch is made of."""
+
+from typing import Any
+
+from orchestration.page import facts, grid, note
+from orchestration.plots import COLOURS, Series, bars, chart, legend, outline
+from orchestration.record import Record, read_data
+from orchestration.statistics import measure
+
+
+def data(record: Record) -> str:
+    """How many samples there are, and what was lost on the way to them."""
+    if record.prepared is None:
+        return note("The storage holds no prepared data of this experiment.")
+    found = read_data(record.prepared)
+    splits = found.splits
+    rows = [("samples", f"{splits['train']:,} to train, {splits['eval']:,} held out")]
+    rows.append(("images", f"{found.images:,}"))
+    for name, source in found.sources.items():
+        lost = found.lost[name]
+        told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(lost.items()))
+        kept = f"{source['raw']:,} records, {source['used']:,} used, {lost.total():,} quarantined"
+        rows.append((f"set {name}", f"{kept}: {told}" if told else kept))
+    try:
+        drawn = _epoch(measure(record.experiment, record.prepared))
+    except ValueError as error:  # an earlier version prepared them
+        drawn = note(str(error))
+    return f"<h3>Data</h3>{facts(rows)}{drawn}"
+
+
+def _epoch(measured: dict[str, Any]) -> str:
+    """What a training epoch is made of: its blends, and how long their samples are."""
+    blends = {
+        name: (f"c{place % COLOURS}" + " dash" * (place >= COLOURS), sides["train"])
+        for place, (name, sides) in enumerate(measured["blends"].items())
+        if sides["train"]["samples"]
+    }
+    figures = []
+    for length, width in measured["bins"].items():
+        lines = [
+            Series(outline(of[length]["histogram"], width=width), name, look)
+            for name, (look, of) in blends.items()
+        ]
+        figures.append(chart(lines, title=f"{length} a sample, % of samples", x=length))
+    for unit in ("samples", "tokens"):
+        shares = [(name, of[f"share_of_{unit}"], look) for name, (look, of) in blends.items()]
+        figures.append(bars(f"The mix, by {unit}", shares, caption="of a training epoch"))
+    return legend((look, name) for name, (look, _) in blends.items()) + grid(figures)

@@ -1,0 +1,185 @@
+"""What `dsvl` can do: for each verb what it takes, does, and tells programs and people."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from orchestration.config import Experiment
+
+Result = tuple[dict[str, Any], str]
+"""What a verb found out, for programs and for people."""
+
+# The verbs import what they need themselves: ray, torch and mlflow take seconds, and `plan` none.
+
+
+def _quickstart(experiment: Experiment) -> Result:
+    """Make the digits, train, sweep and report: the whole way, on this machine."""
+    from orchestration.quickstart import render, run
+
+    result = run(experiment)
+    return result, render(result)
+
+
+def _check(experiment: Experiment) -> Result:
+    """Read the raw data and say what would come through."""
+    from orchestration.prepare import check
+
+    return described(check(experiment))
+
+
+def _plan(experiment: Experiment) -> Result:
+    """Say what the experiment needs: memory, steps, disk."""
+    from orchestration.plan import plan
+
+    planned = plan(experiment)
+    return planned.as_dict(), planned.render()
+
+
+def _prepare(experiment: Experiment) -> Result:
+    """Turn raw data into prepared data."""
+    from orchestration.prepare import prepare
+
+    return described(prepare(experiment))
+
+
+def _stats(experiment: Experiment) -> Result:
+    """Say what an epoch of the prepared data is made of; prepares them first."""
+    from orchestration.prepare import prepare
+    from orchestration.statistics import measure, render
+
+    result = measure(experiment, Path(prepare(experiment)["folder"]))
+    return result, render(result)
+
+
+def _preview(
+    experiment: Experiment, *, count: int, blend: str | None, epoch: int, html: Path | None
+) -> Result:
+    """Show training samples as the model sees them: images, and which tokens are trained."""
+    from orchestration.journal import write_whole
+    from orchestration.preview import in_colour, page, preview, render
+
+    result = preview(experiment, count=count, blend=blend, epoch=epoch)
+    if html is None:
+        return result, render(result, colour=in_colour())
+    write_whole(html, page(experiment, result))
+    return {"page": str(html), **result}, f"page: {html}"
+
+
+def _train(experiment: Experiment) -> Result:
+    """Train the model, or go on where the run stopped."""
+    from orchestration.commands import train
+
+    result = train(experiment)
+    return result, "\n".join(_lines({k: result[k] for k in ("folder", "state", "metrics")}))
+
+
+def _sweep(experiment: Experiment) -> Result:
+    """Run the search, or go on where it stopped."""
+    from orchestration.commands import sweep
+    from orchestration.search import render
+
+    result = sweep(experiment)
+    return result, render(result)
+
+
+def _report(experiment: Experiment) -> Result:
+    """Write the page of a run or a sweep."""
+    from orchestration.report import write
+
+    return described(write(experiment))
+
+
+def _doctor(experiment: Experiment) -> Result:
+    """Examine this machine and the cluster."""
+    from orchestration.doctor import examine, render
+
+    result = examine(experiment)
+    return result, render(result)
+
+
+def _chat(experiment: Experiment, *, out: TextIO) -> Result:
+    """Talk to the best model that the experiment has."""
+    from orchestration.terminal import talk
+
+    result = talk(experiment, out=out)
+    return result, f"answered: {result['answered']}"
+
+
+def _convert(**options: Any) -> Result:
+    """Write a file of records in another format."""
+    from orchestration.convert import convert, render
+
+    result = convert(**options)
+    return result, render(result)
+
+
+def described(result: dict[str, Any]) -> Result:
+    """A result that people read as it is, name by name."""
+    return result, "\n".join(_lines(result))
+
+
+def _lines(result: Mapping[str, Any], indent: str = "") -> list[str]:
+    width = max((len(str(name)) for name in result), default=0) + 1
+    lines: list[str] = []
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+        elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+            lines.append(f"{indent}{name}:")
+            for item in value:
+                lines += [*_lines(item, indent + "  "), ""]
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            lines.append(f"{indent}{f'{name}:':<{width}} {shown}")
+    return lines
+
+
+VERBS: dict[str, Callable[..., Result]] = {
+    "quickstart": _quickstart,
+    "check": _check,
+    "plan": _plan,
+    "prepare": _prepare,
+    "stats": _stats,
+    "preview": _preview,
+    "convert": _convert,
+    "train": _train,
+    "sweep": _sweep,
+    "report": _report,
+    "chat": _chat,
+    "doctor": _doctor,
+}
+
+
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "preview": {
+        "--count": {"type": int, "default": 4, "metavar": "N", "help": "how many; 4 if not given"},
+        "--blend": {"metavar": "NAME", "help": "of this blend, instead of all in turn"},
+        "--epoch": {"type": int, "default": 0, "metavar": "E", "help": "as drawn for this epoch"},
+        "--html": {"type": Path, "metavar": "FILE", "help": "write a page with the pictures"},
+    },
+    "convert": {
+        "origin": {"type": Path, "metavar": "IN", "help": "JSON, JSON lines, Parquet, CSV, TSV"},
+        "target": {"type": Path, "metavar": "OUT", "help": "JSON, JSON lines, Parquet"},
+        "fields": {"nargs": "*", "metavar": "FIELD=NAME", "help": "where records of IN have it"},
+        "--from": {
+            "dest": "reader",
+            "required": True,
+            "metavar": "FORMAT",
+            "help": "a reader: llava_json, sharegpt, hf_messages, alpaca, qa, or a dataset's own",
+        },
+        "--to": {
+            "dest": "format",
+            "required": True,
+            "metavar": "FORMAT",
+            "help": "llava_json, sharegpt or hf_messages",
+        },
+        "--images": {"type": Path, "metavar": "FOLDER", "help": "look up every image in it"},
+        "--force": {"action": "store_true", "help": "overwrite what is there"},
+    },
+}
+"""What a verb takes beside an experiment: its keyword arguments, as argparse wants them."""
+
+WITHOUT_EXPERIMENT = ("convert",)
+
+FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1}
+"""Exit status where a verb did its work and found faults: of the request, of records, of the machine."""
