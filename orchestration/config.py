@@ -184,7 +184,7 @@ class Experiment(Section):
 
     def identity(self) -> str:
         """Names what is trained: equal wherever and however it runs."""
-        return _digest(self.identity_fields())
+        return digest(self.identity_fields())
 
     def identity_fields(self) -> dict[str, object]:
         """The settings behind the identity, as dotted field -> value that JSON can hold."""
@@ -215,7 +215,7 @@ class Experiment(Section):
         data = self.as_dict()["data"]
         for blend in data["blends"].values():
             del blend["records"]
-        return _digest({name: data[name] for name in BLENDING})
+        return digest({name: data[name] for name in BLENDING})
 
     def differences(self, fields: Mapping[str, object]) -> list[str]:
         """Where stored `identity_fields` differ from this experiment's, with both values."""
@@ -273,6 +273,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]
     return pairs
 
 
-def _digest(fields: Mapping[str, object]) -> str:
+def digest(fields: object) -> str:
+    """16 hexadecimal digits that name a value that JSON can hold."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

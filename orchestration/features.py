@@ -11,7 +11,7 @@ from dsvl.pretrained import digest
 from dsvl.vision import VisionTower
 from orchestration.cluster import connect
 from orchestration.config import Experiment
-from orchestration.survey import Progress, each
+from orchestration.pool import Progress, each
 
 
 def store_features(experiment: Experiment, prepared: Path, progress: Progress) -> Path:

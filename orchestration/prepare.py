@@ -15,18 +15,19 @@ from typing import Any
 
 from dsvl.data.blend import Blender
 from dsvl.data.encode import Encoder, fingerprint, load_tokenizer
+from dsvl.data.folders import discard
 from dsvl.data.images import ImageProcessor
-from dsvl.data.shard import discard, stamp
+from dsvl.data.shard import stamp
 from dsvl.data.store import open_store, verify
 from dsvl.data.types import Reason, Rejected
 from dsvl.data.writer import Writer, claim, write_quarantine
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.plan import blends_file
+from orchestration.pool import Progress
+from orchestration.reading import annotation_digests
 from orchestration.survey import (
-    Progress,
     Survey,
-    annotation_digests,
     encoder_settings,
     image_folder,
     survey,

@@ -6,38 +6,29 @@ the order of the records. So what comes out is the same whatever the number of a
 no conversation and no image.
 """
 
-import hashlib
-import json
-import logging
-import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dsvl.config import SCHEMA_VERSION
 from dsvl.data.encode import Encoder, fingerprint, load_tokenizer
 from dsvl.data.images import ImageProcessor
-from dsvl.data.readers import read
-from dsvl.data.shard import Checker, Result, Row, Task, path_digest, path_of, samples, spool
+from dsvl.data.shard import Checker, Result, Task
 from dsvl.data.split import Links, assign_split
-from dsvl.data.store import sha256
+from dsvl.data.spool import Row, path_digest, path_of, samples
 from dsvl.data.types import Reason, Rejected
 from dsvl.data.writer import Writer
-from orchestration.config import Experiment
+from orchestration.config import Experiment, digest
+from orchestration.pool import Progress, each
+from orchestration.reading import spools
 
-READ_HERE = 32 << 20
-"""Bytes of annotations that the driver reads itself, sooner than an actor would have started."""
 SAY_EVERY = 10.0
 """Seconds between two lines of progress."""
-
-Progress = Callable[[str], None]
 
 
 @dataclass
@@ -82,71 +73,12 @@ def survey(
     Intermediate files are below `work`, which every machine must see.
     """
     seen = Survey(Counter(dict.fromkeys(sorted(experiment.data.sets), 0)))
-    spools = _spools(experiment, work, seen, progress)
-    tasks, places = _tasks(experiment, spools, work, processor=processor, keep=writer is not None)
+    folders, seen.unreadable = spools(experiment, work, progress)
+    tasks, places = _tasks(experiment, folders, work, processor=processor, keep=writer is not None)
     _check(experiment, tasks, processor=processor, keep=writer is not None, progress=progress)
     kept = _gather(tasks, places, seen, writer)
     _split(experiment, tasks, kept, seen, writer)
     return seen
-
-
-def _spools(
-    experiment: Experiment, work: Path, seen: Survey, progress: Progress
-) -> dict[str, Path]:
-    """The records of every set, in the order of the names of sets and files: set -> folder of shards."""
-    root, data = Path(experiment.storage.data).absolute(), experiment.data
-    jobs: list[tuple[Any, ...]] = []
-    folders: dict[str, Path] = {}
-    for source in sorted(data.sets):
-        try:
-            digests = annotation_digests(experiment, source)
-        except OSError as error:
-            seen.unreadable.append(str(error))
-            continue
-        # However the files are listed, the records are the same.
-        config = replace(
-            data.sets[source], annotations=tuple(sorted(data.sets[source].annotations))
-        )
-        identity = {
-            "schema_version": SCHEMA_VERSION,
-            "source": source,
-            "config": asdict(replace(config, records=None, max_dropped=None, split="auto")),
-            "annotations": digests,
-            "max_images": data.max_images,
-            "seed": experiment.train.seed,
-        }
-        folders[source] = work / f"records-{source}-{_digest(identity)}"
-        if not folders[source].is_dir():
-            jobs.append(
-                (source, config, root, data.max_images, experiment.train.seed, folders[source])
-            )
-    size = sum((root / name).stat().st_size for job in jobs for name in job[1].annotations)
-    if size < READ_HERE:
-        results = map(_Reader(), jobs)
-    else:
-        progress(f"data: {len(jobs)} sets to read, {size / 2**30:.1f} GiB")
-        cluster = experiment.cluster
-        results = each(jobs, _Reader, {}, most=cluster.preparers, labels=cluster.cpu_labels)
-    for done, (source, problem) in enumerate(results, start=1):
-        if size >= READ_HERE:
-            progress(f"data: {source} read, {done} of {len(jobs)} sets")
-        if problem:
-            seen.unreadable.append(problem)
-            del folders[source]
-    seen.unreadable.sort()
-    return folders
-
-
-class _Reader:
-    """Puts the records of a set into shards; says why, where that cannot be done."""
-
-    def __call__(self, job: tuple) -> tuple[str, str | None]:
-        source, config, root, max_images, seed, folder = job
-        try:
-            spool(read(source, config=config, root=root, max_images=max_images, seed=seed), folder)
-        except (OSError, ValueError) as error:
-            return source, str(error)
-        return source, None
 
 
 def _tasks(
@@ -181,7 +113,7 @@ def _tasks(
                 if own[-1] == before:
                     fresh.append(place)
             identity = [settings, folder.name, file.name, images, fresh]
-            result = work / f"shard-{_digest(identity)}"
+            result = work / f"shard-{digest(identity)}"
             tasks.append(Task(source, str(file), images, tuple(fresh), str(result)))
             places.append(np.array(own, np.int64))
     return tasks, places
@@ -328,20 +260,6 @@ def _split(
             writer.samples(samples(Path(task.records), task.source, rows))
 
 
-def annotation_digests(experiment: Experiment, source: str) -> dict[str, str]:
-    """sha256 of every annotation file of a set; raises FileNotFoundError where one is missing."""
-    digests = {}
-    for name in sorted(experiment.data.sets[source].annotations):
-        path = Path(experiment.storage.data) / name
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"data.sets.{source}.annotations: {path}: no such file; relative paths start at "
-                f"storage.data={experiment.storage.data}"
-            )
-        digests[name] = sha256(path)
-    return digests
-
-
 def encoder_settings(experiment: Experiment) -> dict[str, Any]:
     """What decides how the experiment's conversations are encoded, beside its tokenizer."""
     return {
@@ -354,54 +272,3 @@ def encoder_settings(experiment: Experiment) -> dict[str, Any]:
 def image_folder(experiment: Experiment, source: str) -> str:
     """Folder or file of a set's images: absolute, as actors have working directories of their own."""
     return str(Path(experiment.storage.data, experiment.data.sets[source].images).absolute())
-
-
-def _digest(identity: Any) -> str:
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def each(
-    jobs: Sequence[Any],
-    worker: type,
-    settings: dict[str, Any],
-    *,
-    most: int,
-    gpus: int = 0,
-    labels: Mapping[str, str],
-) -> Iterator[Any]:
-    """What a pool of 1 to `most` actors, which grows with the work, makes of the jobs, in any order.
-
-    An actor has `gpus` GPUs and is on a node with these labels.
-    """
-    import ray.data  # takes seconds, and a set that is prepared already needs none
-
-    if not jobs:
-        return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-
-    class Actor:
-        def __init__(self) -> None:
-            self._worker = worker(**settings)
-
-        def __call__(self, block: pa.Table) -> pa.Table:
-            done = [self._worker(pickle.loads(job.as_py())) for job in block["job"]]
-            return pa.table({"done": pa.array(map(pickle.dumps, done), pa.large_binary())})
-
-    blocks = [pa.table({"job": pa.array([pickle.dumps(job)], pa.large_binary())}) for job in jobs]
-    with ray.data.DataContext.current(context):  # a dataset takes its context when it is made
-        results = ray.data.from_arrow(blocks).map_batches(
-            Actor,
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(jobs))),
-            num_gpus=gpus,
-            label_selector=dict(labels),
-        )
-    for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for done in block["done"]:
-            yield pickle.loads(done.as_py())

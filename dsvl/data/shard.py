@@ -1,22 +1,17 @@
-"""Records in shards: a few hundred of a set, which are checked and encoded by themselves, on any machine.
+"""A shard of records, checked and encoded by itself, on any machine.
 
-`spool` writes what a reader makes of raw records into files, a shard each. `Checker` takes one, opens the
-images that it is told to and encodes the conversations; its result appears under its name when it is
-complete, so that whoever comes after a killed process goes on from there.
+`Checker` takes a spooled file, opens the images that it is told to and encodes the conversations; its result
+appears under its name when it is complete, so that whoever comes after a killed process goes on from there.
 """
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import chain, count, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,112 +19,15 @@ import pyarrow.parquet as pq
 
 from dsvl.data.columns import Column
 from dsvl.data.encode import Encoder
+from dsvl.data.folders import complete, discard
 from dsvl.data.images import ImageProcessor, StoredImage, load
 from dsvl.data.sources import BadImage, Images
-from dsvl.data.store import IMAGES, SAMPLES, sha256
+from dsvl.data.spool import path_of
+from dsvl.data.store import IMAGES, sha256
 from dsvl.data.types import Conversation, Encoded, ImageRef, Part, Rejected, Turn
 
-RECORDS = 256
-"""Records a shard."""
 GROUP_BYTES = 8 << 20
 """Image bytes a row group."""
-
-SPOOLED = pa.schema(
-    {
-        "record": pa.string(),
-        "merged": pa.list_(pa.string()),
-        "reason": pa.string(),  # of a rejected record, which has no more than this and what is above
-        "detail": pa.string(),
-        "id": pa.string(),
-        "key": pa.string(),
-        "paths": pa.list_(pa.binary()),  # JSON can spell paths that are no valid text
-        "messages": SAMPLES.field("messages").type,
-        "meta": pa.string(),
-    }
-)
-
-
-@contextmanager
-def complete(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which is given its name when the block ends; the first to finish wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    making.chmod(0o755)  # mkdtemp makes it private
-    try:
-        yield making
-        try:
-            making.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder that `complete` has made; whenever that ends, no half of it keeps the name."""
-    making = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
-    shutil.rmtree(folder.rename(making))
-
-
-def spool(records: Iterable[Conversation | Rejected], folder: Path) -> None:
-    """Write the records of a set to `folder`, in their order, 00000.parquet first."""
-    with complete(folder) as making:
-        rows = map(_row, records)
-        for number in count():
-            some = list(islice(rows, RECORDS))
-            if not some:
-                break
-            pq.write_table(pa.Table.from_pylist(some, SPOOLED), making / f"{number:05}.parquet")
-
-
-def _row(record: Conversation | Rejected) -> dict[str, Any]:
-    if isinstance(record, Rejected):
-        detail = record.detail.encode(errors="backslashreplace").decode()
-        return {"record": record.record, "reason": record.reason, "detail": detail}
-    messages = [
-        {
-            "role": turn.role,
-            "supervise": turn.supervise,
-            "content": [asdict(part) for part in turn.content],
-        }
-        for turn in record.turns
-    ]
-    return {
-        "record": record.record,
-        "merged": list(record.merged),
-        "id": record.id,
-        "key": record.meta["key"],
-        "paths": [image.path.encode(errors="surrogatepass") for image in record.images],
-        "messages": messages,
-        "meta": json.dumps({"record": record.record, **record.meta}),
-    }
-
-
-class Row(NamedTuple):
-    """A record that is kept."""
-
-    place: int
-    """In its shard."""
-    images: Sequence[str]
-    """sha256 keys, in the order of the conversation's images."""
-    split: str
-    group_keys: Sequence[str]
-    """What ties it to its side of the split."""
-
-
-def samples(records: Path, source: str, kept: Sequence[Row]) -> pa.Table:
-    """The conversations that are kept of a spooled shard, schema `SAMPLES`."""
-    table = pq.read_table(records, columns=["id", "messages", "meta"])
-    table = table.take([row.place for row in kept])
-    columns = {
-        **dict(zip(table.column_names, table.columns, strict=True)),
-        "source": [source] * len(kept),
-        "images": [row.images for row in kept],
-        "split": [row.split for row in kept],
-        "group_keys": [row.group_keys for row in kept],
-    }
-    return pa.table({name: columns[name] for name in SAMPLES.names}, SAMPLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,21 +256,3 @@ def stamp(folder: str, path: str) -> list[int] | None:
     ):  # absent, a path that no file can have, a loop of links
         return None
     return None
-
-
-def path_of(spooled: bytes) -> str:
-    """A path as the annotation has it."""
-    return spooled.decode(errors="surrogatepass")
-
-
-def path_digest(folder: str, spooled: bytes) -> bytes:
-    """16 bytes that name an image, as a `data:` URI may be long."""
-    return hashlib.blake2b(folder.encode() + b"\0" + spooled, digest_size=16).digest()
-
-
-def link(file: Path, name: Path) -> None:
-    """Give a file another name, or copy it where the storage has no links."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copy2(file, name)

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from dsvl.config import SCHEMA_VERSION
 from dsvl.data.columns import Column
 from dsvl.data.encode import Phrases
+from dsvl.data.folders import link
 from dsvl.data.images import ImageProcessor
-from dsvl.data.shard import link
 from dsvl.data.store import IMAGES, RAGGED, SAMPLES, SPLITS, sha256
 from dsvl.data.types import Encoded, Rejected
 

@@ -18,7 +18,7 @@ WAITING = """
 import json, sys, time
 from pathlib import Path
 import ray
-from orchestration.survey import each
+from orchestration.pool import each
 
 class Waiting:
     def __init__(self, folder, last):

@@ -9,7 +9,8 @@ import pytest
 
 from dsvl.config import SetConfig
 from dsvl.data.readers import read
-from dsvl.data.shard import spool, stamp
+from dsvl.data.shard import stamp
+from dsvl.data.spool import spool
 
 KILLED = """
 import hashlib, json, os, shutil, signal, sys
