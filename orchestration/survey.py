@@ -76,8 +76,9 @@ def survey(
     folders, seen.unreadable = spools(experiment, work, progress)
     tasks, places = _tasks(experiment, folders, work, processor=processor, keep=writer is not None)
     _check(experiment, tasks, processor=processor, keep=writer is not None, progress=progress)
-    kept = _gather(tasks, places, seen, writer)
-    _split(experiment, tasks, kept, seen, writer)
+    kept = _split(experiment, _gather(tasks, places, seen), seen)
+    if writer:
+        _write(tasks, kept, writer)
     return seen
 
 
@@ -181,16 +182,14 @@ def _checked(done: int, records: Sequence[int], found: int) -> str:
     return f"data: {done:,} of {sum(records):,} records checked{before}"
 
 
-def _gather(
-    tasks: Sequence[Task], places: Sequence[np.ndarray], seen: Survey, writer: Writer | None
-) -> list[Kept]:
-    """What became of every record, in order; what came through has its images and example stored."""
+def _gather(tasks: Sequence[Task], places: Sequence[np.ndarray], seen: Survey) -> list[Kept]:
+    """What became of every record before the split, in order."""
     keys: dict[int, str] = {}
     faults: dict[int, list[Any]] = {}
     kept: list[Kept] = []
     for number, (task, numbers) in enumerate(zip(tasks, places, strict=True)):
         result = Result(Path(task.result))
-        columns = ["record", "merged", "reason", "detail", "id", "key", "paths"]
+        columns = ["record", "merged", "reason", "detail", "key", "paths"]
         rows = pq.read_table(task.records, columns=columns)
         paths = rows["paths"].combine_chunks().flatten()
         for place, fault in result.faults.items():
@@ -200,12 +199,9 @@ def _gather(
                 about = {"source": task.source, "path": path, "stamp": result.stamps[path]}
                 seen.bad_images.append(about)
         keys |= {int(numbers[place]): key for place, key in result.images.items()}
-        if writer and result.images:
-            writer.images(result.folder, result.sha256)
         rejected, table = result.rejected, rows.to_pylist()
         counts = [len(raw["paths"] or ()) for raw in table]
         ends = np.cumsum(counts).tolist()
-        usable: dict[int, tuple[str, ...]] = {}
         for row, (raw, end, count) in enumerate(zip(table, ends, counts, strict=True)):
             records = (raw["record"], *(raw["merged"] or ()))
             seen.raw[task.source] += len(records)
@@ -217,47 +213,50 @@ def _gather(
                 reason, detail = cast(Reason, bad[0]), bad[1]
                 seen.quarantine += [Rejected(task.source, r, reason, detail) for r in records]
                 continue
-            usable[row] = images = tuple(keys[image] for image in own)
+            images = tuple(keys[image] for image in own)
             kept.append(Kept(number, row, records, Links(task.source, raw["key"], images)))
-        if writer:
-            ids = [raw["id"] for raw in table]
-            for row, example in result.examples(ids, task.source):
-                if row in usable:
-                    shown = tuple(usable[row][int(image)] for image in example.images)
-                    writer.example(replace(example, images=shown))
     return kept
 
 
-def _split(
-    experiment: Experiment,
-    tasks: Sequence[Task],
-    kept: Sequence[Kept],
-    seen: Survey,
-    writer: Writer | None,
-) -> None:
+def _split(experiment: Experiment, kept: Sequence[Kept], seen: Survey) -> dict[int, dict[int, Row]]:
+    """What is kept of each shard, after the split: the shard's number -> row -> what is known of it."""
     split = assign_split(
         [one.links for one in kept],
         declared={source: config.split for source, config in experiment.data.sets.items()},
         eval_fraction=experiment.data.eval_fraction,
         seed=experiment.train.seed,
     )
-    by_task: dict[int, list[tuple[Kept, str]]] = {}
     seen.percolations = [asdict(found) for found in split.percolations]
+    by_task: dict[int, dict[int, Row]] = {}
     for one, side in zip(kept, split.sides, strict=True):
-        source = one.links.source
+        links = one.links
         if side == "straddles_split":
             detail = "its images, or its record, are on both sides of the split"
-            seen.quarantine += [Rejected(source, r, side, detail) for r in one.records]
+            seen.quarantine += [Rejected(links.source, r, side, detail) for r in one.records]
             continue
-        seen.used[source] += 1
-        seen.merged[source] += len(one.records) - 1
+        seen.used[links.source] += 1
+        seen.merged[links.source] += len(one.records) - 1
         seen.splits[side] += 1
-        by_task.setdefault(one.task, []).append((one, side))
-    if writer:
-        for number, own in by_task.items():
-            task = tasks[number]
-            rows = [Row(one.row, one.links.images, side, one.links.group_keys) for one, side in own]
-            writer.samples(samples(Path(task.records), task.source, rows))
+        row = Row(one.row, links.images, side, links.group_keys)
+        by_task.setdefault(one.task, {})[one.row] = row
+    return by_task
+
+
+def _write(tasks: Sequence[Task], kept: Mapping[int, Mapping[int, Row]], writer: Writer) -> None:
+    """Store what is kept, and the images that it shows."""
+    shown = {key for rows in kept.values() for row in rows.values() for key in row.images}
+    for task in tasks:
+        result = Result(Path(task.result))
+        if result.images:
+            writer.images(result.folder, result.sha256, wanted=shown)
+    for number, rows in sorted(kept.items()):
+        task = tasks[number]
+        conversations = samples(Path(task.records), task.source, list(rows.values()))
+        ids = dict(zip(rows, conversations["id"].to_pylist(), strict=True))
+        for place, example in Result(Path(task.result)).examples(ids, task.source):
+            images = tuple(rows[place].images[int(image)] for image in example.images)
+            writer.example(replace(example, images=images))
+        writer.samples(conversations)
 
 
 def encoder_settings(experiment: Experiment) -> dict[str, Any]:

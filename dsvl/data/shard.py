@@ -5,7 +5,7 @@ appears under its name when it is complete, so that whoever comes after a killed
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -172,8 +172,8 @@ class Result:
         """Digests of the files."""
         return self._found["sha256"]
 
-    def examples(self, ids: Sequence[str], source: str) -> Iterator[tuple[int, Encoded]]:
-        """(row, what was encoded) of every conversation; `ids` are those of all rows.
+    def examples(self, ids: Mapping[int, str], source: str) -> Iterator[tuple[int, Encoded]]:
+        """(row, what was encoded) of the rows that `ids` names.
 
         Its images are indices into the images of the conversation.
         """
@@ -185,11 +185,13 @@ class Result:
         for place, alone, (start, end) in zip(
             data["places"].tolist(), data["alone"].tolist(), bounds, strict=True
         ):
+            if place not in ids:
+                continue
             tokens, rounds, refs, images = map(slice, start, end)
             yield (
                 place,
                 Encoded(
-                    id=ids[int(place)],
+                    id=ids[place],
                     ids=data["ids"][tokens],
                     labels=data["labels"][tokens],
                     kinds=data["kinds"][tokens],

@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -114,15 +114,15 @@ class Writer:
         finally:
             shutil.rmtree(self._making, ignore_errors=True)
 
-    def images(self, shard: Path, digests: Mapping[str, str]) -> None:
-        """Take over the images of a shard (`shard.ImageShard`), whose files have these sha256 digests.
+    def images(self, shard: Path, digests: Mapping[str, str], *, wanted: Container[str]) -> None:
+        """Take over the `wanted` images of a shard (`shard.ImageShard`), whose files have these digests.
 
-        The files are linked, not copied, unless an image of theirs is there already.
+        The files are linked, not copied, if all of them are wanted and none is there already.
         """
         number = f"{self._image_shards:05}"
         parquet = pq.ParquetFile(shard / "images.parquet")
         keys = parquet.read(["key"])["key"].to_pylist()
-        new = [row for row, key in enumerate(keys) if key not in self._index]
+        new = [row for row, key in enumerate(keys) if key in wanted and key not in self._index]
         if not new:
             return
         self._image_shards += 1

@@ -179,7 +179,8 @@ def write_prepared(folder: Path, samples: int) -> Prepared:
             image = StoredImage(key, key.encode(), f"{key}.jpg", 8, 8, "image/jpeg", fitted)
             images.append(image, source_id=f"made/{key}")
         images.close()
-        writer.images(Path(shard), {path.name: sha256(path) for path in Path(shard).iterdir()})
+        digests = {path.name: sha256(path) for path in Path(shard).iterdir()}
+        writer.images(Path(shard), digests, wanted=keys)
         for number, words in enumerate(lot.integers(40, 240, samples).tolist()):
             end, answer = IMAGE_TOKENS + words, IMAGE_TOKENS + words // 2
             kinds = np.repeat(np.array([Kind.IMAGE, Kind.TEXT], np.int8), (IMAGE_TOKENS, words))

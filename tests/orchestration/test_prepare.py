@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -66,6 +67,26 @@ def test_every_broken_record_is_quarantined_with_its_reason_and_none_is_lost(exp
     assert result["sources"]["good"]["used"] == result["splits"]["eval"] == 8
     assert verify(folder) == []
     assert "Traceback" not in "".join(SAID)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_image_is_stored_if_a_sample_shows_it_and_only_then(experiment, llava_set):
+    for name in ("kept", "lost"):
+        Image.new("RGB", (24, 16), (9, 99, ord(name[0]))).save(llava_set / f"images/{name}.png")
+    said = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]
+    records = [
+        {"id": "dropped", "image": ["lost.png", "kept.png", "absent.png"], "conversations": said},
+        {"id": "used", "image": ["kept.png"], "conversations": said},
+    ]
+    (llava_set / "two.json").write_text(json.dumps(records))
+    sets = {"good": BOTH["good"], "two": {"annotations": ["two.json"], "split": "train"}}
+    prepared = open_store(prepare(experiment(sets))["folder"])
+    (sample,) = (prepared.train[i] for i in range(len(prepared.train)))
+    held = (llava_set / "images/kept.png").read_bytes()
+    assert prepared.image(sample.images[0]) == held
+    stored = pq.read_table(prepared.folder / "images")["path"].to_pylist()
+    assert "kept.png" in stored
+    assert "lost.png" not in stored
 
 
 @pytest.mark.usefixtures("cluster", "with_copies")

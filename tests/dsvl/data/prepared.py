@@ -35,7 +35,8 @@ def take_over(writer: Writer, images: Sequence[StoredImage], *, edge: int = 8) -
         for image in images:
             shard.append(image, source_id=f"set/{image.path}")
         shard.close()
-        writer.images(Path(folder), {path.name: sha256(path) for path in Path(folder).iterdir()})
+        digests = {path.name: sha256(path) for path in Path(folder).iterdir()}
+        writer.images(Path(folder), digests, wanted={image.key for image in images})
 
 
 def write(
