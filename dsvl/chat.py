@@ -92,8 +92,7 @@ class Chat:
         unread = np.array(self._unread, np.int32)
         ids = np.concatenate([unread, ids])
         kinds = np.concatenate([np.full(len(unread), Kind.TEXT, np.int8), kinds])
-        before = sum(self._cache.past[0])
-        length = before + len(ids)
+        length = sum(self._cache.past[0]) + len(ids)
         if length + self.max_new_tokens > self.encoder.max_tokens:
             raise TooLongError(
                 f"the conversation has {length} tokens and an answer may add {self.max_new_tokens}, "
@@ -106,6 +105,7 @@ class Chat:
             image_tokens=self.encoder.image_tokens,
             pad_id=self.encoder.pad_id,
         )
+        mark = self._cache.mark()
         written: list[int] = []
         told = ""
         try:
@@ -127,13 +127,15 @@ class Chat:
                     told = said
             if (said := self.encoder.decode(written)) != told:
                 yield said[len(told) :]
-        finally:  # whoever stops listening has heard an answer all the same
-            read = sum(self._cache.past[0])
-            if read > before:
-                answer = Part("text", text=self.encoder.decode(written))
-                self.turns = [*turns, Turn("assistant", (answer,))]
-                self.images += len(images)
-                self._unread = [*written, self.encoder.end][read - length :]
+        except GeneratorExit:
+            pass  # whoever stops listening has heard an answer all the same
+        except BaseException:
+            self._cache.rewind(mark)
+            raise
+        answer = Part("text", text=self.encoder.decode(written))
+        self.turns = [*turns, Turn("assistant", (answer,))]
+        self.images += len(images)
+        self._unread = [*written, self.encoder.end][sum(self._cache.past[0]) - length :]
 
 
 def transcript(

@@ -82,11 +82,12 @@ class Streams:
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
                 hidden = self._layer(*arguments)
+        states = self.decoder.norm(hidden)[0]
         if cache is not None:
             cache.end()
         if known is not None:
             known.keep()
-        return self.decoder.norm(hidden)[0]
+        return states
 
     def _layer(
         self,
@@ -191,6 +192,21 @@ class InterleavedCache(DynamicCache):
         self.past = [(0, 0)] * rows
         """Text and image tokens of each row."""
 
+    def begin(self) -> None:
+        """Drop what some layers hold beyond `kinds`, as after a forward that was broken off."""
+        held = 0 if self.kinds is None else self.kinds.shape[1]
+        for layer in self.layers:
+            if surplus := layer.get_seq_length() - held:
+                layer.crop(-surplus)
+
+    def mark(self) -> tuple[Any, ...]:
+        """As `Cache`."""
+        return self.past, self.kinds
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        """As `Cache`; `begin` drops the rest."""
+        self.past, self.kinds = mark
+
 
 class Interleaved:
     """The stock decoder's own forward over B rows of S positions, the scheme being its attention function.
@@ -237,13 +253,9 @@ class Interleaved:
         kinds = None if layout.plain and cache is None and self.scheme == "causal" else layout.kinds
         if cache is not None:
             assert isinstance(cache, InterleavedCache)
+            cache.begin()
             if cache.kinds is not None:
                 kinds = torch.cat([cache.kinds, layout.kinds], dim=1)
-            cache.kinds = kinds
-            cache.past = [
-                (texts + b - a, pictures + d - c)
-                for (texts, pictures), (a, b, c, d) in zip(cache.past, layout.samples, strict=True)
-            ]
         if recompute and not self.decoder.is_gradient_checkpointing:
             self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         hidden = self.decoder(
@@ -254,6 +266,12 @@ class Interleaved:
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
+        if cache is not None:
+            cache.kinds = kinds
+            cache.past = [
+                (texts + b - a, pictures + d - c)
+                for (texts, pictures), (a, b, c, d) in zip(cache.past, layout.samples, strict=True)
+            ]
         return hidden.flatten(0, 1)[layout.wanted_positions]
 
 

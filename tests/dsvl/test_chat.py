@@ -20,6 +20,7 @@ from dsvl.decoder import Interleaved
 from dsvl.generate import Sampling, generate
 from dsvl.model import VisualChat
 from tests.dsvl.conftest import SHAPE, open_gates
+from tests.dsvl.test_decoder import Broken, break_off
 from tests.dsvl.test_model import PIXELS, wanting
 
 CPU = torch.device("cpu")
@@ -215,6 +216,20 @@ def test_an_answer_that_nobody_heard_to_its_end_ends_where_it_was_left(
     assert chat.turns[-1] == Turn("assistant", (Part("text", text=heard),))
     ask_all(chat, ROUNDS[1:])
     assert written == answers_without_cache(any_model, tokenizer, ROUNDS, first=2)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_an_answer_that_breaks_off_leaves_the_conversation_as_it_was(any_model, begin, rounds, at):
+    sampling = Sampling(seed=2)
+    broken, fresh = begin(any_model, sampling=sampling), begin(any_model, sampling=sampling)
+    assert ask_all(broken, ROUNDS[:rounds]) == ask_all(fresh, ROUNDS[:rounds])
+    break_off(any_model.language.model.layers[1], at=at)
+    with pytest.raises(Broken):
+        broken.ask("And these?", images=pictures("34"))
+    assert (broken.turns, broken.images) == (fresh.turns, fresh.images)
+    again = [("Which is larger?", ""), *ROUNDS[1:]]
+    assert ask_all(broken, again) == ask_all(fresh, again)
 
 
 def test_more_images_than_training_allows_are_seen_each_in_its_place(

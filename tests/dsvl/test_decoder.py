@@ -1,5 +1,7 @@
 """Two streams are the definition, in stock decoders of several families, packed and cached too."""
 
+from itertools import count
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,44 @@ def test_a_cache_in_any_pieces_equals_the_whole(decoder, scheme, cuts):
         pieces.append(states[piece.wanted_positions.argsort()])
         seen = [n + m for n, m in zip(seen, new, strict=True)]
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-9, atol=1e-9)
+
+
+class Broken(Exception):
+    """What a layer raises here."""
+
+
+def break_off(layer, *, at: int = 1):
+    """Have a layer of a decoder raise in its `at`-th forward from now on, once."""
+    passes = count(1)
+
+    def forward(*_):
+        if next(passes) == at:
+            hook.remove()
+            raise Broken
+
+    hook = layer.input_layernorm.register_forward_pre_hook(forward)
+
+
+@pytest.mark.parametrize("scheme", ["mmca", "causal_cross", "causal"])
+@pytest.mark.parametrize("held", ["", "tiit"])
+def test_a_forward_that_breaks_off_leaves_the_cache_as_it_was(decoder, scheme, held):
+    decoder.set_attn_implementation(scheme)
+    decode = decoder_for(decoder, scheme=scheme)
+
+    def add(cache, word, seed):
+        kinds = kinds_of([word])
+        layout = lay_out(kinds, kinds == Kind.TEXT, past=cache.past)
+        return decode(*tokens(layout, seed=seed), layout, cache=cache)
+
+    caches = decode.cache(1), decode.cache(1)
+    if held:
+        _ = [add(cache, held, 0) for cache in caches]
+    break_off(decoder.layers[1])
+    with pytest.raises(Broken):
+        add(caches[0], "tiiiit", 1)
+    assert caches[0].past == caches[1].past
+    for seed, word in enumerate(("tt", "iit", "t"), start=2):
+        assert torch.equal(*(add(cache, word, seed) for cache in caches))
 
 
 @pytest.mark.parametrize("scheme", ["mmca", "causal_cross"])

@@ -14,7 +14,7 @@ from dsvl.data.layout import lay_out
 from dsvl.data.types import Kind
 from dsvl.gated import Block, Gated
 from dsvl.model import VisualChat
-from tests.dsvl.test_decoder import FAMILIES, SHAPE, kinds_of, tokens
+from tests.dsvl.test_decoder import FAMILIES, SHAPE, Broken, break_off, kinds_of, tokens
 from tests.dsvl.test_model import batch_of, example, wanting
 
 TOKENS = 2
@@ -220,6 +220,23 @@ def test_a_cache_in_any_pieces_equals_the_whole(gated, cuts):
         pieces.append(gated(*inputs, piece, cache=cache))
         seen = [n + m for n, m in zip(seen, new, strict=True)]
     torch.testing.assert_close(torch.cat(pieces), gated(text, images, layout), rtol=1e-9, atol=1e-9)
+
+
+def test_a_picture_of_a_forward_that_broke_off_is_not_seen(gated):
+    def add(cache, word, seed):
+        kinds = kinds_of([word])
+        layout = lay_out(kinds, kinds == Kind.TEXT, past=cache.past)
+        return gated(*tokens(layout, seed=seed), layout, cache=cache)
+
+    for held in ("t", "tiit"):
+        caches = gated.cache(1), gated.cache(1)
+        _ = [add(cache, held, 0) for cache in caches]
+        break_off(gated.streams.decoder.layers[2])
+        with pytest.raises(Broken):
+            add(caches[0], "tiit", 1)
+        assert caches[0].past == caches[1].past
+        for seed, word in enumerate(("tt", "iit", "t"), start=2):
+            assert torch.equal(*(add(cache, word, seed) for cache in caches))
 
 
 def test_a_batch_of_caches_equals_each_sample_alone(gated):
