@@ -157,7 +157,7 @@ def test_a_cache_in_any_pieces_equals_the_whole(decoder, scheme, cuts):
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-9, atol=1e-9)
 
 
-class Broken(Exception):
+class BrokenOffError(Exception):
     """What a layer raises here."""
 
 
@@ -168,7 +168,7 @@ def break_off(layer, *, at: int = 1):
     def forward(*_):
         if next(passes) == at:
             hook.remove()
-            raise Broken
+            raise BrokenOffError
 
     hook = layer.input_layernorm.register_forward_pre_hook(forward)
 
@@ -188,7 +188,7 @@ def test_a_forward_that_breaks_off_leaves_the_cache_as_it_was(decoder, scheme, h
     if held:
         _ = [add(cache, held, 0) for cache in caches]
     break_off(decoder.layers[1])
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenOffError):
         add(caches[0], "tiiiit", 1)
     assert caches[0].past == caches[1].past
     for seed, word in enumerate(("tt", "iit", "t"), start=2):

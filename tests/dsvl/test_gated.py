@@ -14,7 +14,7 @@ from dsvl.data.layout import lay_out
 from dsvl.data.types import Kind
 from dsvl.gated import Block, Gated
 from dsvl.model import VisualChat
-from tests.dsvl.test_decoder import FAMILIES, SHAPE, Broken, break_off, kinds_of, tokens
+from tests.dsvl.test_decoder import FAMILIES, SHAPE, BrokenOffError, break_off, kinds_of, tokens
 from tests.dsvl.test_model import batch_of, example, wanting
 
 TOKENS = 2
@@ -232,7 +232,7 @@ def test_a_picture_of_a_forward_that_broke_off_is_not_seen(gated):
         caches = gated.cache(1), gated.cache(1)
         _ = [add(cache, held, 0) for cache in caches]
         break_off(gated.streams.decoder.layers[2])
-        with pytest.raises(Broken):
+        with pytest.raises(BrokenOffError):
             add(caches[0], "tiit", 1)
         assert caches[0].past == caches[1].past
         for seed, word in enumerate(("tt", "iit", "t"), start=2):
