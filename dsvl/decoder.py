@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaModel, MistralModel, Qwen2Model
 from transformers.models.llama.modeling_llama import rotate_half
 
-from dsvl.attention import KeyValues, attend_spans, whole
+from dsvl.attention import KeyValues, attend_spans, check_window, whole
 from dsvl.cache import Cache, KnownImages, StreamCache
 from dsvl.data.layout import Layout, Span
 
@@ -35,13 +35,12 @@ class Streams:
         """`decoder` is the stock model without its head."""
         self.decoder: Any = decoder
         self.scheme = scheme
-        config = self.decoder.config
-        window = config.to_dict().get("sliding_window")
-        if window is not None or config.attention_dropout:
+        self.window = _window(self.decoder.config.to_dict())
+        dropout = self.decoder.config.attention_dropout
+        if dropout:
             raise ValueError(
-                f"attention scheme {scheme!r} supports neither dropout nor a sliding window "
-                f"(sliding_window={window}, attention_dropout={config.attention_dropout}); "
-                "set them to null and 0.0 in the decoder's config.json"
+                f"attention_dropout={dropout}: attention scheme {scheme!r} supports none; "
+                "set it to 0.0 in the decoder's config.json"
             )
 
     def cache(self, samples: int) -> StreamCache:
@@ -69,7 +68,16 @@ class Streams:
             known: images that do not pass through the decoder; needs a cache.
             recompute: keep nothing of a layer for the backward pass but its input.
             before: what is done to the tokens ahead of each layer, and recomputed with it.
+
+        Raises:
+            ValueError: if a sample is longer than the decoder's sliding window.
         """
+        past = [(0, 0)] * len(layout.samples) if cache is None else cache.past
+        lengths = (
+            sum(earlier) + b - a + d - c
+            for earlier, (a, b, c, d) in zip(past, layout.samples, strict=True)
+        )
+        check_window(self.window, max(lengths, default=0), scheme=self.scheme)
         hidden = torch.cat([text, images])[None]
         places = torch.cat([layout.text_rotary, layout.image_rotary])
         turns = self.decoder.rotary_emb(hidden, position_ids=places[None])
@@ -176,6 +184,12 @@ class Streams:
         )
 
 
+def _window(config: dict[str, Any]) -> int | None:
+    """Positions that some layer of a decoder looks back, its own included; None where all see everything."""
+    layers = config.get("layer_types") or ["sliding_attention"]
+    return config.get("sliding_window") if "sliding_attention" in layers else None
+
+
 def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """(1, K, T, H) turned by (1, T, H) rotary tables."""
     return heads * cos[:, None] + rotate_half(heads) * sin[:, None]
@@ -237,7 +251,8 @@ class Interleaved:
         """As `Streams`, but no image is known.
 
         Raises:
-            ValueError: if rows of several samples come with a cache, which keeps a sample a row.
+            ValueError: if rows of several samples come with a cache, which keeps a sample a row; if a row,
+                earlier tokens included, is longer than the decoder's sliding window.
         """
         assert known is None
         rows, length = layout.kinds.shape

@@ -311,9 +311,15 @@ def test_decoders_that_it_does_not_know_are_refused():
             every=1,
             image_tokens=1,
         )
-    windowed = MistralModel(MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=8))
-    with pytest.raises(ValueError, match=r"'gated_cross' supports neither .*sliding_window=8"):
-        Gated(windowed, nn.ModuleList(), every=1, image_tokens=1)
+
+
+def test_images_take_no_room_in_a_decoders_window():
+    config = MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=8)
+    gated = open_gates(MistralModel(config).double())
+    fits, longer = layout_of(["tiitttiitttt"]), layout_of(["ttttttttt"])
+    gated(*tokens(fits), fits)
+    with pytest.raises(ValueError, match=r"9 tokens .*sliding_window=8, .*'gated_cross'"):
+        gated(*tokens(longer), longer)
 
 
 def test_a_new_model_is_its_decoder_without_images_bit_for_bit(model_config):
