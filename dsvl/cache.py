@@ -42,11 +42,11 @@ class StreamCache:
         self._text = [_Buffer() for _ in range(layers)]
         self._images = [_Buffer() for _ in range(layers)]
 
-    def mark(self) -> list[tuple[int, int]]:
+    def mark(self) -> Any:
         """As `Cache`."""
         return self.past
 
-    def rewind(self, mark: list[tuple[int, int]]) -> None:
+    def rewind(self, mark: Any) -> None:
         """As `Cache`; what lies beyond is room, as before."""
         self.past = mark
 

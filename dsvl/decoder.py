@@ -209,15 +209,16 @@ class InterleavedCache(DynamicCache):
     def begin(self) -> None:
         """Drop what some layers hold beyond `kinds`, as after a forward that was broken off."""
         held = 0 if self.kinds is None else self.kinds.shape[1]
+        layer: Any
         for layer in self.layers:
             if surplus := layer.get_seq_length() - held:
                 layer.crop(-surplus)
 
-    def mark(self) -> tuple[Any, ...]:
+    def mark(self) -> Any:
         """As `Cache`."""
         return self.past, self.kinds
 
-    def rewind(self, mark: tuple[Any, ...]) -> None:
+    def rewind(self, mark: Any) -> None:
         """As `Cache`; `begin` drops the rest."""
         self.past, self.kinds = mark
 

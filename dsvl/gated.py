@@ -84,11 +84,11 @@ class GatedCache:
         self.images: list[KeyValues | None] = [None] * blocks
         """In each block keys and values (B, N, I, H); zeros for a sample that has seen none."""
 
-    def mark(self) -> tuple[Any, ...]:
+    def mark(self) -> Any:
         """As `Cache`."""
         return self.past, self.images, self.text.mark()
 
-    def rewind(self, mark: tuple[Any, ...]) -> None:
+    def rewind(self, mark: Any) -> None:
         """As `Cache`."""
         self.past, self.images, text = mark
         self.text.rewind(text)
