@@ -14,7 +14,7 @@ SCHEMA_VERSION = 3
 LOGIT_BYTES = 2**24
 """Float32 logits that the output head holds at once, unless that is fewer than `LOGIT_ROWS`."""
 LOGIT_ROWS = 128
-"""Fewest positions of a chunk, however large the vocabulary: each chunk reads all weights of the head anew."""
+"""Fewest positions of a chunk, however large the vocabulary: each chunk reads all of the head anew."""
 
 
 def logit_rows(vocabulary: int) -> int:
