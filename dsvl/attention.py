@@ -26,6 +26,19 @@ KeyValues = tuple[torch.Tensor, torch.Tensor]
 SCHEMES = ("causal", "causal_cross", "mmca")
 
 
+def check_window(window: int | None, length: int, *, scheme: str) -> None:
+    """The schemes have no sliding window: refuse a length in tokens for which a decoder's would hide any.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if window is not None and length > window:
+        raise ValueError(
+            f"a sample or row of {length} tokens is longer than the decoder's sliding_window={window}, and "
+            f"attention scheme {scheme!r} supports none; keep data.max_tokens within the window"
+        )
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -200,6 +213,7 @@ def _hook(scheme: str):
         *,
         scaling: float,
         dropout: float = 0.0,
+        sliding_window: int | None = None,
         kinds: torch.Tensor | None = None,
         samples: torch.Tensor | None = None,
         **others: object,
@@ -208,11 +222,13 @@ def _hook(scheme: str):
         unknown = [
             name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None
         ]
-        if others.get("sliding_window") is not None or unknown or dropout:
+        unknown += ["dropout"] if dropout else []
+        if unknown:
             raise ValueError(
-                f"attention scheme {scheme!r} supports neither dropout nor "
-                f"{', '.join(unknown) or 'a sliding window'}; use a decoder without it"
+                f"attention scheme {scheme!r} does not support {', '.join(unknown)}; "
+                "use a decoder without it"
             )
+        check_window(sliding_window, key.shape[2], scheme=scheme)
         plain = kinds is None and scheme == "causal"  # nothing but the future is hidden
         if (kinds is None and not plain) or attention_mask is not None:
             raise ValueError(

@@ -6,7 +6,7 @@ B samples, K key heads, G query heads a key head, H head size, C positions of ro
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,6 +21,14 @@ class Cache(Protocol):
     past: list[tuple[int, int]]
     """Text and image tokens of each sample."""
 
+    def mark(self) -> Any:
+        """Where it stands, for `rewind`."""
+        ...
+
+    def rewind(self, mark: Any) -> None:
+        """Forget what was added since."""
+        ...
+
 
 class StreamCache:
     """Keys and values of B samples in all layers, for `dsvl.decoder.Streams`."""
@@ -33,6 +41,14 @@ class StreamCache:
         """Whether the tokens being added are one text token a sample."""
         self._text = [_Buffer() for _ in range(layers)]
         self._images = [_Buffer() for _ in range(layers)]
+
+    def mark(self) -> Any:
+        """As `Cache`."""
+        return self.past
+
+    def rewind(self, mark: Any) -> None:
+        """As `Cache`; what lies beyond is room, as before."""
+        self.past = mark
 
     def begin(self, layout: Layout) -> None:
         """Tokens are about to be added, layer by layer."""

@@ -44,6 +44,7 @@ class Chat:
         store: ImageStore | None = None,
     ) -> None:
         """Begin an empty conversation of at most `max_tokens` positions, answers included."""
+        require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "must be positive")
         self.model, self.device = model, device
         self.encoder = Encoder(
             tokenizer,
@@ -70,7 +71,7 @@ class Chat:
         The conversation is left as it was where this raises.
 
         Raises:
-            ValueError: if an image has another shape.
+            ValueError: if an image is no array of finite float32, or has another shape.
             TooLongError: if the conversation would become longer than `max_tokens`.
         """
         return "".join(self.stream(question, images=images))
@@ -79,11 +80,22 @@ class Chat:
         """As `ask`, piece by piece as the answer is written."""
         size = self.model.config.vision.image_size
         for number, image in enumerate(images, start=self.images + 1):
+            kind = image.dtype if isinstance(image, np.ndarray) else type(image)
+            require(
+                kind == np.float32,
+                f"image {number}: type",
+                str(kind),
+                "must be a numpy array of float32, as dsvl.data.images.pixels gives it",
+            )
             require(
                 image.shape == (3, size, size),
                 f"image {number}: shape",
                 image.shape,
                 f"must be {(3, size, size)}, as dsvl.data.images.pixels gives it for this tower",
+            )
+            strange = int((~np.isfinite(image)).sum())
+            require(
+                strange == 0, f"image {number}: infinite or NaN values", strange, "must be finite"
             )
         numbers = range(self.images, self.images + len(images))
         content = (*(Part("image", image=n) for n in numbers), Part("text", text=question))
@@ -92,8 +104,7 @@ class Chat:
         unread = np.array(self._unread, np.int32)
         ids = np.concatenate([unread, ids])
         kinds = np.concatenate([np.full(len(unread), Kind.TEXT, np.int8), kinds])
-        before = sum(self._cache.past[0])
-        length = before + len(ids)
+        length = sum(self._cache.past[0]) + len(ids)
         if length + self.max_new_tokens > self.encoder.max_tokens:
             raise TooLongError(
                 f"the conversation has {length} tokens and an answer may add {self.max_new_tokens}, "
@@ -106,6 +117,7 @@ class Chat:
             image_tokens=self.encoder.image_tokens,
             pad_id=self.encoder.pad_id,
         )
+        mark = self._cache.mark()
         written: list[int] = []
         told = ""
         try:
@@ -114,7 +126,7 @@ class Chat:
                 to_device(batch, self.device),
                 end=self.encoder.end,
                 max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling,
+                sampling=self.sampling and self.sampling.numbered(len(self.turns) // 2),
                 cache=self._cache,
                 store=self.store,
             ):
@@ -127,13 +139,15 @@ class Chat:
                     told = said
             if (said := self.encoder.decode(written)) != told:
                 yield said[len(told) :]
-        finally:  # whoever stops listening has heard an answer all the same
-            read = sum(self._cache.past[0])
-            if read > before:
-                answer = Part("text", text=self.encoder.decode(written))
-                self.turns = [*turns, Turn("assistant", (answer,))]
-                self.images += len(images)
-                self._unread = [*written, self.encoder.end][read - length :]
+        except GeneratorExit:
+            pass  # whoever stops listening has heard an answer all the same
+        except BaseException:
+            self._cache.rewind(mark)
+            raise
+        answer = Part("text", text=self.encoder.decode(written))
+        self.turns = [*turns, Turn("assistant", (answer,))]
+        self.images += len(images)
+        self._unread = [*written, self.encoder.end][sum(self._cache.past[0]) - length :]
 
 
 def transcript(

@@ -12,7 +12,14 @@ from typing import Literal
 SCHEMA_VERSION = 3
 """Of prepared data; see `dsvl.data.store`."""
 LOGIT_BYTES = 2**24
-"""Float32 logits that the output head holds at once."""
+"""Float32 logits that the output head holds at once, unless that is fewer than `LOGIT_ROWS`."""
+LOGIT_ROWS = 128
+"""Fewest positions of a chunk, however large the vocabulary: each chunk reads all of the head anew."""
+
+
+def logit_rows(vocabulary: int) -> int:
+    """Positions whose logits over so many tokens the output head holds at once."""
+    return max(LOGIT_ROWS, LOGIT_BYTES // (4 * vocabulary))
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaModel, MistralModel, Qwen2Model
 from transformers.models.llama.modeling_llama import rotate_half
 
-from dsvl.attention import KeyValues, attend_spans, whole
+from dsvl.attention import KeyValues, attend_spans, check_window, whole
 from dsvl.cache import Cache, KnownImages, StreamCache
 from dsvl.data.layout import Layout, Span
 
@@ -35,13 +35,12 @@ class Streams:
         """`decoder` is the stock model without its head."""
         self.decoder: Any = decoder
         self.scheme = scheme
-        config = self.decoder.config
-        window = config.to_dict().get("sliding_window")
-        if window is not None or config.attention_dropout:
+        self.window = _window(self.decoder.config.to_dict())
+        dropout = self.decoder.config.attention_dropout
+        if dropout:
             raise ValueError(
-                f"attention scheme {scheme!r} supports neither dropout nor a sliding window "
-                f"(sliding_window={window}, attention_dropout={config.attention_dropout}); "
-                "set them to null and 0.0 in the decoder's config.json"
+                f"attention_dropout={dropout}: attention scheme {scheme!r} supports none; "
+                "set it to 0.0 in the decoder's config.json"
             )
 
     def cache(self, samples: int) -> StreamCache:
@@ -69,7 +68,16 @@ class Streams:
             known: images that do not pass through the decoder; needs a cache.
             recompute: keep nothing of a layer for the backward pass but its input.
             before: what is done to the tokens ahead of each layer, and recomputed with it.
+
+        Raises:
+            ValueError: if a sample is longer than the decoder's sliding window.
         """
+        past = [(0, 0)] * len(layout.samples) if cache is None else cache.past
+        lengths = (
+            sum(earlier) + b - a + d - c
+            for earlier, (a, b, c, d) in zip(past, layout.samples, strict=True)
+        )
+        check_window(self.window, max(lengths, default=0), scheme=self.scheme)
         hidden = torch.cat([text, images])[None]
         places = torch.cat([layout.text_rotary, layout.image_rotary])
         turns = self.decoder.rotary_emb(hidden, position_ids=places[None])
@@ -82,11 +90,12 @@ class Streams:
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
                 hidden = self._layer(*arguments)
+        states = self.decoder.norm(hidden)[0]
         if cache is not None:
             cache.end()
         if known is not None:
             known.keep()
-        return self.decoder.norm(hidden)[0]
+        return states
 
     def _layer(
         self,
@@ -175,6 +184,12 @@ class Streams:
         )
 
 
+def _window(config: dict[str, Any]) -> int | None:
+    """Positions that some layer of a decoder looks back, its own included; None where all see everything."""
+    layers = config.get("layer_types") or ["sliding_attention"]
+    return config.get("sliding_window") if "sliding_attention" in layers else None
+
+
 def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """(1, K, T, H) turned by (1, T, H) rotary tables."""
     return heads * cos[:, None] + rotate_half(heads) * sin[:, None]
@@ -190,6 +205,22 @@ class InterleavedCache(DynamicCache):
         """(B, S) of Kind, padding included."""
         self.past = [(0, 0)] * rows
         """Text and image tokens of each row."""
+
+    def begin(self) -> None:
+        """Drop what some layers hold beyond `kinds`, as after a forward that was broken off."""
+        held = 0 if self.kinds is None else self.kinds.shape[1]
+        layer: Any
+        for layer in self.layers:
+            if surplus := layer.get_seq_length() - held:
+                layer.crop(-surplus)
+
+    def mark(self) -> Any:
+        """As `Cache`."""
+        return self.past, self.kinds
+
+    def rewind(self, mark: Any) -> None:
+        """As `Cache`; `begin` drops the rest."""
+        self.past, self.kinds = mark
 
 
 class Interleaved:
@@ -221,7 +252,8 @@ class Interleaved:
         """As `Streams`, but no image is known.
 
         Raises:
-            ValueError: if rows of several samples come with a cache, which keeps a sample a row.
+            ValueError: if rows of several samples come with a cache, which keeps a sample a row; if a row,
+                earlier tokens included, is longer than the decoder's sliding window.
         """
         assert known is None
         rows, length = layout.kinds.shape
@@ -237,13 +269,9 @@ class Interleaved:
         kinds = None if layout.plain and cache is None and self.scheme == "causal" else layout.kinds
         if cache is not None:
             assert isinstance(cache, InterleavedCache)
+            cache.begin()
             if cache.kinds is not None:
                 kinds = torch.cat([cache.kinds, layout.kinds], dim=1)
-            cache.kinds = kinds
-            cache.past = [
-                (texts + b - a, pictures + d - c)
-                for (texts, pictures), (a, b, c, d) in zip(cache.past, layout.samples, strict=True)
-            ]
         if recompute and not self.decoder.is_gradient_checkpointing:
             self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         hidden = self.decoder(
@@ -254,6 +282,12 @@ class Interleaved:
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
+        if cache is not None:
+            cache.kinds = kinds
+            cache.past = [
+                (texts + b - a, pictures + d - c)
+                for (texts, pictures), (a, b, c, d) in zip(cache.past, layout.samples, strict=True)
+            ]
         return hidden.flatten(0, 1)[layout.wanted_positions]
 
 

@@ -13,6 +13,7 @@ the decoder, N heads of size H, I tokens of an image.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,6 +84,15 @@ class GatedCache:
         self.images: list[KeyValues | None] = [None] * blocks
         """In each block keys and values (B, N, I, H); zeros for a sample that has seen none."""
 
+    def mark(self) -> Any:
+        """As `Cache`."""
+        return self.past, self.images, self.text.mark()
+
+    def rewind(self, mark: Any) -> None:
+        """As `Cache`."""
+        self.past, self.images, text = mark
+        self.text.rewind(text)
+
 
 class Gated:
     """A stock decoder over the text of a batch, with a block ahead of every so many-th layer."""
@@ -151,7 +161,7 @@ class Gated:
             before=before,
         )
         if cache is not None:
-            cache.past = views.past
+            cache.past, cache.images = views.past, views.images
         if known is not None:
             known.keep()
         return states
@@ -167,6 +177,8 @@ class _Views:
     def __init__(self, layout: Layout, cache: GatedCache | None, *, image_tokens: int) -> None:
         self.cache, self.image_tokens = cache, image_tokens
         past = [(0, 0)] * len(layout.samples) if cache is None else cache.past
+        self.images = [] if cache is None else list(cache.images)
+        """What the cache holds once the forward has ended: until then it keeps what it held."""
         self.held = 1 if cache is None else len(past)
 
         def image(sample: int, seen: int) -> int:
@@ -202,7 +214,7 @@ class _Views:
             for held, tensor in zip(earlier, new, strict=True)
         )
         if self.cache is not None:
-            self.cache.images[number] = key[self.last], value[self.last]
+            self.images[number] = key[self.last], value[self.last]
         queries, keys, values = query.split(self.lengths, dim=2), key.split(1), value.split(1)
         outputs = [
             scaled_dot_product_attention(asking, keys[k], values[k])
@@ -223,7 +235,7 @@ def _text_alone(layout: Layout) -> Layout:
     return replace(
         layout,
         images=layout.images[:0],
-        text_rotary=layout.text_rotary - before.to(layout.text_rotary.device),
+        text_rotary=layout.text_rotary - before.to(layout.text_rotary.device, non_blocking=True),
         image_rotary=layout.image_rotary[:0],
         samples=tuple((start, end, 0, 0) for start, end, _, _ in layout.samples),
         spans=whole(layout.spans),

@@ -14,8 +14,10 @@ from transformers import (
 
 from dsvl.cache import Cache, ImageStore, KnownImages
 from dsvl.config import require
+from dsvl.data.draw import mix
 from dsvl.data.layout import lay_out
 from dsvl.data.types import Batch, Kind
+from dsvl.decoder import Interleaved
 from dsvl.model import VisualChat
 
 
@@ -29,6 +31,8 @@ class Sampling:
     top_k: int = 0
     """Only so many of the likeliest; all when 0."""
     seed: int = 0
+    """Each sample of a batch has a stream of draws of its own, made of this and its number in the batch; in a
+    chat also of the number of the round. So equal prompts are answered differently."""
 
     def __post_init__(self) -> None:
         require(
@@ -39,6 +43,10 @@ class Sampling:
         )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
         require(self.top_k >= 0, "top_k", self.top_k, "must not be negative")
+
+    def numbered(self, number: int) -> "Sampling":
+        """The same with another seed for each number."""
+        return replace(self, seed=int(mix(self.seed, number)))
 
 
 def greedy(model: VisualChat, batch: Batch, *, end: int, max_new_tokens: int) -> list[list[int]]:
@@ -80,7 +88,17 @@ def generate(
 
     Yields:
         A token for each sample, or None where its answer has ended.
+
+    Raises:
+        ValueError: if there is a store for a decoder that cannot use one.
     """
+    require(
+        store is None or not isinstance(model.decoder, Interleaved),
+        "model.attention",
+        model.config.attention,
+        "runs this decoder interleaved, where what is known of an image depends on what stands before it; "
+        "leave `store` out of generate()",
+    )
     samples = len(batch.layout.samples)
     cache = model.decoder.cache(samples) if cache is None else cache
     kinds, packing = batch.kinds.cpu().numpy(), batch.layout.packing
@@ -108,7 +126,10 @@ def generate(
     ).to(batch.ids.device)
     text, images = model.embed(replace(batch, layout=layout), fresh=fresh)
     draws = (
-        [torch.Generator(text.device).manual_seed(sampling.seed) for _ in range(samples)]
+        [
+            torch.Generator(text.device).manual_seed(sampling.numbered(n).seed)
+            for n in range(samples)
+        ]
         if sampling
         else []
     )
@@ -142,8 +163,8 @@ def _last(kinds: np.ndarray, packing: np.ndarray | None) -> np.ndarray:
 def _draw(
     logits_BV: torch.Tensor, sampling: Sampling, draws: list[torch.Generator]
 ) -> torch.Tensor:
-    """(B,) tokens at random, each sample's from draws of its own, whatever else is in the batch."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    """(B,) tokens at random, each sample's from its own stream, whatever else is in the batch."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from dsvl.config import LOGIT_BYTES
+from dsvl.config import logit_rows
 
 
 class Head(nn.Module):
@@ -43,7 +43,7 @@ class _Scores(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        chunk = max(1, LOGIT_BYTES // (4 * len(weight)))
+        chunk = logit_rows(len(weight))
         total = torch.zeros((), device=states.device)
         likeliest = torch.empty_like(labels)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from dsvl.config import LOGIT_BYTES, ModelConfig
+from dsvl.config import ModelConfig, logit_rows
 from orchestration.config import Experiment, legal_workers
 from orchestration.parameters import linear_parameters, parameters
 
@@ -102,7 +102,7 @@ def _memory(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
         "optimizer": share(trainable * STATE_BYTES, 1),
         "activations": tokens * kept + _kept_by_the_tower(experiment) * width,
         # Of a chunk: as computed, in float32, and their gradient.
-        "logits": 3 * min(LOGIT_BYTES, 4 * tokens * language.vocab_size),
+        "logits": 3 * 4 * language.vocab_size * min(tokens, logit_rows(language.vocab_size)),
     }
 
 

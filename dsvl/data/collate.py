@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from dsvl.config import require
 from dsvl.data.layout import lay_out
 from dsvl.data.types import IGNORED, Batch, Example, Kind
 
@@ -27,9 +28,16 @@ def collate(
         rows: the row of each example, ascending from 0, to pack several into one; else each has its own.
 
     Without any image the batch has `pixels` of shape (0, 3, 0, 0), as nothing tells P.
-    Raises ValueError, naming the example, where its image positions and its images disagree.
+    Raises ValueError without any example; and, naming it, where an example is empty or its image positions
+    and its images disagree.
     """
+    require(len(examples) > 0, "examples", len(examples), "a batch needs at least one")
     for number, example in enumerate(examples):
+        if not len(example.ids):
+            raise ValueError(
+                f"row {number} ({example.id}): no tokens, so nothing to predict from; leave it out or "
+                "begin it with a token"
+            )
         positions = int((example.kinds == Kind.IMAGE).sum())
         if positions != len(example.images) * image_tokens:
             raise ValueError(

@@ -20,6 +20,7 @@ from dsvl.decoder import Interleaved
 from dsvl.generate import Sampling, generate
 from dsvl.model import VisualChat
 from tests.dsvl.conftest import SHAPE, open_gates
+from tests.dsvl.test_decoder import BrokenOffError, break_off
 from tests.dsvl.test_model import PIXELS, wanting
 
 CPU = torch.device("cpu")
@@ -217,6 +218,20 @@ def test_an_answer_that_nobody_heard_to_its_end_ends_where_it_was_left(
     assert written == answers_without_cache(any_model, tokenizer, ROUNDS, first=2)
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_an_answer_that_breaks_off_leaves_the_conversation_as_it_was(any_model, begin, rounds, at):
+    sampling = Sampling(seed=2)
+    broken, fresh = begin(any_model, sampling=sampling), begin(any_model, sampling=sampling)
+    assert ask_all(broken, ROUNDS[:rounds]) == ask_all(fresh, ROUNDS[:rounds])
+    break_off(any_model.language.model.layers[1], at=at)
+    with pytest.raises(BrokenOffError):
+        broken.ask("And these?", images=pictures("34"))
+    assert (broken.turns, broken.images) == (fresh.turns, fresh.images)
+    again = [("Which is larger?", ""), *ROUNDS[1:]]
+    assert ask_all(broken, again) == ask_all(fresh, again)
+
+
 def test_more_images_than_training_allows_are_seen_each_in_its_place(
     any_model, tokenizer, begin, written
 ):
@@ -290,6 +305,33 @@ def test_an_image_of_another_shape_is_named_and_the_conversation_stays_as_it_was
     with pytest.raises(ValueError, match=r"image 3: shape=.*: must be \(3, 8, 8\)"):
         chat.ask("And these?", images=[PIXELS["1"], wrong])
     assert (chat.turns, chat.images) == (before, 1)
+
+
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), "type='uint8': must be a numpy array of float32"),
+        (torch.zeros(3, 8, 8), r"type=.*torch\.Tensor.*: must be a numpy array of float32"),
+        (np.full((3, 8, 8), np.nan, np.float32), "infinite or NaN values=192: must be finite"),
+    ],
+)
+def test_an_image_that_is_no_array_of_finite_float32_is_refused(model, begin, image, complaint):
+    with pytest.raises(ValueError, match=f"image 2: {complaint}"):
+        begin(model).ask("And these?", images=[PIXELS["1"], image])
+
+
+def test_an_answer_without_room_for_a_token_is_refused(model, begin):
+    with pytest.raises(ValueError, match="max_new_tokens=0: must be positive"):
+        begin(model, max_new_tokens=0)
+
+
+def test_every_round_of_a_conversation_has_draws_of_its_own(model, begin, written, monkeypatch):
+    def logits(states):  # whatever was said
+        return torch.zeros(len(states), model.config.language.vocab_size)
+
+    monkeypatch.setattr(model.head, "logits", logits)
+    ask_all(begin(model, sampling=Sampling(seed=1)), ROUNDS)
+    assert len(set(map(tuple, written))) == len(ROUNDS)
 
 
 def test_pieces_are_whole_characters_and_together_the_answer(model, tokenizer, begin, monkeypatch):

@@ -1,5 +1,7 @@
 """Two streams are the definition, in stock decoders of several families, packed and cached too."""
 
+from itertools import count
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ SHAPE = {
 FAMILIES = {
     "llama": (LlamaModel, LlamaConfig(**SHAPE, num_key_value_heads=4)),
     "llama-grouped": (LlamaModel, LlamaConfig(**SHAPE, num_key_value_heads=2)),
-    "mistral": (MistralModel, MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=None)),
+    "mistral": (MistralModel, MistralConfig(**SHAPE, num_key_value_heads=1)),
     "qwen2": (Qwen2Model, Qwen2Config(**SHAPE, num_key_value_heads=2)),
 }
 CASES = {
@@ -155,6 +157,44 @@ def test_a_cache_in_any_pieces_equals_the_whole(decoder, scheme, cuts):
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-9, atol=1e-9)
 
 
+class BrokenOffError(Exception):
+    """What a layer raises here."""
+
+
+def break_off(layer, *, at: int = 1):
+    """Have a layer of a decoder raise in its `at`-th forward from now on, once."""
+    passes = count(1)
+
+    def forward(*_):
+        if next(passes) == at:
+            hook.remove()
+            raise BrokenOffError
+
+    hook = layer.input_layernorm.register_forward_pre_hook(forward)
+
+
+@pytest.mark.parametrize("scheme", ["mmca", "causal_cross", "causal"])
+@pytest.mark.parametrize("held", ["", "tiit"])
+def test_a_forward_that_breaks_off_leaves_the_cache_as_it_was(decoder, scheme, held):
+    decoder.set_attn_implementation(scheme)
+    decode = decoder_for(decoder, scheme=scheme)
+
+    def add(cache, word, seed):
+        kinds = kinds_of([word])
+        layout = lay_out(kinds, kinds == Kind.TEXT, past=cache.past)
+        return decode(*tokens(layout, seed=seed), layout, cache=cache)
+
+    caches = decode.cache(1), decode.cache(1)
+    if held:
+        _ = [add(cache, held, 0) for cache in caches]
+    break_off(decoder.layers[1])
+    with pytest.raises(BrokenOffError):
+        add(caches[0], "tiiiit", 1)
+    assert caches[0].past == caches[1].past
+    for seed, word in enumerate(("tt", "iit", "t"), start=2):
+        assert torch.equal(*(add(cache, word, seed) for cache in caches))
+
+
 @pytest.mark.parametrize("scheme", ["mmca", "causal_cross"])
 def test_a_known_image_is_the_same_in_any_conversation_and_place(decoder, scheme):
     decode, store = Streams(decoder, scheme=scheme), ImageStore(limit_bytes=10**6)
@@ -191,10 +231,53 @@ def test_a_store_lets_go_of_what_was_not_used_for_longest():
     assert [key in store for key in "abc"] == [True, False, True]
 
 
-def test_a_decoder_with_a_window_is_refused():
+@pytest.mark.parametrize("scheme", ["mmca", "causal"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_window_changes_nothing_until_a_sample_is_longer(scheme, cached):
     config = MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=8)
-    with pytest.raises(ValueError, match="sliding_window=8"):
-        Streams(MistralModel(config), scheme="mmca")
+    decoder = MistralModel(config).double().requires_grad_(False)
+    decode = decoder_for(decoder, scheme=scheme)
+
+    def states(word):
+        """Of a row's text, its last token apart where there is a cache."""
+        cache, seen, found = decode.cache(1) if cached else None, 0, []
+        for piece in np.split(kinds_of([word]), [len(word) - 1] if cached else [], axis=1):
+            layout = lay_out(piece, piece == Kind.TEXT, past=cache.past if cached else None)
+            new = text[seen : seen + len(layout.text)]
+            found.append(decode(new, tokens(layout)[1], layout, cache=cache))
+            seen += len(new)
+        return torch.cat(found)
+
+    text = torch.randn(9, 32, dtype=torch.float64)
+    expected = decoder(inputs_embeds=text[None, :8]).last_hidden_state[0]
+    decoder.set_attn_implementation(scheme)
+    torch.testing.assert_close(states("tttttttt"), expected, rtol=1e-9, atol=1e-9)
+    states("tiittiit")
+    for word in ("ttttttttt", "tiittiitt"):
+        with pytest.raises(ValueError, match=r"of 9 tokens .* sliding_window=8"):
+            states(word)
+
+
+def test_a_window_that_no_layer_has_refuses_nothing():
+    config = Qwen2Config(
+        **SHAPE,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=3,
+    )
+    decoder = Qwen2Model(config).double().requires_grad_(False)
+    for scheme in ("mmca", "causal"):
+        decoder.set_attn_implementation(scheme)
+        kinds = kinds_of(["tttiittt"])
+        layout = lay_out(kinds, kinds == Kind.TEXT)
+        decoder_for(decoder, scheme=scheme)(*tokens(layout), layout)
+
+
+def test_dropout_is_refused():
+    config = LlamaConfig(**SHAPE, attention_dropout=0.1)
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1: attention scheme 'mmca'"):
+        Streams(LlamaModel(config), scheme="mmca")
 
 
 def test_plain_causal_attention_runs_interleaved(decoder):

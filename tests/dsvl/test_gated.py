@@ -14,7 +14,7 @@ from dsvl.data.layout import lay_out
 from dsvl.data.types import Kind
 from dsvl.gated import Block, Gated
 from dsvl.model import VisualChat
-from tests.dsvl.test_decoder import FAMILIES, SHAPE, kinds_of, tokens
+from tests.dsvl.test_decoder import FAMILIES, SHAPE, BrokenOffError, break_off, kinds_of, tokens
 from tests.dsvl.test_model import batch_of, example, wanting
 
 TOKENS = 2
@@ -222,6 +222,23 @@ def test_a_cache_in_any_pieces_equals_the_whole(gated, cuts):
     torch.testing.assert_close(torch.cat(pieces), gated(text, images, layout), rtol=1e-9, atol=1e-9)
 
 
+def test_a_picture_of_a_forward_that_broke_off_is_not_seen(gated):
+    def add(cache, word, seed):
+        kinds = kinds_of([word])
+        layout = lay_out(kinds, kinds == Kind.TEXT, past=cache.past)
+        return gated(*tokens(layout, seed=seed), layout, cache=cache)
+
+    for held in ("t", "tiit"):
+        caches = gated.cache(1), gated.cache(1)
+        _ = [add(cache, held, 0) for cache in caches]
+        break_off(gated.streams.decoder.layers[2])
+        with pytest.raises(BrokenOffError):
+            add(caches[0], "tiit", 1)
+        assert caches[0].past == caches[1].past
+        for seed, word in enumerate(("tt", "iit", "t"), start=2):
+            assert torch.equal(*(add(cache, word, seed) for cache in caches))
+
+
 def test_a_batch_of_caches_equals_each_sample_alone(gated):
     rounds = [["tiit", "ttt", "iit"], ["t", "iit", "tii"], ["t", "t", "t"], ["iitt", "t", "t"]]
     table = torch.randn(3, 64, 32, dtype=torch.float64)
@@ -294,9 +311,15 @@ def test_decoders_that_it_does_not_know_are_refused():
             every=1,
             image_tokens=1,
         )
-    windowed = MistralModel(MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=8))
-    with pytest.raises(ValueError, match=r"'gated_cross' supports neither .*sliding_window=8"):
-        Gated(windowed, nn.ModuleList(), every=1, image_tokens=1)
+
+
+def test_images_take_no_room_in_a_decoders_window():
+    config = MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=8)
+    gated = open_gates(MistralModel(config).double())
+    fits, longer = layout_of(["tiitttiitttt"]), layout_of(["ttttttttt"])
+    gated(*tokens(fits), fits)
+    with pytest.raises(ValueError, match=r"9 tokens .*sliding_window=8, .*'gated_cross'"):
+        gated(*tokens(longer), longer)
 
 
 def test_a_new_model_is_its_decoder_without_images_bit_for_bit(model_config):

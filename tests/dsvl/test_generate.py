@@ -117,14 +117,33 @@ def test_packed_prompts_are_continued_as_each_alone(model):
         assert greedy(model, packed, end=-1, max_new_tokens=5) == expected
 
 
-def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_batch(model):
-    def drawn(*prompts):
-        pieces = generate(
-            model, batch_of(*prompts), end=-1, max_new_tokens=9, sampling=Sampling(seed=3)
-        )
-        return list(zip(*pieces, strict=True))
+def drawn(model, *prompts, **settings):
+    """The ids drawn for each prompt of a batch."""
+    sampling = Sampling(**{"seed": 3, **settings})
+    pieces = generate(model, batch_of(*prompts), end=-1, max_new_tokens=9, sampling=sampling)
+    return list(zip(*pieces, strict=True))
 
-    assert drawn(*PROMPTS) == [drawn(prompt)[0] for prompt in PROMPTS]
+
+def test_what_is_drawn_depends_on_seed_number_and_prompt_and_not_on_the_rest_of_the_batch(model):
+    together = drawn(model, *PROMPTS)
+    for number, prompt in enumerate(PROMPTS):
+        others = [example("tt1t", seed=9)] * number
+        assert drawn(model, *others, prompt)[number] == together[number]
+
+
+def test_equal_prompts_of_a_batch_are_continued_by_draws_of_their_own(model):
+    assert len(set(drawn(model, *[PROMPTS[0]] * 4))) == 4
+
+
+def test_a_temperature_may_be_a_whole_number(model):
+    assert drawn(model, PROMPTS[0], temperature=2) == drawn(model, PROMPTS[0], temperature=2.0)
+
+
+@pytest.mark.parametrize("model", ["causal"], indirect=True)
+def test_a_store_for_an_interleaved_decoder_is_refused(model):
+    store = ImageStore(limit_bytes=10**6)
+    with pytest.raises(ValueError, match=r"model\.attention='causal': .*leave `store` out"):
+        next(generate(model, batch_of(PROMPTS[0]), end=-1, max_new_tokens=1, store=store))
 
 
 @pytest.mark.parametrize("model", ["mmca"], indirect=True)

@@ -14,6 +14,7 @@ from dsvl.data.layout import lay_out
 from dsvl.data.types import Kind
 from dsvl.decoder import Streams
 from dsvl.gated import Block, Gated
+from dsvl.head import Head
 from dsvl.lora import adapt
 from orchestration.compose import load
 from orchestration.config import validated
@@ -88,6 +89,25 @@ def test_what_a_block_of_gated_cross_attention_keeps_is_bounded_closely_from_abo
         kept.append(kept_for_the_backward_pass(shape, precision, recompute=recompute, every=every))
     three_planned, three_kept = planned[0] - planned[1], kept[0] - kept[1]
     assert three_kept <= three_planned <= 1.3 * three_kept
+
+
+@pytest.mark.parametrize("vocabulary", [300, 32_000, 152_064])
+def test_the_head_holds_the_logits_that_are_planned_in_chunks_worth_a_product(
+    settings, vocabulary, monkeypatch
+):
+    settings["model"]["languages"]["small"]["vocab_size"] = vocabulary
+    experiment = validated(settings)
+    tokens = experiment.engine.micro_batch * experiment.data.max_tokens
+    held = []
+
+    def linear(*arguments):
+        held.append(nn.functional.linear(*arguments))
+        return held[-1]
+
+    monkeypatch.setattr("dsvl.head.linear", linear)
+    Head(nn.Linear(2, vocabulary))(torch.randn(tokens, 2), torch.zeros(tokens, dtype=torch.int64))
+    assert memory(experiment)["logits"] == 3 * max(logits.nbytes for logits in held)
+    assert len(held[0]) >= min(tokens, 128)
 
 
 def kept_for_the_backward_pass(shape, precision, *, recompute, every=None, adapters=None):

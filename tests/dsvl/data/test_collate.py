@@ -52,6 +52,13 @@ def test_each_image_lands_in_its_own_slot(tokenizer):
     assert between == "\n### Image 2:\n"
 
 
+def test_no_examples_and_empty_ones_are_refused():
+    with pytest.raises(ValueError, match="examples=0: a batch needs at least one"):
+        batch_of()
+    with pytest.raises(ValueError, match=r"row 1 \(set/9\): no tokens"):
+        batch_of(example("tt"), example("", name="set/9"))
+
+
 def test_a_batch_of_text_has_no_images():
     batch = batch_of(example("tt"), example("t"))
     assert len(batch.pixels) == len(batch.layout.images) == 0
