@@ -55,6 +55,8 @@ def merged(model: "VisualChat") -> "VisualChat":
     plain.config = replace(model.config, language_lora=none, vision_lora=none, quantization="none")
     for part in (plain.language, plain.vision):
         _make_plain(part, dtype=model.embedding.weight.dtype)
+    if model.config.quantization != "none":  # or what is saved says that it is quantised
+        plain.language.hf_quantizer.remove_quantization_config(plain.language)
     return plain
 
 

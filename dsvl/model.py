@@ -1,6 +1,7 @@
 """VisualChat: embed the text, put the images in their places, run the decoder, score the answers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from dsvl.head import Head
 from dsvl.lora import adapt
 from dsvl.projection import PROJECTIONS
 from dsvl.quantization import how_to_load, keep_trainable
-from dsvl.vision import VisionTower, check_shape
+from dsvl.vision import VisionTower, check_shape, check_whole
 
 Embedded = tuple[torch.Tensor, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,7 +32,8 @@ class VisualChat(nn.Module):
         """Load the frozen parts, and draw the new ones from the seed.
 
         Raises:
-            ValueError: where a checkpoint's shape is not the configured one.
+            ValueError: where a checkpoint lacks weights, has another shape than the configured one, or is no
+                decoder of a kind that can be run.
         """
         super().__init__()
         self.config = config
@@ -39,14 +41,27 @@ class VisualChat(nn.Module):
         # With blocks of cross-attention the decoder itself reads text alone.
         scheme = "causal" if config.cross_blocks else config.attention
         self.vision = VisionTower(config.vision, dtype=dtype)
-        self.language = AutoModelForCausalLM.from_pretrained(
-            config.language.checkpoint,
+        section, named = f"model.languages.{config.size}", config.language.checkpoint
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            named,
             dtype=dtype,
             attn_implementation=scheme,
             quantization_config=how_to_load(config.quantization, dtype=dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, as missing ones are
+        )
+        self.language, found = loaded
+        rule = "its config.json says; copy or download the checkpoint again"
+        check_whole(found, named, section=section, rule=rule)
+        require(
+            hasattr(self.language, "model") and hasattr(self.language, "lm_head"),
+            f"{section}.checkpoint",
+            named,
+            f"is a {type(self.language).__name__}, which has no `model` and `lm_head` as LLaMA has; name a "
+            "decoder built as it is: LLaMA, Mistral, Qwen2 or one of their kin",
         )
         keep_trainable(self.language)
-        check_shape(config.language, self.language.config, section=f"model.languages.{config.size}")
+        check_shape(config.language, self.language.config, section=section)
         self._untie()
         self.language.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
@@ -103,8 +118,8 @@ class VisualChat(nn.Module):
             (M, D) text and (F, D) images.
 
         Raises:
-            ValueError: if images and image positions differ in number; if there are features of a tower that
-                is trained, for these are soon those of another one.
+            ValueError: if images and image positions differ in number; if features have another shape than
+                the tower's, or the tower is trained, for they are soon those of another one.
         """
         layout, pixels = batch.layout, batch.pixels
         if fresh is not None:
@@ -130,6 +145,14 @@ class VisualChat(nn.Module):
                 "model.vision_lora.rank",
                 rank,
                 "trains the tower: pass images on as pixels",
+            )
+            shape = (self.config.vision.tokens, self.config.vision.width)
+            require(
+                seen.shape[1:] == shape,
+                "features: shape",
+                tuple(seen.shape),
+                f"must be (images, {shape[0]}, {shape[1]}), as the tower of model.vision makes them; "
+                "prepare the data with this tower",
             )
             features = seen.to(text.dtype)
         images = self.projection(features).flatten(0, 1).to(text.dtype)

@@ -16,7 +16,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.utils.hub import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dsvl.config import ModelConfig
 from dsvl.data.store import sha256
@@ -24,6 +25,8 @@ from dsvl.model import VisualChat
 
 PARAMETERS = "parameters.safetensors"
 DESCRIPTION = "model.json"
+SILENT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+"""What of a `config.json` changes no number: who wrote it, and a precision that loading overrides."""
 
 
 def save(model: VisualChat, folder: Path) -> None:
@@ -61,12 +64,11 @@ def load(folder: Path, *, precision: str) -> VisualChat:
     for name in (DESCRIPTION, PARAMETERS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: holds no {name}; name the folder of a checkpoint")
-    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    if sha256(folder / PARAMETERS) != description[PARAMETERS]:
+    config, frozen, held = _described(folder / DESCRIPTION)
+    if sha256(folder / PARAMETERS) != held:
         raise ValueError(f"{folder / PARAMETERS}: is not what its sha256 in {DESCRIPTION} says")
-    config = _built(ModelConfig, description["model"])
     for part, found in digests(config).items():
-        if found != (trained := description["frozen"][part]):
+        if found != (trained := frozen[part]):
             checkpoint = getattr(config, part).checkpoint
             raise ValueError(
                 f"{folder}: trained with the {part} part {trained[:12]}, but {checkpoint} is {found[:12]}; "
@@ -75,6 +77,19 @@ def load(folder: Path, *, precision: str) -> VisualChat:
     model = VisualChat(config, precision=precision, seed=0)
     put(model, load_file(folder / PARAMETERS), where=folder)
     return model
+
+
+def _described(path: Path) -> tuple[ModelConfig, dict[str, str], str]:
+    """The model's configuration, the digest of each frozen part, and the sha256 of the parameters."""
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        frozen = {part: description["frozen"][part] for part in ("language", "vision")}
+        return _built(ModelConfig, description["model"]), frozen, description[PARAMETERS]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: is not the description of a model: {type(error).__name__}: {error}; "
+            "name the folder of a whole checkpoint"
+        ) from error
 
 
 def put(model: VisualChat, values: Mapping[str, torch.Tensor], *, where: Path) -> None:
@@ -118,25 +133,41 @@ def digests(config: ModelConfig) -> dict[str, str]:
 
 
 def digest(checkpoint: str) -> str:
-    """sha256 over the weights of a frozen part, by the names and bytes of its safetensors files.
+    """sha256 over a frozen part: what its `config.json` says, and the names and bytes of its weights' files.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no weights in safetensors.
     """
-    config = cached_file(checkpoint, "config.json")
-    assert config is not None, "a missing file raises"
-    folder = Path(config).parent
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
+    stated = cached_file(checkpoint, "config.json")
+    assert stated is not None, "a missing file raises"
+    config = json.loads(Path(stated).read_text(encoding="utf-8"), object_hook=_telling)
+    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in _weights(checkpoint):
+        total.update(path.name.encode())
+        total.update(sha256(path).encode())
+    return total.hexdigest()
+
+
+def _telling(stated: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in stated.items() if name not in SILENT}
+
+
+def _weights(checkpoint: str) -> list[Path]:
+    """The files that transformers loads: one, or the shards that an index names; from the hub if need be."""
+    whole, index = (
+        cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    if whole is not None:
+        return [Path(whole)]
+    if index is None:
         raise ValueError(
             f"{checkpoint}: has no *.safetensors, by which a frozen part is known again; "
             "load it with transformers and write it with save_pretrained"
         )
-    total = hashlib.sha256()
-    for path in paths:
-        total.update(path.name.encode())
-        total.update(sha256(path).encode())
-    return total.hexdigest()
+    shards = get_checkpoint_shard_files(checkpoint, index)[0]
+    assert shards is not None, "a missing file raises"
+    return sorted(map(Path, shards))
 
 
 def _built(kind: Any, value: Any) -> Any:

@@ -25,7 +25,13 @@ def how_to_load(
         case "none":
             return None
         case "int8":
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+            return BitsAndBytesConfig(
+                load_in_8bit=True,
+                # Else a column with an outlier in one token is computed in float16 for all tokens of a pass:
+                # a token would depend on later ones and on other samples.
+                llm_int8_threshold=0.0,
+                llm_int8_skip_modules=["lm_head"],
+            )
         case "nf4":
             return BitsAndBytesConfig(
                 load_in_4bit=True,

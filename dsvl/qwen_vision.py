@@ -185,22 +185,13 @@ def extract(source: str | Path, target: str | Path) -> None:
     nothing in them is run. The target appears whole or not at all.
 
     Raises:
-        ValueError: naming the weights that are missing, unknown or of another shape; if the target exists.
+        ValueError: naming the weights that are missing, unknown or of another shape, or what `config.json`
+            does not say of the tower; if the target exists.
         FileNotFoundError: if the source, or a file in it, does not exist.
     """
     source, target = Path(source), Path(target)
     require(not target.exists(), "target", str(target), "exists; remove it or name another folder")
-    stated = json.loads((source / "config.json").read_text(encoding="utf-8"))["visual"]
-    config = QwenVisionConfig(
-        image_size=stated["image_size"],
-        patch_size=stated["patch_size"],
-        hidden_size=stated["width"],
-        intermediate_size=int(stated["width"] * stated["mlp_ratio"]),
-        num_hidden_layers=stated["layers"],
-        num_attention_heads=stated["heads"],
-        queries=stated.get("n_queries", 256),
-        output_size=stated["output_dim"],
-    )
+    config = _stated(source / "config.json")
     with torch.device("meta"):
         expected = QwenVisionModel(config).state_dict()
     weights = dict(_visual(source))
@@ -230,6 +221,25 @@ def extract(source: str | Path, target: str | Path) -> None:
     except BaseException:
         rmtree(making)
         raise
+
+
+def _stated(path: Path) -> QwenVisionConfig:
+    """The shape of the tower, as the `config.json` of a Qwen-VL checkpoint says it."""
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))["visual"]
+        return QwenVisionConfig(
+            image_size=stated["image_size"],
+            patch_size=stated["patch_size"],
+            hidden_size=stated["width"],
+            intermediate_size=int(stated["width"] * stated["mlp_ratio"]),
+            num_hidden_layers=stated["layers"],
+            num_attention_heads=stated["heads"],
+            queries=stated.get("n_queries", 256),
+            output_size=stated["output_dim"],
+        )
+    except KeyError as missing:
+        rule = f"has no {missing}, which that of Qwen-VL has; name a whole Qwen-VL checkpoint"
+        raise ValueError(f"{path}: {rule}") from missing
 
 
 def _visual(source: Path) -> Iterator[tuple[str, torch.Tensor]]:

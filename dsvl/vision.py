@@ -31,13 +31,11 @@ class VisionTower(nn.Module):
             ignore_mismatched_sizes=True,  # refused below, as missing ones are
             **unused,
         )
-        misfits = found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}
-        require(
-            not misfits,
-            "model.vision.checkpoint",
+        check_whole(
+            found,
             config.checkpoint,
-            f"has no {' and no '.join(sorted(misfits)[:2])} ({len(misfits)} in all) as a tower of kind="
-            f"{config.kind} has; set model.vision.kind to the checkpoint's",
+            section="model.vision",
+            rule=f"a tower of kind={config.kind} has; set model.vision.kind to the checkpoint's",
         )
         check_shape(config, self.encoder.config, section="model.vision")
         self.encoder.requires_grad_(False)
@@ -69,6 +67,24 @@ class VisionTower(nn.Module):
                 hidden = self.encoder(pixels).last_hidden_state
         dropped = int(self.config.kind == "clip" and not self.config.class_token)
         return hidden[:, dropped:]
+
+
+def check_whole(found: dict[str, Any], checkpoint: str, *, section: str, rule: str) -> None:
+    """Raise ValueError where a checkpoint lacks weights, for transformers would draw them at random.
+
+    Args:
+        found: what `from_pretrained` says of its loading.
+        checkpoint: the folder or name that was loaded.
+        section: of the configuration, that names it.
+        rule: who has these weights, and what to do.
+    """
+    misfits = found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}
+    require(
+        not misfits,
+        f"{section}.checkpoint",
+        checkpoint,
+        f"has no {' and no '.join(sorted(misfits)[:2])} ({len(misfits)} in all) as {rule}",
+    )
 
 
 def check_shape(stated: object, found: object, *, section: str) -> None:

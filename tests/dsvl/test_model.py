@@ -1,11 +1,14 @@
 """The whole model: what reaches the decoder, what it may not see, and what the loss is over."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from dsvl.data.collate import collate
 from dsvl.data.layout import lay_out
@@ -42,6 +45,12 @@ def batch_of(*examples: Example, rows=None):
     return collate(
         list(examples), pixels=PIXELS.__getitem__, image_tokens=TOKENS, pad_id=0, rows=rows
     )
+
+
+def named(config, folder: Path, **settings) -> VisualChat:
+    """The tiny model with the decoder of another folder."""
+    languages = {"tiny": replace(config.language, checkpoint=str(folder))}
+    return VisualChat(replace(config, languages=languages, **settings), precision="fp32", seed=0)
 
 
 def wanting(batch, wanted):
@@ -152,15 +161,16 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_rows(model):
     torch.testing.assert_close(model(batch_of(*rows)), sum(model(batch_of(row)) for row in rows))
 
 
-def test_a_tied_head_stays_frozen_when_the_embedding_is_trained(model_config, tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_tied_head_stays_frozen_when_the_embedding_is_trained(
+    model_config, tmp_path, quantization
+):
     stock = LlamaForCausalLM.from_pretrained(model_config.language.checkpoint)
     stock.config.tie_word_embeddings = True
     stock.tie_weights()
     stock.save_pretrained(tmp_path)
-    language = replace(model_config.language, checkpoint=str(tmp_path))
-    model = VisualChat(
-        replace(model_config, languages={"tiny": language}), precision="fp32", seed=0
-    )
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model = named(model_config, tmp_path, quantization=quantization)
     head = model.language.lm_head.weight.detach().clone()
     assert torch.equal(head, model.embedding.weight)
     with torch.no_grad():
@@ -178,3 +188,48 @@ def test_a_shape_that_is_not_the_checkpoints_is_refused(model_config):
     language = replace(model_config.language, intermediate_size=64)
     with pytest.raises(ValueError, match=r"model.languages.tiny.intermediate_size=64: .* has 48"):
         VisualChat(replace(model_config, languages={"tiny": language}), precision="fp32", seed=0)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v: v.pop("lm_head.weight"), r"has no lm_head\.weight \(1 in all\)"),
+        (
+            lambda v: v.update({"model.norm.weight": torch.ones(3)}),
+            r"has no model\.norm\.weight \(1 in all\) as its config\.json says; copy or download",
+        ),
+        (
+            lambda v: [v.pop(f"model.layers.2.mlp.{part}_proj.weight") for part in ("up", "down")],
+            r"model\.languages\.tiny\.checkpoint='\S+': has no model\.layers\.2\.mlp\.down_proj\.weight "
+            r"and no model\.layers\.2\.mlp\.up_proj\.weight \(2 in all\)",
+        ),
+    ],
+)
+def test_a_decoder_that_lacks_weights_is_refused(
+    model_config, tmp_path, change, said, quantization
+):
+    copy = shutil.copytree(model_config.language.checkpoint, tmp_path / "copy")
+    values = load_file(copy / "model.safetensors")
+    change(values)
+    save_file(values, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=said):
+        named(model_config, copy, quantization=quantization)
+
+
+def test_a_decoder_of_another_build_is_refused_with_those_that_are_not(model_config, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=4)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(
+        ValueError, match=r"is a GPT2LMHeadModel, .*; name .* LLaMA, Mistral, Qwen2"
+    ):
+        named(model_config, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 16), (1, 4, 15)])
+def test_features_of_another_tower_are_refused_with_both_shapes(model, shape):
+    batch = replace(batch_of(example("t1tT")), pixels=torch.ones(shape))
+    said = rf"features: shape=\({shape[0]}, {shape[1]}, {shape[2]}\): must be \(images, 4, 16\)"
+    with pytest.raises(ValueError, match=said):
+        model(batch)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dsvl import pretrained
 from dsvl.config import LanguageConfig, LoraConfig
@@ -15,6 +16,7 @@ from dsvl.lora import merged
 from dsvl.model import VisualChat
 from dsvl.quantization import dequantized
 from tests.dsvl.test_lora import built, gentle, gradients, logits, mixed
+from tests.dsvl.test_model import batch_of, example, hidden
 from tests.dsvl.test_train import plain, run
 
 __all__ = ["gentle"]  # a fixture
@@ -73,6 +75,47 @@ def test_a_quantised_decoder_computes_with_what_its_weights_stand_for(config, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_copy_of_a_quantised_model_is_saved_as_an_ordinary_checkpoint(
+    config, tmp_path, kind
+):
+    plain = merged(built(config, quantization=kind, language_lora=LoraConfig(rank=3))).eval()
+    plain.language.save_pretrained(tmp_path)
+    stock = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert {type(m) for m in stock.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    batch = batch_of(example("tttttt"))
+    with torch.no_grad():
+        torch.testing.assert_close(stock(batch.ids).logits[0], logits(plain, batch))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_later_changes_no_bit_of_what_came_before(config, kind):
+    model = outlying(built(config, quantization=kind).eval())
+    first = batch_of(example("t1tttt1t"))
+    other = replace(first, ids=first.ids.clone(), pixels=first.pixels.clone())
+    other.ids[0, 7] = first.ids[0, 7] % 60 + 1
+    other.pixels[1] *= 30.0
+    found, expected = (hidden(model, batch) for batch in (first, other))
+    assert torch.equal(found[:, :7], expected[:, :7])
+    assert not torch.equal(found[:, 7:], expected[:, 7:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_bit_for_bit_the_same_in_every_conversation(config, kind):
+    model = outlying(built(config, quantization=kind).eval())
+    one = hidden(model, batch_of(example("tt1t1T", images="04")))
+    other = hidden(model, batch_of(example("ttt11T", images="54", seed=9)))
+    assert torch.equal(one[:, 7:11], other[:, 7:11])
+
+
+def outlying(model: VisualChat) -> VisualChat:
+    """A model in which other columns stand out from token to token."""
+    for norm in model.language.modules():
+        if isinstance(norm, LlamaRMSNorm):
+            norm.weight.data *= 4.0
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_evaluation_between_two_steps_changes_neither(config, kind):
     # bitsandbytes would repack weights for inference on some CPUs, and let no gradient through them.
     model = built(config, quantization=kind, language_lora=LoraConfig(rank=3))
@@ -98,8 +141,9 @@ def test_training_on_two_ranks_is_a_plain_loop_and_comes_back_from_a_checkpoint(
 ):
     config = replace(config, quantization=kind, language_lora=LoraConfig(rank=3))
     records = run(config, tmp_path, stage=stage, save=(5, 12))
-    if kind == "nf4":  # int8 takes outliers apart by what is in a batch: micro batches differ
-        np.testing.assert_allclose(records, plain(config)[0], rtol=2e-5, atol=4e-6)
+    # Micro batches differ in the last bit, by which int8 may round what enters a layer to a neighbour.
+    rtol = {"nf4": 2e-5, "int8": 1e-3}[kind]
+    np.testing.assert_allclose(records, plain(config)[0], rtol=rtol, atol=4e-6)
     (tmp_path / "step-000012").rename(tmp_path / "whole")
     assert run(config, tmp_path, stage=stage) == records[5:]
     model = VisualChat(config, precision="fp32", seed=0)

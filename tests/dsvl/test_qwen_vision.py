@@ -227,6 +227,16 @@ def test_missing_unknown_and_misshapen_weights_are_named_together(source, tmp_pa
     assert not list(tmp_path.glob("*tower*"))
 
 
+@pytest.mark.parametrize("lost", ["visual", "layers"])
+def test_a_folder_that_is_no_qwen_vl_is_named(source, tmp_path, lost):
+    path = source / "config.json"
+    stated = json.loads(path.read_text())
+    del (stated if lost in stated else stated["visual"])[lost]
+    path.write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match=rf"config\.json: has no '{lost}', .* whole Qwen-VL"):
+        extract(source, tmp_path / "tower")
+
+
 def test_a_pickle_that_would_run_code_is_not_run(source, tmp_path):
     folder = pickled(source)
     torch.save({f"{PREFIX}proj": Trap(tmp_path / "sprung")}, folder / "pytorch_model-3.bin")
