@@ -293,5 +293,5 @@ def _listener(number: int) -> str:
             if listens and connection.laddr[1:2] == (number,) and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
     except psutil.Error:
-        pass
+        pass  # what other users' processes do is not told to everyone; the port is taken all the same
     return "another process"

@@ -108,7 +108,7 @@ def test_parts_to_write_yourself_load(part, tmp_path):
     (tmp_path / "part.yaml").write_text(block)
     experiment = tmp_path / "mine.yaml"
     experiment.write_text(f"extends: [{QUICKSTART}, part.yaml]\n")
-    load(experiment)
+    assert getattr(load(experiment), part) != getattr(load(QUICKSTART), part)
 
 
 def test_the_experiment_to_write_yourself_loads(tmp_path):

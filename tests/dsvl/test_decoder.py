@@ -267,11 +267,17 @@ def test_a_window_that_no_layer_has_refuses_nothing():
         max_window_layers=3,
     )
     decoder = Qwen2Model(config).double().requires_grad_(False)
+    windowless = Qwen2Model(Qwen2Config(**SHAPE, num_key_value_heads=2)).double()
+    windowless.requires_grad_(False).load_state_dict(decoder.state_dict())
+    kinds = kinds_of(["tttiittt"])
+    layout = lay_out(kinds, kinds == Kind.TEXT)
+    embedded = tokens(layout)
     for scheme in ("mmca", "causal"):
-        decoder.set_attn_implementation(scheme)
-        kinds = kinds_of(["tttiittt"])
-        layout = lay_out(kinds, kinds == Kind.TEXT)
-        decoder_for(decoder, scheme=scheme)(*tokens(layout), layout)
+        states = []
+        for model in (decoder, windowless):
+            model.set_attn_implementation(scheme)
+            states.append(decoder_for(model, scheme=scheme)(*embedded, layout))
+        torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_dropout_is_refused():
