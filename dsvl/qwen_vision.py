@@ -10,8 +10,6 @@ import json
 from collections.abc import Iterator
 from math import isqrt
 from pathlib import Path
-from shutil import rmtree
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from dsvl.config import require
+from dsvl.data.folders import complete
 
 PREFIX = "transformer.visual."
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -207,20 +206,13 @@ def extract(source: str | Path, target: str | Path) -> None:
     faults = [f"{how} {', '.join(sorted(names))}" for how, names in wrong.items() if names]
     rule = f"{'; '.join(faults)}; name a whole Qwen-VL checkpoint"
     require(not faults, "source", str(source), rule)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        making.chmod(0o755)  # mkdtemp makes it private
+    with complete(target) as making:
         config.dtype = weights["proj"].dtype
         config.architectures = [QwenVisionModel.__name__]
         config.save_pretrained(making)
         save_file(weights, making / "model.safetensors", metadata={"format": "pt"})
         text = json.dumps(_processor(config.image_size), indent=2)
         (making / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
-        making.rename(target)
-    except BaseException:
-        rmtree(making)
-        raise
 
 
 def _stated(path: Path) -> QwenVisionConfig:
