@@ -143,7 +143,7 @@ def _train(_: int, decoder: Path, port: int, found: Path) -> None:
     answers = []
     for example in digits.eval[:10]:
         chat = Chat(model.eval(), tokenizer, device=CPU, max_tokens=64, max_new_tokens=4)
-        answers.append(chat.ask(QUESTION, images=[digits.pixels(example.id)]))
+        answers.append(chat.ask(QUESTION, images=[digits.vision_input(example.id)]))
     torch.save(
         {
             "trained": {name: list(p.shape) for name, p in model.trainable().items()},
