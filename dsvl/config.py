@@ -448,8 +448,16 @@ class TrainConfig:
     """Samples an optimiser update, over all workers (paper, section 4.2)."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     seed: int = 1234
+    spike: float | None = None
+    """An update whose gradient's norm is more than so many times the median of the last 32 is undone and its
+    batch skipped, as is one that is not finite; when empty, only the latter."""
+    max_skipped: int = 5
+    """Batches that may be skipped before the training fails as diverged."""
 
     def __post_init__(self) -> None:
+        rule = "must be greater than 1"
+        require(self.spike is None or self.spike > 1, "spike", self.spike, rule)
+        require(self.max_skipped >= 0, "max_skipped", self.max_skipped, "must not be negative")
         require(self.epochs > 0, "epochs", self.epochs, "must be positive")
         require(self.batch > 0, "batch", self.batch, "must be positive")
         require(self.seed >= 0, "seed", self.seed, "must not be negative")
@@ -519,10 +527,13 @@ class CheckpointConfig:
     """Optimiser updates between two checkpoints; the last update is always saved."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
+    keep_best: int = 0
+    """How many with the lowest held-out loss stay beside them; the end of every epoch is saved then."""
 
     def __post_init__(self) -> None:
         require(self.every > 0, "every", self.every, "must be positive")
         require(self.keep > 0, "keep", self.keep, "must be positive")
+        require(self.keep_best >= 0, "keep_best", self.keep_best, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

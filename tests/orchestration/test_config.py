@@ -20,6 +20,8 @@ EXECUTION = {
     "engine.offload_optimizer": "cpu",
     "engine.deepspeed": {"wall_clock_breakdown": True},
     "checkpoint.every": 7,
+    "checkpoint.keep_best": 1,
+    "cluster.hang_timeout_s": 60,
     "evaluation.samples": 5,
     "storage.path": "elsewhere",
     "tracking.experiment": "other",
@@ -91,6 +93,8 @@ WHAT = {
     "train.batch": 24,
     "train.precision": "fp32",
     "train.seed": 1,
+    "train.spike": 5,
+    "train.max_skipped": 1,
 }
 TOGETHER = {
     "model.vision.kind",
