@@ -20,7 +20,8 @@ from pydantic_core import to_json
 from orchestration.compose import load
 from orchestration.config import Experiment
 from orchestration.problems import did_you_mean
-from orchestration.verbs import FAULTS_FOUND, OPTIONS, VERBS, WITHOUT_EXPERIMENT
+from orchestration.results import experiment_of
+from orchestration.verbs import FAULTS_FOUND, OF_A_RUN, OPTIONS, VERBS, WITHOUT_EXPERIMENT
 
 QUICKSTART = Path(__file__).parent.parent / "configs/experiment/quickstart.yaml"
 
@@ -80,7 +81,8 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
     )
     parser.add_argument("verb", metavar=verb or "VERB")
     if verb not in WITHOUT_EXPERIMENT:
-        parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="a YAML file")
+        named = "a YAML file, or the folder of a run" if verb in OF_A_RUN else "a YAML file"
+        parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help=named)
         parser.add_argument("overrides", metavar="section.field=value", nargs="*")
     options = OPTIONS.get(verb or "", {})
     added = [parser.add_argument(name, **how) for name, how in options.items()]
@@ -95,6 +97,11 @@ def _experiment(request: argparse.Namespace) -> Experiment:
         path, overrides = QUICKSTART, [*([path] if path else []), *overrides]
     if path is None:
         raise ValueError(f"name an experiment: dsvl {request.verb} EXPERIMENT")
+    if request.verb in OF_A_RUN and Path(path).is_dir():
+        if overrides:
+            told = f"{path} is a run, which is as it was trained; leave out {' '.join(overrides)}"
+            raise ValueError(told)
+        return experiment_of(Path(path))
     return load(path, overrides)
 
 

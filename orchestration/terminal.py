@@ -10,31 +10,19 @@ from typing import TextIO
 import numpy as np
 import torch
 
-from dsvl import checkpoint, pretrained
+from dsvl import pretrained
 from dsvl.cache import ImageStore
 from dsvl.chat import Chat
 from dsvl.data.encode import load_tokenizer
 from dsvl.data.images import ImageProcessor, load
 from dsvl.data.sources import BadImage, Images
 from orchestration.config import Experiment
-from orchestration.journal import read_json
-from orchestration.results import refuse_another
-from orchestration.search import summarize, trials_folder
+from orchestration.trained import choose
 
 log = logging.getLogger(__name__)
 
 HELP = """A line is a question. `/image PATH [PATH ...]` shows images with the next question,
 `/clear` begins anew, `/quit` (or Ctrl-D) ends."""
-
-
-def best_run(experiment: Experiment) -> tuple[Experiment, Path]:
-    """The best finished trial of the experiment's sweep, else its training, and its folder."""
-    if experiment.search and trials_folder(experiment).exists():
-        best = summarize(experiment)["best"]
-        if best:
-            folder = Path(best["folder"])
-            return experiment.trial(read_json(folder / "values.json")), folder
-    return experiment, experiment.run_folder
 
 
 def open_chat(experiment: Experiment) -> Chat:
@@ -44,19 +32,15 @@ def open_chat(experiment: Experiment) -> Chat:
         FileNotFoundError: if nothing has been trained yet.
         ValueError: if the checkpoint is of another experiment; the differing fields are named.
     """
-    chosen, folder = best_run(experiment)
-    found = checkpoint.newest(folder / "checkpoints")
-    if found is None:
-        raise FileNotFoundError(f"{folder}/checkpoints: no checkpoint yet; train or sweep first")
-    refuse_another(chosen, found.manifest, where=found.folder)
-    log.info("loading %s", found.folder)
-    model = pretrained.load(found.folder, precision=chosen.train.precision)
+    experiment, _, checkpoint = choose(experiment)
+    log.info("loading %s", checkpoint.folder)
+    model = pretrained.load(checkpoint.folder, precision=experiment.train.precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Chat(
         model.to(device).eval(),
-        load_tokenizer(chosen.model.language.checkpoint),
+        load_tokenizer(experiment.model.language.checkpoint),
         device=device,
-        max_tokens=chosen.data.max_tokens,
+        max_tokens=experiment.data.max_tokens,
         store=ImageStore(limit_bytes=2**30),
     )
 
