@@ -5,11 +5,11 @@
   of the training, with the trained embedding and what adapters add in their weights. Beside them lies what no
   checkpoint has a place for: the projection, and blocks of cross-attention, in float32.
 
-Both hold the files of tokenizer and image processor, and a card, `README.md`.
+Both hold the files of tokenizer and image processor.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,6 @@ from dsvl.model import VisualChat
 Form = Literal["merged", "adapter"]
 SHARD = "5GB"
 """Most that a file of weights holds, unless a tensor alone is larger."""
-CARD = "README.md"
 PROCESSORS = {
     "language": (
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -39,7 +38,9 @@ PROCESSORS = {
 """By what a part is fed: those of these files that its checkpoint has."""
 
 
-def export(source: Path, target: Path, *, form: Form, precision: str, card: str) -> int:
+def export(
+    source: Path, target: Path, *, form: Form, precision: str, texts: Mapping[str, str]
+) -> int:
     """Write the model of a checkpoint's folder as a new folder, which appears whole or not at all.
 
     At no time are there two copies of the decoder in memory.
@@ -49,7 +50,7 @@ def export(source: Path, target: Path, *, form: Form, precision: str, card: str)
         target: the folder to write.
         form: of the folder.
         precision: of the training, and of a merged model's weights.
-        card: what the folder says of itself.
+        texts: what else the folder says of itself: the names of files, and what they hold.
 
     Returns:
         How many numbers its weights are.
@@ -86,7 +87,8 @@ def export(source: Path, target: Path, *, form: Form, precision: str, card: str)
                 for folder in folders[part]:
                     shutil.copy(file, folder)
         pretrained.write(making, model.config, trained, frozen=frozen)
-        (making / CARD).write_text(card, encoding="utf-8")
+        for name, text in texts.items():
+            (making / name).write_text(text, encoding="utf-8")
     return count
 
 

@@ -1,5 +1,6 @@
 """A trained model handed on: which, under what name, and what its card says of it."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,18 @@ from orchestration.config import Experiment
 from orchestration.page import number, percent
 from orchestration.parameters import parameters
 from orchestration.record import read
-from orchestration.trained import Trained, choose
+from orchestration.trained import CHAT, Trained, choose, manner
 
 log = logging.getLogger(__name__)
 
 
 def export(
-    experiment: Experiment, *, form: library.Form, target: Path | None, step: int | None
+    source: Experiment | Path, *, form: library.Form, target: Path | None, step: int | None
 ) -> dict[str, Any]:
-    """Write the experiment's best model as a folder; `exports/` of its run has it where no target is named.
+    """Write a trained model as a folder; `exports/` of its run has it where no target is named.
 
     Args:
-        experiment: whose.
+        source: an experiment, or the folder of a run or a trial.
         form: see `dsvl.export`.
         target: the folder to write.
         step: of which checkpoint; the newest that is whole when empty.
@@ -36,7 +37,7 @@ def export(
             such form of the model.
         FileNotFoundError: if nothing has been trained yet.
     """
-    chosen = choose(experiment, step=step)
+    chosen = choose(source, step=step)
     target = target or chosen.folder / f"exports/{chosen.checkpoint.folder.name}-{form}"
     log.info("exporting %s as %s to %s", chosen.checkpoint.folder, form, target)
     count = library.export(
@@ -44,7 +45,10 @@ def export(
         target,
         form=form,
         precision=chosen.experiment.train.precision,
-        card=card(chosen, form=form),
+        texts={
+            "README.md": card(chosen, form=form),
+            CHAT: json.dumps(manner(chosen.experiment), indent=1),
+        },
     )
     files = {
         str(path.relative_to(target)): path.stat().st_size

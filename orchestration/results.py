@@ -15,7 +15,7 @@ def experiment_of(folder: Path) -> Experiment:
     path = folder / "experiment.json"
     if not path.is_file():
         raise ValueError(
-            f"{folder}: holds no {path.name}; name the folder of a run or a trial, or an experiment's file"
+            f"{folder}: holds no {path.name}; name the folder of a run or a trial, or a YAML file"
         )
     experiment = validated(read_json(path)["experiment"])
     here = StorageConfig(path=str(folder.absolute().parent), data=experiment.storage.data)

@@ -1,14 +1,17 @@
 """Which trained model is meant: of the best trial or of the training, at which checkpoint."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsvl import checkpoint
 from dsvl.config import require
 from orchestration.config import Experiment
 from orchestration.journal import read_json
-from orchestration.results import refuse_another
+from orchestration.results import experiment_of, refuse_another
 from orchestration.search import summarize, trials_folder
+
+CHAT = "chat.json"
+"""In an exported model: how one chats with it."""
 
 
 class Trained(NamedTuple):
@@ -21,18 +24,19 @@ class Trained(NamedTuple):
     checkpoint: checkpoint.Checkpoint
 
 
-def choose(experiment: Experiment, *, step: int | None = None) -> Trained:
-    """The model of the best finished trial of the experiment's sweep, else of its training.
+def choose(source: Experiment | Path, *, step: int | None = None) -> Trained:
+    """The model of the best finished trial of an experiment's sweep, else of its training.
 
     Args:
-        experiment: whose.
+        source: the experiment; or the folder of a run or trial, which is then meant itself.
         step: of which checkpoint; the newest that is whole when empty.
 
     Raises:
         FileNotFoundError: if there is no checkpoint yet.
-        ValueError: if there is none of that step, or it is damaged or of another experiment; the differing
-            fields are named.
+        ValueError: if there is none of that step, or it is damaged or of another experiment, the differing
+            fields being named; if the folder is of no run.
     """
+    experiment = experiment_of(source) if isinstance(source, Path) else source
     folder = experiment.run_folder
     if experiment.search and trials_folder(experiment).exists():
         best = summarize(experiment)["best"]
@@ -45,6 +49,16 @@ def choose(experiment: Experiment, *, step: int | None = None) -> Trained:
         raise FileNotFoundError(f"{held}: no checkpoint yet; train or sweep first")
     refuse_another(experiment, found.manifest, where=found.folder)
     return Trained(experiment, folder, found)
+
+
+def manner(experiment: Experiment) -> dict[str, Any]:
+    """How one chats with a model: what it was trained in, and on."""
+    data = experiment.data
+    return {
+        "precision": experiment.train.precision,
+        "max_tokens": data.max_tokens,
+        "max_image_pixels": data.max_image_pixels,
+    }
 
 
 def _at(held: Path, step: int) -> checkpoint.Checkpoint | None:

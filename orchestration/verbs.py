@@ -97,7 +97,7 @@ def _doctor(experiment: Experiment) -> Result:
     return result, render(result)
 
 
-def _chat(experiment: Experiment, *, out: TextIO) -> Result:
+def _chat(experiment: Experiment | Path, *, out: TextIO) -> Result:
     """Talk to the best model that the experiment has."""
     from orchestration.terminal import talk
 
@@ -106,7 +106,7 @@ def _chat(experiment: Experiment, *, out: TextIO) -> Result:
 
 
 def _export(
-    experiment: Experiment,
+    experiment: Experiment | Path,
     *,
     form: Literal["merged", "adapter"],
     target: Path | None,
@@ -215,8 +215,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 WITHOUT_EXPERIMENT = ("convert",)
 
-OF_A_RUN = ("chat", "export")
-"""Verbs that also take the folder of a run or trial for an experiment."""
+OF_A_FOLDER = {
+    "chat": ", or the folder of a run or of an exported model",
+    "export": ", or the folder of a run",
+}
+"""What verbs of a trained model take in place of an experiment."""
 
 FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1}
 """Exit status where a verb did its work and found faults: of the request, of records, of the machine."""

@@ -37,6 +37,7 @@ MODELS = {
     "lora": LORA,
     "gated lora": GATED | LORA,
 }
+TEXTS = {"README.md": "What a model says of itself: naïve 東京"}
 PROCESSOR = {
     "size": {"shortest_edge": 8},
     "crop_size": {"height": 8, "width": 8},
@@ -86,7 +87,7 @@ def logits(model: VisualChat, batch: Batch | None = None) -> torch.Tensor:
 
 def exported(source: Path, target: Path, form, *, precision="fp32") -> VisualChat:
     """The model that an export holds."""
-    export(source, target, form=form, precision=precision, card="a card")
+    export(source, target, form=form, precision=precision, texts=TEXTS)
     return pretrained.load(target, precision=precision).eval()
 
 
@@ -111,7 +112,7 @@ def test_a_merged_model_needs_nothing_that_it_was_made_of(config, fed, tmp_path)
     names = {part: str(origin / part) for part in ("language", "vision")}
     config = pretrained.reading(config, **names)
     model = trained(config, tmp_path / "run", **LORA)
-    export(tmp_path / "run", tmp_path / "out", form="merged", precision="fp32", card="a card")
+    export(tmp_path / "run", tmp_path / "out", form="merged", precision="fp32", texts=TEXTS)
     shutil.rmtree(origin)
     shutil.rmtree(tmp_path / "run")
     moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
@@ -137,7 +138,7 @@ def test_decoder_and_tower_of_a_merged_model_are_checkpoints_of_transformers(
         stock.save_pretrained(folder)
         config = pretrained.reading(config, language=str(folder), vision=config.vision.checkpoint)
     model = trained(config, tmp_path / "run", **LORA)
-    export(tmp_path / "run", tmp_path / "out", form="merged", precision="fp32", card="a card")
+    export(tmp_path / "run", tmp_path / "out", form="merged", precision="fp32", texts=TEXTS)
     code = (
         "import sys; from transformers import AutoModelForCausalLM\n"
         "_, found = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)\n"
@@ -158,7 +159,7 @@ def test_decoder_and_tower_of_a_merged_model_are_checkpoints_of_transformers(
 def test_no_weight_of_a_merged_model_is_written_twice(config, tmp_path):
     model = trained(config, tmp_path / "run", **LORA)
     out = tmp_path / "out"
-    count = export(tmp_path / "run", out, form="merged", precision="fp32", card="a card")
+    count = export(tmp_path / "run", out, form="merged", precision="fp32", texts=TEXTS)
     kept = load_file(out / "parameters.safetensors")
     assert set(kept) == {"projection.weight", "projection.bias"}
     sizes = []
@@ -172,7 +173,7 @@ def test_no_weight_of_a_merged_model_is_written_twice(config, tmp_path):
 def test_an_adapter_holds_what_was_trained_to_the_last_bit_and_no_more(config, tmp_path):
     model = trained(config, tmp_path / "run", precision="bf16", **LORA)
     run, out = tmp_path / "run", tmp_path / "out"
-    count = export(run, out, form="adapter", precision="bf16", card="a card")
+    count = export(run, out, form="adapter", precision="bf16", texts=TEXTS)
     held, before = (load_file(folder / "parameters.safetensors") for folder in (out, run))
     assert held.keys() == before.keys() == model.trainable().keys()
     assert all(torch.equal(held[name], before[name]) for name in before)
@@ -181,10 +182,10 @@ def test_an_adapter_holds_what_was_trained_to_the_last_bit_and_no_more(config, t
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
-def test_tokenizer_processor_and_card_come_along(config, tmp_path, form):
+def test_tokenizer_processor_and_texts_come_along(config, tmp_path, form):
     trained(config, tmp_path / "run")
     model = exported(tmp_path / "run", tmp_path / "out", form)
-    assert (tmp_path / "out/README.md").read_text() == "a card"
+    assert (tmp_path / "out/README.md").read_text() == TEXTS["README.md"]
     expected = fingerprint(load_tokenizer(config.language.checkpoint))
     for folder in (tmp_path / "out", model.config.language.checkpoint):
         assert fingerprint(load_tokenizer(str(folder))) == expected
@@ -214,7 +215,7 @@ def test_a_merged_model_has_the_weights_that_those_in_nf4_stand_for(wide, tmp_pa
 def test_int8_rounds_as_no_plain_weights_do_and_is_exported_as_an_adapter_alone(wide, tmp_path):
     model = trained(wide, tmp_path / "run", quantization="int8", language_lora=LoraConfig(rank=3))
     with pytest.raises(ValueError, match=r"quantization='int8': rounds what enters .* adapter"):
-        export(tmp_path / "run", tmp_path / "out", form="merged", precision="fp32", card="")
+        export(tmp_path / "run", tmp_path / "out", form="merged", precision="fp32", texts={})
     again = exported(tmp_path / "run", tmp_path / "out", "adapter")
     assert torch.equal(logits(again), logits(model))
 
@@ -245,7 +246,7 @@ def test_a_part_that_is_not_written_exactly_is_named_and_leaves_no_folder(
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
     trained(config, tmp_path / "run")
     with pytest.raises(RuntimeError, match=r"language: .* LlamaForCausalLM: .*model\.norm\."):
-        export(tmp_path / "run", tmp_path / "out", form="merged", precision="fp32", card="")
+        export(tmp_path / "run", tmp_path / "out", form="merged", precision="fp32", texts={})
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
@@ -257,7 +258,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_exported(config, tmp_path, form):
     del values["projection.bias"]
     save_file(values, weights)
     with pytest.raises(ValueError, match=r"parameters\.safetensors: is not what its sha256"):
-        export(tmp_path / "run", tmp_path / "out", form=form, precision="fp32", card="")
+        export(tmp_path / "run", tmp_path / "out", form=form, precision="fp32", texts={})
     assert not (tmp_path / "out").exists()
 
 
@@ -265,7 +266,7 @@ def test_a_folder_that_exists_is_left_alone(config, tmp_path):
     trained(config, tmp_path / "run")
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"target='.*out': exists; remove it or name another"):
-        export(tmp_path / "run", tmp_path / "out", form="adapter", precision="fp32", card="")
+        export(tmp_path / "run", tmp_path / "out", form="adapter", precision="fp32", texts={})
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -291,7 +292,7 @@ def lose(path: Path) -> None:
 )
 def test_a_damaged_export_is_not_loaded(config, tmp_path, damage, name, said):
     trained(config, tmp_path / "run")
-    export(tmp_path / "run", tmp_path / "out", form="merged", precision="fp32", card="")
+    export(tmp_path / "run", tmp_path / "out", form="merged", precision="fp32", texts={})
     damage(tmp_path / "out" / name)
     with pytest.raises(ValueError, match=said):
         pretrained.load(tmp_path / "out", precision="fp32")
