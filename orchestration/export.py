@@ -80,54 +80,46 @@ def render(result: dict[str, Any]) -> str:
 
 def card(chosen: Trained, *, form: library.Form) -> str:
     """The README.md of an exported model, as model hubs show it."""
-    it, frozen = chosen.experiment, chosen.checkpoint.manifest["frozen"]
-    language, vision = it.model.language.checkpoint, it.model.vision.checkpoint
-    on_hub = [name for name in (language, vision) if not Path(name).exists()]
-    about = {"library_name": "dsvl", "pipeline_tag": "image-text-to-text"}
-    header = yaml.safe_dump(about | ({"base_model": on_hub} if on_hub else {}), sort_keys=False)
-    trained = ", ".join(name for name, part in parameters(it.model).items() if part.trainable)
-    model = {
+    it, held = chosen.experiment, chosen.checkpoint
+    model, frozen = it.model, held.manifest["frozen"]
+    language, vision = model.language.checkpoint, model.vision.checkpoint
+    hub = [name for name in (language, vision) if not Path(name).exists()]
+    header = {"library_name": "dsvl", "pipeline_tag": "image-text-to-text"}
+    trained = ", ".join(name for name, part in parameters(model).items() if part.trainable)
+    parts = {
         "decoder": f"`{language}`, sha256 `{frozen['language']}`",
         "image tower": f"`{vision}`, sha256 `{frozen['vision']}`",
-        "attention": it.model.attention,
-        "projection": f"{it.model.projection}, {it.model.image_tokens} positions an image",
-        "trained": f"{trained}; all else is as it was",
-        "template": it.model.template,
+        "an image": f"{model.image_tokens} positions",
+        "trained": f"{trained}; nothing else",
     }
-    training = {
-        "length": f"{chosen.checkpoint.step} updates of {it.train.batch} samples",
-        "planned": f"{it.train.epochs} epochs",
-        "optimiser": f"AdamW, learning rate {it.optim.lr:g}, {it.optim.schedule}, betas {it.optim.betas}",
-        "precision, seed": f"{it.train.precision}, {it.train.seed}",
-        "identity": f"`{it.identity()}`",
+    settings = {
+        name: value for name, value in it.identity_fields().items() if not name.startswith("data.")
     }
-    return "\n\n".join(
-        [
-            f"---\n{header}---",
-            f"# {it.name}",
-            "A chat model that sees several images over several rounds: an image tower, a trained projection "
-            "and a decoder.",
-            f"## Model\n\n{_table(model)}",
-            f"## Data\n\n{_table(_blends(it))}",
-            f"## Training\n\n{_table(training)}",
-            f"## Results\n\n{_table(_metrics(chosen))}",
-            f"## Use\n\n{USE[form]}{_rounding(it, form)}",
-            f"```python\n{LOAD.format(precision=it.train.precision)}```",
-            "## Licence\n\nThe licences of both base models hold for this one, and the terms of the data "
-            "that it was trained on.",
-        ]
+    return CARD.format(
+        header=_yaml(header | ({"base_model": hub} if hub else {})),
+        name=it.name,
+        parts=_table(parts),
+        blends=_table(_blends(it)),
+        step=held.step,
+        identity=it.identity(),
+        settings=_yaml(settings),
+        metrics=_table(_metrics(chosen)),
+        use=USE[form] + (ROUNDED if form == "merged" and model.quantization != "none" else ""),
+        precision=it.train.precision,
     )
 
 
 def _blends(experiment: Experiment) -> dict[str, str]:
     """What samples are made of."""
-    sets = experiment.data.sets
-    return {
-        name: f"{', '.join(f'{part} ({sets[part].reader})' for part in blend.sets)}; "
-        + (f"{blend.samples} samples" if blend.samples else f"{blend.epochs:g} times an epoch")
-        + (f", weight {blend.weight:g}" if blend.weight != 1 else "")
-        for name, blend in experiment.data.all_blends().items()
-    }
+    rows = {}
+    for name, blend in experiment.data.all_blends().items():
+        sets = {part: experiment.data.sets[part] for part in blend.sets}
+        named = ", ".join(f"{part} ({each.reader})" for part, each in sets.items())
+        share = f"{blend.samples} samples" if blend.samples else f"{blend.epochs:g} of it"
+        drawn = f"an epoch has {share}, weight {blend.weight:g}"
+        held_out = all(each.split == "eval" for each in sets.values())
+        rows[name] = f"{named}; {'held out' if held_out else drawn}"
+    return rows
 
 
 def _metrics(chosen: Trained) -> dict[str, str]:
@@ -140,20 +132,14 @@ def _metrics(chosen: Trained) -> dict[str, str]:
     return found
 
 
-def _rounding(experiment: Experiment, form: library.Form) -> str:
-    """What a merged model has of a quantised decoder."""
-    kind = experiment.model.quantization
-    if kind == "none" or form == "adapter":
-        return ""
-    return (
-        f" The decoder was trained in {kind}: its weights are what those of {kind} stand for, and not what "
-        "they were rounded from."
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {told} |" for name, told in rows.items())]
     )
 
 
-def _table(rows: dict[str, str]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
+def _yaml(settings: dict[str, Any]) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 METRICS = {
@@ -163,15 +149,60 @@ METRICS = {
     "eval/accuracy_majority": ("most frequent answer", percent),
 }
 
-LOAD = """from pathlib import Path
-from dsvl import pretrained
-
-model = pretrained.load(Path("FOLDER"), precision="{precision}").eval()
-"""
-
 USE: dict[library.Form, str] = {
     "adapter": "This folder holds what was trained and no more. The base models must be where `model.json` "
     "says; they are refused where their digests are others.",
-    "merged": "All of the model is here. `language/` and `vision/` are checkpoints of transformers; "
-    '`AutoModelForCausalLM.from_pretrained("FOLDER/language")` is the decoder, which reads text alone.',
+    "merged": "This folder holds all of the model. `language/` and `vision/` are checkpoints of "
+    'transformers; `AutoModelForCausalLM.from_pretrained("FOLDER/language")` is the decoder, without images.',
 }
+
+ROUNDED = (
+    " The decoder was trained with `model.quantization`: the weights here are what its quantised ones stand "
+    "for, and not those that were rounded."
+)
+
+CARD = """---
+{header}---
+
+# {name}
+
+A chat model that sees several images over several rounds: an image tower, a projection and a decoder.
+
+## Model
+
+{parts}
+
+## Data
+
+{blends}
+
+## Training
+
+{step} updates, by these settings (identity `{identity}`):
+
+```yaml
+{settings}```
+
+## Results
+
+{metrics}
+
+## Use
+
+{use}
+
+```sh
+dsvl chat FOLDER
+```
+
+```python
+from pathlib import Path
+from dsvl import pretrained
+
+model = pretrained.load(Path("FOLDER"), precision="{precision}").eval()
+```
+
+## Licence
+
+The licences of both base models hold for this one, and the terms of the data that it was trained on.
+"""
