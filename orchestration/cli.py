@@ -20,7 +20,7 @@ from pydantic_core import to_json
 from orchestration.compose import load
 from orchestration.config import Experiment
 from orchestration.problems import did_you_mean
-from orchestration.verbs import FAULTS_FOUND, OPTIONS, VERBS, WITHOUT_EXPERIMENT
+from orchestration.verbs import FAULTS_FOUND, OF_A_FOLDER, OPTIONS, VERBS, WITHOUT_EXPERIMENT
 
 QUICKSTART = Path(__file__).parent.parent / "configs/experiment/quickstart.yaml"
 
@@ -80,7 +80,8 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
     )
     parser.add_argument("verb", metavar=verb or "VERB")
     if verb not in WITHOUT_EXPERIMENT:
-        parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="a YAML file")
+        named = f"a YAML file{OF_A_FOLDER.get(verb or '', '')}"
+        parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help=named)
         parser.add_argument("overrides", metavar="section.field=value", nargs="*")
     options = OPTIONS.get(verb or "", {})
     added = [parser.add_argument(name, **how) for name, how in options.items()]
@@ -89,12 +90,17 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
     return request, {option.dest: getattr(request, option.dest) for option in added}
 
 
-def _experiment(request: argparse.Namespace) -> Experiment:
+def _experiment(request: argparse.Namespace) -> Experiment | Path:
     path, overrides = request.experiment, request.overrides
     if request.verb == "quickstart" and (path is None or "=" in path):
         path, overrides = QUICKSTART, [*([path] if path else []), *overrides]
     if path is None:
         raise ValueError(f"name an experiment: dsvl {request.verb} EXPERIMENT")
+    if request.verb in OF_A_FOLDER and Path(path).is_dir():
+        if overrides:
+            told = f"{path} is a model as it was trained; leave out {' '.join(overrides)}"
+            raise ValueError(told)
+        return Path(path)
     return load(path, overrides)
 
 
@@ -116,9 +122,10 @@ def _raised_by_us(error: ValueError) -> bool:
     return frame.f_globals["__package__"].partition(".")[0] in ("dsvl", "orchestration")
 
 
-def _log(verb: str, experiment: Experiment | None) -> Path:
+def _log(verb: str, experiment: Experiment | Path | None) -> Path:
     """Write the traceback of the current exception beside the run and return the file."""
-    folder = experiment.run_folder if experiment else Path(tempfile.gettempdir())
+    there = isinstance(experiment, Experiment)
+    folder = experiment.run_folder if there else Path(tempfile.gettempdir())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # then at least where any program may write
