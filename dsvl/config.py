@@ -367,6 +367,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.sets) > 0, "sets", self.sets, "must name at least one dataset")
+        # Ids are SET/RECORD, and a file is called so: with a slash, two sets could share ids.
+        misnamed = [name for name in self.sets if not re.fullmatch(r"\w[\w.-]{0,99}", name)]
+        rule = "must be called by up to 100 letters, digits, '_', '-' and '.', none of the last two first"
+        require(not misnamed, "sets", tuple(misnamed), rule)
         for name, blend in self.blends.items():
             unknown = [part for part in blend.sets if part not in self.sets]
             rule = f"must be among data.sets: {', '.join(self.sets)}"

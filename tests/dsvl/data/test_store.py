@@ -155,6 +155,12 @@ def test_a_lost_record_is_never_published(made, tmp_path):
     assert (table["set"]["held_out"], table["set"]["dropped"]) == (1, {"bad_roles": 1})
 
 
+def test_two_samples_of_one_id_are_never_published(made, tmp_path):
+    made.samples.append(made.samples[0])
+    with pytest.raises(AssertionError, match="is stored already"):
+        made.write(tmp_path / "set")
+
+
 def test_nothing_is_left_of_an_interrupted_write(made, tmp_path):
     (tmp_path / "out").mkdir()
     made.samples.append(missing(made.samples[1]))
