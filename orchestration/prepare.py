@@ -25,6 +25,7 @@ from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.plan import blends_file
 from orchestration.pool import Progress
+from orchestration.problems import harmless
 from orchestration.reading import annotation_digests
 from orchestration.survey import (
     Survey,
@@ -140,7 +141,7 @@ def _faults(experiment: Experiment, folder: Path) -> list[str]:
         for bad in map(json.loads, lines)
         if stamp(image_folder(experiment, bad["source"]), bad["path"]) not in (None, bad["stamp"])
     ]
-    shown = ", ".join(changed[:3]) + (", ..." if changed[3:] else "")
+    shown = harmless(", ".join(changed[:3])) + (", ..." if changed[3:] else "")
     return [f"images that could not be used have changed: {shown}"] if changed else []
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orchestration.config import Experiment
+from orchestration.problems import harmless
 
 Result = tuple[dict[str, Any], str]
 """What a verb found out, for programs and for people."""
@@ -110,12 +111,12 @@ def _convert(**options: Any) -> Result:
     from orchestration.convert import convert, render
 
     result = convert(**options)
-    return result, render(result)
+    return result, harmless(render(result))
 
 
 def described(result: dict[str, Any]) -> Result:
     """A result that people read as it is, name by name."""
-    return result, "\n".join(_lines(result))
+    return result, harmless("\n".join(_lines(result)))
 
 
 def _lines(result: Mapping[str, Any], indent: str = "") -> list[str]:
