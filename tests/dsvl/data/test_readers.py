@@ -243,6 +243,29 @@ def test_a_table_is_read_by_the_names_of_its_fields():
     assert paths(named) == ["42"]
 
 
+def test_numbers_in_a_table_are_texts_unless_they_are_none(tmp_path):
+    rows = [
+        {"question": "How many?", "answer": 3},
+        {"question": ["1 + 1?", 7], "answer": [10**400, 0.5]},
+        {"question": "How many?", "answer": float("nan")},
+        {"question": "How many?", "answer": True},
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def found(**fields):
+        config = SetConfig(
+            reader="qa", annotations=("t.jsonl",), images="i", fields=FieldsConfig(**fields)
+        )
+        return read("set", config=config, root=tmp_path, max_images=8, seed=0)
+
+    one, two, *bad = found()
+    assert (said(one), said(two)) == (["How many?", "3"], ["1 + 1?", str(10**400), "7", "0.5"])
+    assert [record.reason for record in bad] == ["empty_answer"] * 2
+    one, *bad = found(answer="{answer}.")
+    assert said(one)[1] == "3."
+    assert [record.reason for record in bad] == ["empty_answer"] * 3
+
+
 def test_random_choices_depend_on_the_seed_and_the_record_alone(tmp_path):
     records = list(raw("coco_caption").values())
     (tmp_path / "coco_caption.json").write_text(json.dumps({"images": records[::-1]}))
