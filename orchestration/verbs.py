@@ -23,7 +23,7 @@ def _quickstart(experiment: Experiment) -> Result:
 
 def _check(experiment: Experiment) -> Result:
     """Read the raw data and say what would come through."""
-    from orchestration.prepare import check
+    from orchestration.check import check
 
     return described(check(experiment))
 
