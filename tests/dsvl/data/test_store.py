@@ -251,6 +251,14 @@ def test_what_was_verified_is_read_again_only_where_it_has_changed(made, tmp_pat
     assert read == [ids]
 
 
+@pytest.mark.parametrize("left", ["", "{", "7", "[1]", "null"])
+def test_what_is_left_of_an_earlier_verification_need_not_be_whole(made, tmp_path, left):
+    made.write(tmp_path / "set")
+    (tmp_path / "set/.verified.json").write_text(left)
+    assert verify(tmp_path / "set") == []
+    assert json.loads((tmp_path / "set/.verified.json").read_text())
+
+
 def test_a_set_of_another_version_is_refused(made, tmp_path):
     made.write(tmp_path / "set")
     path = tmp_path / "set/manifest.json"
