@@ -225,10 +225,17 @@ class FieldsConfig:
     image: str | None = None
     """For `qa`: the same; empty fields are no image, lists are several."""
     messages: str | None = None
-    """For `sharegpt` and `hf_messages`, as the next two; their other fields are LLaMA-Factory's."""
+    """For `sharegpt` and `hf_messages`, as the next; those from here on are LLaMA-Factory's."""
     images: str | None = None
+    """For `alpaca` too, as the next."""
     system: str | None = None
+    prompt: str | None = None
+    """For `alpaca`, as the next three."""
+    query: str | None = None
+    response: str | None = None
+    history: str | None = None
     role_tag: str | None = None
+    """For `sharegpt`, as the next four."""
     content_tag: str | None = None
     user_tag: str | None = None
     assistant_tag: str | None = None
