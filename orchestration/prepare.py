@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
+import math
 import re
-import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -163,15 +164,19 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
 
 
 def _tidy(work: Path) -> None:
-    """Remove what is a day old: finished shards whose images no prepared set holds, and unfinished work."""
+    """Remove what nobody has used for a day: records, images that no prepared set holds, unfinished work."""
     before = time.time() - 24 * 3600
-    for shard in work.glob("shard-*"):
-        pixels = (shard / "pixels.npy").stat()
-        if pixels.st_nlink == 1 and pixels.st_ctime < before:
-            discard(shard)
-    for unfinished in work.glob(".*"):
-        if unfinished.stat().st_mtime < before:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    for made in work.iterdir():
+        with suppress(FileNotFoundError):  # of another process that prepares, and goes on meanwhile
+            if _last_used(made) < before:
+                discard(made)
+
+
+def _last_used(made: Path) -> float:
+    if not made.name.startswith("shard-"):
+        return made.stat().st_mtime
+    pixels = (made / "pixels.npy").stat()
+    return pixels.st_ctime if pixels.st_nlink == 1 else math.inf
 
 
 def _summary(experiment: Experiment, folder: Path, began: float, *, reused: bool) -> dict[str, Any]:
