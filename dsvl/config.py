@@ -225,10 +225,17 @@ class FieldsConfig:
     image: str | None = None
     """For `qa`: the same; empty fields are no image, lists are several."""
     messages: str | None = None
-    """For `sharegpt` and `hf_messages`, as the next two; their other fields are LLaMA-Factory's."""
+    """For `sharegpt` and `hf_messages`, as the next; those from here on are LLaMA-Factory's."""
     images: str | None = None
+    """For `alpaca` too, as the next."""
     system: str | None = None
+    prompt: str | None = None
+    """For `alpaca`, as the next three."""
+    query: str | None = None
+    response: str | None = None
+    history: str | None = None
     role_tag: str | None = None
+    """For `sharegpt`, as the next four."""
     content_tag: str | None = None
     user_tag: str | None = None
     assistant_tag: str | None = None
@@ -367,6 +374,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.sets) > 0, "sets", self.sets, "must name at least one dataset")
+        # Ids are SET/RECORD, and a file is called so: with a slash, two sets could share ids.
+        misnamed = [name for name in self.sets if not re.fullmatch(r"\w[\w.-]{0,99}", name)]
+        rule = "must be called by up to 100 letters, digits, '_', '-' and '.', none of the last two first"
+        require(not misnamed, "sets", tuple(misnamed), rule)
         for name, blend in self.blends.items():
             unknown = [part for part in blend.sets if part not in self.sets]
             rule = f"must be among data.sets: {', '.join(self.sets)}"

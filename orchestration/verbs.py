@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from orchestration.config import Experiment
+from orchestration.problems import harmless
 
 Result = tuple[dict[str, Any], str]
 """What a verb found out, for programs and for people."""
@@ -22,9 +23,15 @@ def _quickstart(experiment: Experiment) -> Result:
 
 def _check(experiment: Experiment) -> Result:
     """Read the raw data and say what would come through."""
-    from orchestration.prepare import check
+    from orchestration.check import check
 
-    return described(check(experiment))
+    found = check(experiment)
+    problems = []
+    for problem in found["problems"]:
+        records, more = problem["records"][:3], problem["count"] - 3
+        shown = [*records, f"and {more:,} more, all of them with --json"] if more > 0 else records
+        problems.append(problem | {"records": shown})
+    return found, described(found | {"problems": problems})[1]
 
 
 def _plan(experiment: Experiment) -> Result:
@@ -124,12 +131,12 @@ def _convert(**options: Any) -> Result:
     from orchestration.convert import convert, render
 
     result = convert(**options)
-    return result, render(result)
+    return result, harmless(render(result))
 
 
 def described(result: dict[str, Any]) -> Result:
     """A result that people read as it is, name by name."""
-    return result, "\n".join(_lines(result))
+    return result, harmless("\n".join(_lines(result)))
 
 
 def _lines(result: Mapping[str, Any], indent: str = "") -> list[str]:

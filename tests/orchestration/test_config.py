@@ -326,6 +326,14 @@ def test_nf4_takes_whole_blocks_of_a_row(settings):
     assert validated(settings | {"engine": {"zero_stage": 3}})
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "..", "-a", "a b", "\x1b[31m", "x" * 101])
+def test_a_set_has_a_name_that_no_id_and_no_file_mistakes(settings, name):
+    settings["data"]["sets"][name] = settings["data"]["sets"]["chats"]
+    with pytest.raises(ConfigError) as caught:
+        validated(settings)
+    assert f"data.sets: ({name!r},) must be called by up to 100 letters" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "blend", "says"),
     [
