@@ -1,15 +1,19 @@
 """DeepSpeed: its configuration from ours, and one optimiser update over a global batch."""
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig
+from transformers.integrations import HfDeepSpeedConfig
 
 from dsvl import optim
-from dsvl.config import EngineConfig, OptimConfig, TrainConfig
+from dsvl.config import EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from dsvl.data.types import Batch
 from dsvl.model import VisualChat
 
@@ -75,6 +79,28 @@ def join(*, backend: str) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
 
 
+@contextmanager
+def divided(model: ModelConfig, *, engine: EngineConfig, train: TrainConfig) -> Iterator[None]:
+    """Under ZeRO 3 parts that are loaded meanwhile are divided among the ranks, tensor by tensor.
+
+    No rank then ever holds a whole one: rank 0 maps the files, and every rank keeps its share of a tensor.
+    Small decoders, whose head shares the embedding, and quantised ones are loaded whole.
+    """
+    whole = (
+        model.quantization != "none"
+        or AutoConfig.from_pretrained(model.language.checkpoint).tie_word_embeddings
+    )
+    if engine.zero_stage < 3 or whole:
+        yield
+        return
+    settings = deepspeed_config(
+        engine, train, OptimConfig(), workers=dist.get_world_size(), trainable=1
+    )
+    active = HfDeepSpeedConfig(settings)  # transformers holds a weak reference
+    yield
+    del active
+
+
 def from_rank_0(find: Callable[[], T]) -> T:
     """What rank 0 finds, on every rank: a collective, for what is small and must not differ."""
     found: list[Any] = [find() if dist.get_rank() == 0 else None]
@@ -100,8 +126,7 @@ class Engine:
         self.model = model
         model.recompute = bool(engine.gradient_checkpointing)
         self.parameters = model.trainable()
-        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        """Before ZeRO 3 divides them."""
+        self.shapes = {name: optim.shape(p) for name, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
             optim.groups(self.parameters, optim_config, embedding=model.embedding.weight),
             lr=optim_config.lr,
@@ -113,7 +138,7 @@ class Engine:
             train,
             optim_config,
             workers=self.workers,
-            trainable=sum(p.numel() for p in self.parameters.values()),
+            trainable=sum(map(math.prod, self.shapes.values())),
         )
         self.deepspeed, wrapped, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=config, dist_init_required=False

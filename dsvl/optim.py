@@ -28,12 +28,17 @@ def groups(
         elif name.startswith("projection."):
             rate = config.projection_lr
         ratio = 1.0 if rate is None else rate / config.lr
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        decay = config.weight_decay if len(shape(parameter)) > 1 else 0.0
         members.setdefault((ratio, decay), []).append(parameter)
     return [
         {"params": group, "weight_decay": decay, "lr_ratio": ratio}
         for (ratio, decay), group in members.items()
     ]
+
+
+def shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Of a whole parameter, where ZeRO 3 may have divided it already."""
+    return tuple(vars(parameter).get("ds_shape", parameter.shape))
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -13,7 +13,7 @@ from dsvl.chat import transcript
 from dsvl.data.blend import Blender, Epoch, order
 from dsvl.data.encode import fingerprint, load_tokenizer
 from dsvl.data.store import Prepared, open_store
-from dsvl.engine import Engine, from_rank_0, join
+from dsvl.engine import Engine, divided, from_rank_0, join
 from dsvl.evaluate import evaluate, majority_accuracy
 from dsvl.features import Features
 from dsvl.guard import Guard, guarded
@@ -45,9 +45,10 @@ def work(config: dict) -> None:
     train, rank = experiment.train, torch.distributed.get_rank()
     watchdog = Watchdog(folder / "logs", rank=rank, seconds=experiment.cluster.hang_timeout_s)
     torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
-    model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
     checkpointing = gradient_checkpointing(experiment)
     engine_config = replace(experiment.engine, gradient_checkpointing=checkpointing)
+    with divided(experiment.model, engine=engine_config, train=train):
+        model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
     engine = Engine(model, engine=engine_config, train=train, optim_config=experiment.optim)
     frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
     if experiment.engine.stored_features:

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 
 from dsvl import checkpoint
 from dsvl.config import CheckpointConfig, EngineConfig, OptimConfig, TrainConfig
-from dsvl.engine import Engine, join
+from dsvl.engine import Engine, divided, join
 from dsvl.guard import WINDOW, Guard, guarded
 from dsvl.model import VisualChat
 from dsvl.optim import groups, learning_rate
@@ -71,7 +71,8 @@ def _worker(rank, world, port, config, folder, options):
         **options.get("engine", {}),
     )
     train = TrainConfig(**{**vars(TRAIN), "precision": options.get("precision", "fp32")})
-    model = VisualChat(config, precision=train.precision, seed=0)
+    with divided(config, engine=engine_config, train=train):
+        model = VisualChat(config, precision=train.precision, seed=0)
     engine = Engine(model, engine=engine_config, train=train, optim_config=OPTIM)
     guard = Guard(train)
 
