@@ -1,0 +1,212 @@
+"""How near the plan's memory comes to what trainings take: DeepSpeed engines on gloo, a process a worker.
+
+    python -m tests.benchmarks.planning [--only CASE ...] [--write tests/benchmarks/results]
+
+A worker's peak is what is resident at most during three updates, less what was before the model was there:
+libraries, and what a first product leaves behind. Samples are as long as `data.max_tokens` allows and hold one
+small image, which is what the plan counts with. Some minutes on two cores and 4 GiB of memory, on Linux.
+"""
+
+import argparse
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from dsvl.config import TrainConfig
+from dsvl.data.collate import collate
+from dsvl.data.types import IGNORED, Batch, Example, Kind
+from dsvl.engine import Engine, join
+from dsvl.model import VisualChat
+from orchestration.config import Experiment, validated
+from orchestration.memory import memory
+from tests.benchmarks.measure import MALLOC, peak_mib
+from tests.benchmarks.mmca import machine
+
+TARGET = 0.10
+"""How far the plan may be from the measured peak, as a share of it."""
+UPDATES = 3
+"""The first allocates the moments, the second is the first that prefetches under ZeRO 3."""
+
+VISION = {
+    "image_size": 56,
+    "patch_size": 14,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+}
+LANGUAGE = {
+    "vocab_size": 16_000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+}
+CASES: dict[str, dict[str, object]] = {
+    "zero-0": {"engine.zero_stage": 0},
+    "zero-1": {"engine.zero_stage": 1},
+    "zero-2": {"engine.zero_stage": 2},
+    "zero-3": {"engine.zero_stage": 3},
+    "zero-0-two-workers": {"engine.zero_stage": 0, "cluster.workers": 2},
+    "zero-1-two-workers": {"engine.zero_stage": 1, "cluster.workers": 2},
+    "zero-2-two-workers": {"engine.zero_stage": 2, "cluster.workers": 2},
+    "zero-3-two-workers": {"engine.zero_stage": 3, "cluster.workers": 2},
+    "recomputed": {"engine.gradient_checkpointing": True},
+    "recomputed-zero-3-two-workers": {
+        "engine.gradient_checkpointing": True, "engine.zero_stage": 3, "cluster.workers": 2
+    },
+    "causal": {"model.attention": "causal"},
+    "deep": {"model.languages.made.num_hidden_layers": 12, "data.max_tokens": 512},
+    "micro-batch-2": {"engine.micro_batch": 2, "data.max_tokens": 512},
+    "accumulated": {"train.batch": 4},
+    "embedding-frozen": {"model.train_embedding": False},
+    "shared-keys": {"model.languages.made.num_key_value_heads": 4},
+    "adapters": {"model.language_lora.rank": 32},
+    "adapters-zero-2-two-workers": {"model.language_lora.rank": 32, "cluster.workers": 2},
+}  # fmt: skip
+
+
+def experiment(overrides: Mapping[str, object], folder: Path = Path("made")) -> Experiment:
+    """A case, its checkpoints in a folder; a batch is a micro batch a worker where it is not set."""
+    settings: dict[str, Any] = {
+        "name": "planning",
+        "model": {
+            "size": "made",
+            "languages": {"made": {"checkpoint": str(folder / "language"), **LANGUAGE}},
+            "vision": {"checkpoint": str(folder / "vision"), **VISION},
+        },
+        "data": {
+            "max_tokens": 1024,
+            "sets": {"made": {"reader": "llava_json", "annotations": ["made"], "images": "made"}},
+        },
+        "train": {"epochs": 1, "batch": 4, "precision": "fp32"},
+        "engine": {"gradient_checkpointing": False},
+    }
+    workers, micro = (overrides.get(n, 1) for n in ("cluster.workers", "engine.micro_batch"))
+    return validated(settings).with_overrides({"train.batch": int(workers) * int(micro)} | overrides)
+
+
+def measure(planned: Experiment, folder: Path) -> list[float]:
+    """MiB that each worker takes at its peak."""
+    write_checkpoints(planned, folder)
+    (folder / "experiment.json").write_text(json.dumps(planned.as_dict()), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = planned.cluster.workers
+    command = [sys.executable, "-m", "tests.benchmarks.planning", "--worker", str(folder)]
+    place = {"WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | MALLOC | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(workers)
+    ]
+    said = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise RuntimeError("a worker failed; see above")
+    return [float(lines.split()[-1]) for lines in said]
+
+
+def write_checkpoints(planned: Experiment, folder: Path) -> None:
+    """A decoder and a tower of the experiment's shapes, with random weights."""
+    torch.manual_seed(0)
+    language = {n: v for n, v in vars(planned.model.language).items() if isinstance(v, int)}
+    vision = {n: v for n, v in vars(planned.model.vision).items() if isinstance(v, int)}
+    LlamaForCausalLM(LlamaConfig(**language)).save_pretrained(folder / "language")
+    CLIPVisionModel(CLIPVisionConfig(**vision, num_attention_heads=4)).save_pretrained(
+        folder / "vision"
+    )
+
+
+def work(folder: Path) -> float:
+    """The peak of this process as a worker, in MiB."""
+    settings = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
+    planned = validated(settings)
+    torch.set_num_threads(1)
+    join(backend="gloo")
+    warm = torch.ones(64, 64, requires_grad=True)
+    torch.nn.functional.silu(warm @ warm).sum().backward()
+    del warm
+    peak = peak_mib(lambda: train(planned), torch.device("cpu"))
+    dist.destroy_process_group()
+    return peak
+
+
+def train(planned: Experiment) -> None:
+    """Build the model and update it some times; the peak begins anew where training begins."""
+    model = VisualChat(planned.model, precision="fp32", seed=0)
+    engine = Engine(
+        model, engine=planned.engine, train=planned.train, optim_config=planned.optim
+    )
+    passes = planned.train.batch // (planned.cluster.workers * planned.engine.micro_batch)
+    batches = [batch(planned, seed=number) for number in range(passes)]
+    targets = sum(int((each.labels != IGNORED).sum()) for each in batches)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # loading took more, and is over
+    for _ in range(UPDATES):
+        engine.update(batches, targets=targets * planned.cluster.workers, lr=1e-3)
+
+
+def batch(planned: Experiment, *, seed: int) -> Batch:
+    """A micro batch of full samples: an image, then text of which half is answers."""
+    random, shown = np.random.default_rng(seed), planned.model.image_tokens
+    length = planned.data.max_tokens
+    is_image = np.arange(length) < shown
+    ids = np.where(is_image, 0, random.integers(planned.model.language.vocab_size, size=length))
+    labels = np.where(np.arange(length) < (length + shown) // 2, IGNORED, ids)
+    example = Example(
+        "made",
+        ids.astype(np.int32),
+        labels.astype(np.int32),
+        np.where(is_image, Kind.IMAGE, Kind.TEXT).astype(np.int8),
+        ("image",),
+    )
+    side = planned.model.vision.image_size
+    image = random.normal(size=(3, side, side)).astype(np.float32)
+    return collate(
+        [example] * planned.engine.micro_batch,
+        pixels=lambda _: image,
+        image_tokens=shown,
+        pad_id=0,
+    )
+
+
+def compare(name: str) -> dict[str, Any]:
+    """A case: what is planned and what the worker that took most took, in MiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        planned = experiment(CASES[name], Path(folder))
+        measured = max(measure(planned, Path(folder)))
+    parts = {part: size / 2**20 for part, size in memory(planned).items()}
+    total = sum(parts.values())
+    return {"name": name, "planned": parts, "planned_mib": total, "measured_mib": measured,
+            "ratio": total / measured}  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--write", type=Path, metavar="FOLDER")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(work(options.worker))
+    else:
+        for name in options.only:
+            print(json.dumps(compare(name)), flush=True)
