@@ -5,9 +5,10 @@ field, the value, the rule and the remedy.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isqrt
-from typing import Literal
+from typing import Any, Literal
 
 SCHEMA_VERSION = 3
 """Of prepared data; see `dsvl.data.store`."""
@@ -399,7 +400,11 @@ class OptimConfig:
     """AdamW and its learning-rate schedule (paper, section 4.2)."""
 
     lr: float = 1e-3
-    """Peak learning rate of the projection and the embedding."""
+    """Peak learning rate of all that is trained, where the next two do not say otherwise."""
+    projection_lr: float | None = None
+    """That of the projection."""
+    embedding_lr: float | None = None
+    """That of the decoder's embedding."""
     betas: tuple[float, float] = (0.0, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -413,7 +418,9 @@ class OptimConfig:
     """Share of all steps in which `wsd` (warm-up, stable, decay) falls from its plateau to zero."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "lr", self.lr, "must be positive, for instance 1e-3")
+        for name in ("lr", "projection_lr", "embedding_lr"):
+            rate = getattr(self, name)
+            require(rate is None or rate > 0, name, rate, "must be positive, for instance 1e-3")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must lie in [0, 1)")
         require(self.eps > 0, "eps", self.eps, "must be positive")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
@@ -461,9 +468,47 @@ class EngineConfig:
     stored_features: bool = False
     """Have `prepare` keep what the frozen tower makes of each image, and train on that instead of running the
     tower in every step: 2 MiB of disk an image with Qwen-VL's."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where master values and moments lie between updates, if not on the GPU; nvme needs ZeRO stage 3."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where weights lie that no layer is using; needs ZeRO stage 3."""
+    nvme_path: str | None = None
+    """A folder on each node's own fast disk, for nvme."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """More of DeepSpeed's own configuration, as
+    `{zero_optimization: {zero_hpz_partition_size: 8, zero_quantized_weights: true}}` for ZeRO++."""
 
     def __post_init__(self) -> None:
         require(self.micro_batch > 0, "micro_batch", self.micro_batch, "must be positive")
+        stage, offloads = self.zero_stage, (self.offload_optimizer, self.offload_parameters)
+        rule = "must be none unless zero_stage is 3"
+        require(stage == 3 or offloads[1] == "none", "offload_parameters", offloads[1], rule)
+        rule = "must be none or cpu unless zero_stage is 3"
+        require(stage == 3 or offloads[0] != "nvme", "offload_optimizer", offloads[0], rule)
+        rule = "must be none without zero_stage 1, 2 or 3"
+        require(stage > 0 or offloads[0] == "none", "offload_optimizer", offloads[0], rule)
+        rule = "must name a folder for nvme, and nothing else"
+        require(("nvme" in offloads) == bool(self.nvme_path), "nvme_path", self.nvme_path, rule)
+        ours = sorted(name for name in DEEPSPEED_OURS if _has(self.deepspeed, name.split(".")))
+        require(
+            not ours, "deepspeed", ours, "must not be set there, but by the fields of this file"
+        )
+
+
+DEEPSPEED_OURS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "scheduler", "bf16.enabled", "fp16.enabled",
+    "zero_optimization.stage", "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_param.device",
+)  # fmt: skip
+"""Fields of DeepSpeed's configuration that follow from ours."""
+
+
+def _has(tree: Any, keys: Sequence[str]) -> bool:
+    """Whether a nested mapping holds something under these keys."""
+    return not keys or (
+        isinstance(tree, dict) and keys[0] in tree and _has(tree[keys[0]], keys[1:])
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ def deepspeed_config(
             f"train.batch={train.batch}: must be a multiple of workers x engine.micro_batch = "
             f"{workers} x {engine.micro_batch}; the nearest that is: {max(train.batch // passed, 1) * passed}"
         )
-    return {
+    config = {
         "train_batch_size": train.batch,
         "train_micro_batch_size_per_gpu": engine.micro_batch,
         "gradient_accumulation_steps": train.batch // passed,
@@ -40,12 +40,31 @@ def deepspeed_config(
             "stage": engine.zero_stage,
             "overlap_comm": torch.cuda.is_available(),
             "reduce_bucket_size": min(trainable, 500_000_000),
+            "offload_optimizer": _offload(engine.offload_optimizer, engine.nvme_path),
+            "offload_param": _offload(engine.offload_parameters, engine.nvme_path),
         },
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16", "loss_scale_window": 100},
         # ZeRO takes any torch optimiser; the flag only silences the question whether that is meant.
         "zero_allow_untested_optimizer": True,
+        # Nor does offloading take DeepSpeed's own AdamW, which is compiled when it is first used.
+        "zero_force_ds_cpu_optimizer": False,
     }
+    return _laid_over(config, engine.deepspeed)
+
+
+def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
+    """The part of DeepSpeed's configuration that says where something lies while it is not used."""
+    if device == "nvme":
+        return {"device": device, "nvme_path": nvme_path}
+    return {"device": device, "pin_memory": torch.cuda.is_available()}
+
+
+def _laid_over(base: Any, over: Any) -> Any:
+    """`over` on `base`: mappings merge, all else is replaced."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return {**base, **{key: _laid_over(base.get(key), value) for key, value in over.items()}}
 
 
 def join(*, backend: str) -> None:
@@ -84,7 +103,7 @@ class Engine:
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         """Before ZeRO 3 divides them."""
         self.optimizer = torch.optim.AdamW(
-            optim.groups(self.parameters, optim_config),
+            optim.groups(self.parameters, optim_config, embedding=model.embedding.weight),
             lr=optim_config.lr,
             betas=optim_config.betas,
             eps=optim_config.eps,
@@ -117,7 +136,7 @@ class Engine:
             The loss of the global batch in nats a token, and the norm of its gradient before clipping.
         """
         for group in self.wrapped.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         total, norm = torch.zeros((), device=self.device), None
         # DeepSpeed averages over ranks and accumulation steps; the loss is a sum over tokens.
         share = self.workers * len(micro_batches) / targets

@@ -3,19 +3,36 @@
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from dsvl.config import OptimConfig
 
 
-def groups(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> list[dict]:
-    """Parameter groups for AdamW: matrices are decayed, biases and norms are not."""
-    decayed = [p for p in parameters.values() if p.ndim > 1]
-    others = [p for p in parameters.values() if p.ndim <= 1]
+def groups(
+    parameters: Mapping[str, nn.Parameter],
+    config: OptimConfig,
+    *,
+    embedding: torch.Tensor | None = None,
+) -> list[dict]:
+    """Parameter groups for AdamW: matrices are decayed, biases and norms are not.
+
+    `lr_ratio` of a group is its rate over `optim.lr`; all follow the same schedule. `embedding` is the one of
+    the parameters that has `optim.embedding_lr`.
+    """
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = None
+        if parameter is embedding:
+            rate = config.embedding_lr
+        elif name.startswith("projection."):
+            rate = config.projection_lr
+        ratio = 1.0 if rate is None else rate / config.lr
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        members.setdefault((ratio, decay), []).append(parameter)
     return [
-        {"params": members, "weight_decay": decay}
-        for members, decay in ((decayed, config.weight_decay), (others, 0.0))
-        if members
+        {"params": group, "weight_decay": decay, "lr_ratio": ratio}
+        for (ratio, decay), group in members.items()
     ]
 
 

@@ -62,6 +62,7 @@ def _worker(rank, world, port, config, folder, options):
         zero_stage=options["stage"],
         micro_batch=options.get("micro", 1),
         gradient_checkpointing=options.get("recompute"),
+        **options.get("engine", {}),
     )
     train = TrainConfig(**{**vars(TRAIN), "precision": options.get("precision", "fp32")})
     model = VisualChat(config, precision=train.precision, seed=0)
@@ -178,6 +179,44 @@ def test_killed_and_resumed_is_bit_identical_to_unbroken(model_config, tmp_path,
     assert files_of(tmp_path / "unbroken/step-000012") != files_of(
         tmp_path / "unbroken/step-000005"
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [
+        (1, {"offload_optimizer": "cpu"}),
+        (2, {"offload_optimizer": "cpu"}),
+        (3, {"offload_optimizer": "cpu", "offload_parameters": "cpu"}),
+        (3, {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}),
+    ],
+)
+def test_offloaded_states_train_and_resume_as_others_do(
+    model_config, reference, tmp_path, stage, offload
+):
+    options = {"stage": stage, "engine": offload, "save": (5, 12)}
+    unbroken = run(model_config, tmp_path / "unbroken", **options)
+    np.testing.assert_allclose(unbroken, reference[0], rtol=2e-5, atol=2e-6)
+    first = run(model_config, tmp_path / "broken", stop=8, **options)
+    assert first + run(model_config, tmp_path / "broken", **options)[3:] == unbroken
+    assert files_of(tmp_path / "unbroken/step-000012") == files_of(tmp_path / "broken/step-000012")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_projection_and_embedding_learn_at_rates_of_their_own(
+    model_config, tmp_path, stage, monkeypatch
+):
+    """AdamW's first step moves every weight by its rate, whatever the gradient."""
+    config = replace(model_config, projection="mlp")
+    rates = replace(OPTIM, lr=0.3, projection_lr=0.02, embedding_lr=0.1, eps=1e-12)
+    monkeypatch.setitem(globals(), "OPTIM", rates)
+    before = VisualChat(config, precision="fp32", seed=0).trainable()
+    run(config, tmp_path, stage=stage, save=(1,), stop=1)
+    after = checkpoint.load_file(tmp_path / "step-000001/parameters.safetensors")
+    rise = 1 / math.ceil(OPTIM.warmup_fraction * Plan(len(Prepared.train), TRAIN).steps)
+    for name, value in after.items():
+        moved = (value - before[name].detach()).abs().max().item()
+        rate = 0.02 if name.startswith("projection.") else 0.1
+        assert moved == pytest.approx(rate * rise, rel=1e-3), name
 
 
 @pytest.mark.parametrize(

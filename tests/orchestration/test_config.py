@@ -17,6 +17,8 @@ EXECUTION = {
     "cluster.gpus_per_worker": 1,
     "engine.zero_stage": 3,
     "engine.micro_batch": 4,
+    "engine.offload_optimizer": "cpu",
+    "engine.deepspeed": {"wall_clock_breakdown": True},
     "checkpoint.every": 7,
     "evaluation.samples": 5,
     "storage.path": "elsewhere",
@@ -76,6 +78,8 @@ WHAT = {
     "data.max_dropped": 0.5,
     "data.eval_fraction": 0.5,
     "optim.lr": 0.5,
+    "optim.projection_lr": 0.5,
+    "optim.embedding_lr": 0.5,
     "optim.betas": [0.9, 0.95],
     "optim.eps": 1e-5,
     "optim.weight_decay": 0.1,
@@ -220,7 +224,7 @@ def test_every_section_at_every_depth_refuses_unknown_fields(settings, search):
     whole = validated({**settings, "search": search}).as_dict()
     # Their keys are the user's.
     free = {("model", "languages"), ("data", "sets"), ("data", "blends"), ("search", "space")}
-    free |= {("cluster", "cpu_labels"), ("cluster", "gpu_labels")}
+    free |= {("cluster", "cpu_labels"), ("cluster", "gpu_labels"), ("engine", "deepspeed")}
     for path in set(section_paths(whole)) - free:
         broken = json.loads(json.dumps(whole))
         section = broken
@@ -286,6 +290,26 @@ def test_int8_is_not_divided_by_zero_3(settings):
         "set that to nf4, or this to 2"
     ]
     assert validated(settings | {"engine": {"zero_stage": 2}})
+
+
+@pytest.mark.parametrize(
+    ("engine", "says"),
+    [
+        ({"offload_parameters": "cpu"}, "offload_parameters: 'cpu' must be none unless zero_stage is 3"),
+        ({"offload_optimizer": "nvme", "nvme_path": "d"}, "'nvme' must be none or cpu unless zero_stage"),
+        ({"zero_stage": 0, "offload_optimizer": "cpu"}, "'cpu' must be none without zero_stage 1, 2"),
+        ({"zero_stage": 3, "offload_parameters": "nvme"}, "nvme_path: None must name a folder for nvme"),
+        ({"nvme_path": "d"}, "nvme_path: 'd' must name a folder for nvme, and nothing else"),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "['zero_optimization.stage'] must not be"),
+        ({"deepspeed": {"optimizer": {}}}, "deepspeed: ['optimizer'] must not be set there, but by the"),
+    ],
+)  # fmt: skip
+def test_an_engine_that_cannot_be_is_refused_where_it_stands(settings, engine, says):
+    settings["train"]["precision"] = "fp32"
+    settings["engine"] = engine
+    (problem,) = lines(settings)
+    assert problem.startswith("engine.")
+    assert says in problem
 
 
 def test_nf4_takes_whole_blocks_of_a_row(settings):
