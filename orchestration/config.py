@@ -50,7 +50,7 @@ class ClusterConfig(Section):
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of a GPU that a worker may fill; a plan that needs more is refused."""
     host_memory_gib: float | None = Field(default=None, gt=0)
-    """Memory of its machine that a worker may fill with what is offloaded; a plan that needs more is refused."""
+    """Memory of its machine that a worker may fill with what is offloaded; more is refused as well."""
     gpu_tflops: float | None = Field(default=None, gt=0)
     """Peak of a worker's device at `train.precision`, in 10^12 operations a second; plans tell time by it."""
     utilisation: float = Field(default=0.4, gt=0, le=1)

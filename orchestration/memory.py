@@ -1,8 +1,8 @@
 """What a worker has to hold while it trains: bytes by component at the moment when they are most.
 
-There are three such moments: the loss is known and every layer has kept what its backward pass needs; the
-backward pass has come to the embedding, the last to get its gradient; the optimizer updates. DeepSpeed's part in
-each is that of its own code (0.19); `tests.benchmarks.planning` holds the sum to what real trainings take.
+There are three such moments: the loss is known, and every layer has kept what its backward pass needs; that
+pass has come to the embedding, the last to get its gradient; the optimizer updates. DeepSpeed's part is that
+of its code (0.19). `tests.benchmarks.planning` holds the sum to what real trainings take.
 """
 
 from typing import Any
@@ -61,7 +61,7 @@ def weight_bytes(experiment: Experiment) -> int:
 def _memory(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
     staying = _staying(experiment)
     passing = max(
-        _forward(experiment, recompute=recompute),
+        at_the_loss(experiment, recompute=recompute),
         *_updates(experiment),
         key=lambda parts: sum(parts.values()),
     )
@@ -76,7 +76,9 @@ def _staying(experiment: Experiment) -> dict[str, int]:
     engine, workers = experiment.engine, experiment.cluster.workers
     frozen, scales, trained = _weights(experiment)
     own = -(-trained // workers)
-    states = own * STATE_BYTES if engine.zero_stage else trained * 8  # its weights are their own masters
+    states = (
+        own * STATE_BYTES if engine.zero_stage else trained * 8
+    )  # its weights are their own masters
 
     def weights(size: int) -> int:
         if engine.offload_parameters != "none":
@@ -90,7 +92,7 @@ def _staying(experiment: Experiment) -> dict[str, int]:
     }
 
 
-def _forward(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
+def at_the_loss(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
     """What is there beside it when the loss is known, or while the last layer is differentiated."""
     model, engine, width = experiment.model, experiment.engine, weight_bytes(experiment)
     language, stage = model.language, engine.zero_stage
@@ -202,8 +204,8 @@ def _kept_by_a_layer(model: ModelConfig, width: int, *, stage: int) -> int:
     """Bytes that a frozen layer of the decoder keeps for the backward pass, a token.
 
     Three values of its MLP; queries, keys, values and what they were mixed to, laid out anew; and its two
-    norms, which work in float32. Adapters keep what enters them and their layer; so do, under ZeRO 3, all linear
-    layers, frozen ones too (DeepSpeed's LinearFunctionForZeroStage3).
+    norms, which work in float32. Adapters keep what enters them and their layer; so do under ZeRO 3 all
+    linear layers, frozen or not (DeepSpeed's LinearFunctionForZeroStage3).
     """
     language, lora = model.language, model.language_lora
     hidden, wide = language.hidden_size, language.intermediate_size

@@ -108,6 +108,12 @@ def _linear(
     return attention + ([(hidden, wide)] * 2 + [(wide, hidden)] if targets == "all" else [])
 
 
+def linear_weights(language: LanguageConfig) -> tuple[int, int, int]:
+    """Weights of a decoder's layer: of queries, of keys and values, and of all that follows attention."""
+    query, key, value, *rest = (i * o for i, o in _linear(language, "all"))
+    return query, key + value, sum(rest)
+
+
 def _ends(layers: list[tuple[int, int]]) -> int:
     return sum(map(sum, layers))
 
