@@ -4,18 +4,25 @@ A checkpoint is a folder `step-NNNNNN`, written under a temporary name and renam
 
 - `parameters.safetensors`: the float32 master value of each trainable parameter under its own name, and
   `model.json`: together a model that `dsvl.pretrained` loads;
-- `optimizer.safetensors`: its moments, as `exp_avg/NAME` and `exp_avg_sq/NAME`;
+- `exp_avg.safetensors` and `exp_avg_sq.safetensors`: its moments, under the same names;
 - `rng.safetensors`: the generator state of each rank;
-- `state.json`: step, data position, schedule, loss scale;
-- `manifest.json`: sha256 of each file, identity of the experiment, digests of the frozen parts.
+- `state.json`: step, AdamW's updates, data position, schedule, loss scale, and what the guard remembers;
+- `manifest.json`: sha256 of each file, identity of the experiment, digests of the frozen parts, metrics.
+
+The first three are written by three ranks at once, where there are as many.
 """
 
+import errno
 import json
 import logging
+import math
 import os
 import shutil
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,16 +37,19 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 
 from dsvl import pretrained
+from dsvl.config import CheckpointConfig
 from dsvl.data.store import sha256
-from dsvl.engine import Engine
+from dsvl.engine import Engine, from_rank_0
 from dsvl.pretrained import require_same
 
-SCHEMA_VERSION = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
+SCHEMA_VERSION = 2
+MANIFEST = "manifest.json"
+MASTER, MOMENTS = "parameters", ("exp_avg", "exp_avg_sq")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 log = logging.getLogger(__name__)
 
@@ -66,68 +76,114 @@ def save(
     identity: str,
     fields: dict,
     frozen: dict[str, str],
-    keep: int,
+    config: CheckpointConfig,
+    guard: dict[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> Path:
     """Write the state after update `step`; every rank must call it. Returns the checkpoint's folder.
 
     Args:
         engine: what is trained.
-        folder: where the run's checkpoints lie.
-        step: updates done.
+        folder: where the run's checkpoints lie, the same for all ranks.
+        step: updates done; the state before the first one can be written too.
         position: (epoch, index) of the next sample's batch.
         identity: of the experiment; `fields` are the settings behind it.
         fields: named in the message when a resume is refused.
         frozen: digest of each frozen part.
-        keep: older checkpoints than the newest `keep` are removed.
+        config: how many checkpoints stay.
+        guard: `dsvl.guard.Guard.state`.
+        metrics: what was measured after this update.
+
+    Raises:
+        OSError: if the disk has no room for it, on every rank and before anything is written.
     """
-    tensors = _gather(engine)
+    _require_room(engine, folder)
+    if step == 0:
+        _create_optimizer_state(engine, updates=0)
+    writers = {MASTER: 0} | {key: n % engine.workers for n, key in enumerate(MOMENTS, start=1)}
+    tensors = _gather(engine, [key for key, rank in writers.items() if rank == engine.rank])
     generators = _all_ranks(torch.get_rng_state(), engine.device)
     target = folder / f"step-{step:06d}"
+    unfinished = folder / from_rank_0(lambda: f".{target.name}.{os.getpid()}")
     if engine.rank == 0:
-        unfinished = folder / f".{target.name}.{os.getpid()}"
         for left in folder.glob(".step-*"):
             shutil.rmtree(left)  # by a save that was killed
         unfinished.mkdir(parents=True)
-        pretrained.write(
-            unfinished,
-            engine.model.config,
-            {name: value for name, (value, _) in tensors.items()},
-            frozen=frozen,
-        )
-        save_file(
-            {
-                f"{key}/{name}": moments[key]
-                for name, (_, moments) in tensors.items()
-                for key in MOMENTS
-            },
-            unfinished / "optimizer.safetensors",
-        )
+        pretrained.write(unfinished, engine.model.config, tensors.pop(MASTER), frozen=frozen)
         save_file(
             {f"rank{r}": state for r, state in enumerate(generators)},
             unfinished / "rng.safetensors",
         )
         state = {
             "step": step,
+            "updates": _updates(engine),
             "position": {"epoch": position[0], "index": position[1]},
             "schedule": {"name": engine.optim_config.schedule, "step": step},
             "loss_scale": _loss_scale(engine),
+            "guard": guard or {},
         }
         (unfinished / "state.json").write_text(json.dumps(state, indent=1))
+    dist.barrier()
+    for key, values in tensors.items():
+        save_file(values, unfinished / f"{key}.safetensors")
+    entries: list[Any] = [None] * engine.workers
+    mine = {f"{key}.safetensors": _file_entry(unfinished / f"{key}.safetensors") for key in tensors}
+    dist.all_gather_object(entries, mine)
+    if engine.rank == 0:
+        files = {name: entry for written in entries for name, entry in written.items()}
+        files |= {
+            path.name: _file_entry(path) for path in unfinished.iterdir() if path.name not in files
+        }
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "step": step,
             "identity": identity,
             "fields": fields,
             "frozen": frozen,
-            "files": {path.name: _file_entry(path) for path in sorted(unfinished.iterdir())},
+            "metrics": dict(metrics or {}),
+            "files": dict(sorted(files.items())),
         }
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        _remove_old(folder, config)
     dist.barrier()
     return target
+
+
+def _require_room(engine: Engine, folder: Path) -> None:
+    """Raise OSError on every rank unless the disk that rank 0 sees has room for a checkpoint."""
+    needed = 3 * 4 * sum(math.prod(shape) for shape in engine.shapes.values())
+
+    def free() -> int:
+        folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(folder).free
+
+    if (found := from_rank_0(free)) < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder}: a checkpoint takes {needed / 2**30:.2f} GiB but {found / 2**30:.2f} are free; "
+            "make room or lower checkpoint.keep, and start again: the last checkpoint is whole",
+        )
+
+
+def _remove_old(folder: Path, config: CheckpointConfig) -> None:
+    """Leave the newest checkpoints, and those with the lowest held-out loss."""
+    found = sorted(folder.glob("step-*"), reverse=True)
+    losses = {path: held_out_loss(path) for path in found}
+    best = sorted(found, key=losses.__getitem__)[: config.keep_best]
+    for path in found[config.keep :]:
+        if path not in best or losses[path] == math.inf:
+            shutil.rmtree(path)
+
+
+def held_out_loss(path: Path) -> float:
+    """What was measured when a checkpoint was saved; infinite if nothing was, or its manifest is damaged."""
+    try:
+        loss = json.loads((path / MANIFEST).read_text())["metrics"]["eval/loss"]
+    except (OSError, ValueError, KeyError):
+        return math.inf
+    return loss if math.isfinite(loss) else math.inf
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -135,7 +191,7 @@ def newest(folder: Path) -> Checkpoint | None:
     for path in sorted(folder.glob("step-*"), reverse=True):
         fault = find_fault(path)
         if fault is None:
-            return Checkpoint(path, json.loads((path / "manifest.json").read_text()))
+            return Checkpoint(path, json.loads((path / MANIFEST).read_text()))
         log.warning("checkpoint %s is damaged (%s); trying the one before", path, fault)
     return None
 
@@ -143,7 +199,7 @@ def newest(folder: Path) -> Checkpoint | None:
 def find_fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"manifest.json: {error}"
     if manifest["schema_version"] != SCHEMA_VERSION:
@@ -156,8 +212,10 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
-def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> None:
+def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> dict[str, Any]:
     """Put the engine into the state of a checkpoint, whatever world size or ZeRO stage wrote it.
+
+    Returns what the guard remembered.
 
     Raises:
         ValueError: if the frozen parts or the trainable parameters are others than those it was written with.
@@ -167,56 +225,72 @@ def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> N
             f"{checkpoint.folder}: trained on frozen parts {checkpoint.manifest['frozen']}, "
             f"but the checkpoints named now are {frozen}; point model to the former or use another name"
         )
-    values = load_file(checkpoint.folder / pretrained.PARAMETERS)
-    moments = load_file(checkpoint.folder / "optimizer.safetensors")
-    require_same(
-        {name: tuple(value.shape) for name, value in values.items()},
-        engine.shapes,
-        where=checkpoint.folder,
-    )
-    _create_optimizer_state(engine, step=checkpoint.step)
-    _link_moments(engine)
-    for name, parameter in engine.parameters.items():
-        value = values[name].to(engine.device)
-        if engine.stage == 3:
-            safe_set_local_fp32_param(parameter, _share(engine, parameter, value))
-            for key in MOMENTS:
-                moment = moments[f"{key}/{name}"].to(engine.device)
-                safe_set_local_optimizer_state(parameter, _share(engine, parameter, moment), key)
-        elif engine.stage > 0:
-            safe_set_full_fp32_param(parameter, value)
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(
-                    parameter, moments[f"{key}/{name}"].to(engine.device), key
-                )
-        else:
-            engine.optimizer.state[parameter].update(
-                {k: moments[f"{k}/{name}"].to(engine.device) for k in MOMENTS}
-            )
-        # The working copy too: without it the first forward uses stale weights and the run silently diverges.
-        with GatheredParameters([parameter], modifier_rank=0, enabled=engine.stage == 3):
-            parameter.data.copy_(value)
     state = json.loads((checkpoint.folder / "state.json").read_text())
+    # One tensor at a time, as a node holds as many copies as it has ranks.
+    with ExitStack() as opened:
+        held = {
+            key: opened.enter_context(safe_open(checkpoint.folder / f"{key}.safetensors", "pt"))
+            for key in (MASTER, *MOMENTS)
+        }
+        shapes = {name: held[MASTER].get_slice(name).get_shape() for name in held[MASTER].keys()}  # noqa: SIM118
+        require_same(
+            {name: tuple(shape) for name, shape in shapes.items()},
+            engine.shapes,
+            where=checkpoint.folder,
+        )
+        _create_optimizer_state(engine, updates=state["updates"])
+        _link_moments(engine)
+        for name, parameter in engine.parameters.items():
+            _put(
+                engine,
+                parameter,
+                held[MASTER].get_tensor(name).to(engine.device),
+                {key: held[key].get_tensor(name).to(engine.device) for key in MOMENTS},
+            )
     if state["loss_scale"] is not None:
         vars(engine.wrapped.loss_scaler).update(state["loss_scale"])
     generators = load_file(checkpoint.folder / "rng.safetensors")
     if f"rank{engine.rank}" in generators:
         torch.set_rng_state(generators[f"rank{engine.rank}"])
+    return state["guard"]
 
 
-def _gather(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Name -> (float32 value, moments) of every trainable parameter, whole, on the CPU; a collective."""
+def _put(
+    engine: Engine,
+    parameter: torch.nn.Parameter,
+    value: torch.Tensor,
+    moments: dict[str, torch.Tensor],
+) -> None:
+    """Give a parameter its master value and moments; a collective."""
+    if engine.stage == 3:
+        safe_set_local_fp32_param(parameter, _share(engine, parameter, value))
+        for key, moment in moments.items():
+            safe_set_local_optimizer_state(parameter, _share(engine, parameter, moment), key)
+    elif engine.stage > 0:
+        safe_set_full_fp32_param(parameter, value)
+        for key, moment in moments.items():
+            safe_set_full_optimizer_state(parameter, moment, key)
+    else:
+        engine.optimizer.state[parameter].update(moments)
+    # The working copy too: without it the first forward uses stale weights and the run silently diverges.
+    with GatheredParameters([parameter], modifier_rank=0, enabled=engine.stage == 3):
+        parameter.data.copy_(value)
+
+
+def _gather(engine: Engine, keys: Collection[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Key -> name -> float32 tensor, whole and on the CPU, of what this rank is to write; a collective."""
     _link_moments(engine)
-    gathered = {}
+    gathered: dict[str, dict[str, torch.Tensor]] = {key: {} for key in keys}
     for name, parameter in engine.parameters.items():
-        if engine.stage > 0:
-            value = safe_get_full_fp32_param(parameter)
-            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-        else:
-            state = engine.optimizer.state[parameter]
-            value, moments = parameter.data, {key: state[key] for key in MOMENTS}
-        whole = {key: _on_cpu(moment) for key, moment in moments.items()}
-        gathered[name] = (_on_cpu(value), whole)
+        for key in (MASTER, *MOMENTS):
+            if engine.stage == 0:
+                whole = parameter.data if key == MASTER else engine.optimizer.state[parameter][key]
+            elif key == MASTER:
+                whole = safe_get_full_fp32_param(parameter)
+            else:
+                whole = safe_get_full_optimizer_state(parameter, key)
+            if key in gathered:
+                gathered[key][name] = _on_cpu(whole)
     return gathered
 
 
@@ -237,19 +311,27 @@ def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor:
     return tensor.float().cpu().contiguous()
 
 
-def _create_optimizer_state(engine: Engine, *, step: int) -> None:
-    """Zero moments for each tensor that this rank's AdamW updates, as its first step would make them."""
+def _masters(engine: Engine) -> list[torch.Tensor]:
+    """The tensors that this rank's AdamW updates."""
     if engine.stage == 3:
-        masters = engine.wrapped.fp32_partitioned_groups_flat
-    elif engine.stage > 0:
-        masters = engine.wrapped.single_partition_of_fp32_groups
-    else:
-        masters = list(engine.parameters.values())
-    for master in masters:
-        engine.optimizer.state[master] = {"step": torch.tensor(float(step))}
+        return engine.wrapped.fp32_partitioned_groups_flat
+    if engine.stage > 0:
+        return engine.wrapped.single_partition_of_fp32_groups
+    return list(engine.parameters.values())
+
+
+def _create_optimizer_state(engine: Engine, *, updates: int) -> None:
+    """Zero moments, as AdamW's first step would make them."""
+    for master in _masters(engine):
+        engine.optimizer.state[master] = {"step": torch.tensor(float(updates))}
         engine.optimizer.state[master] |= {
             key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS
         }
+
+
+def _updates(engine: Engine) -> int:
+    """How many AdamW has made: fewer than steps where batches were skipped, or overflowed in fp16."""
+    return int(engine.optimizer.state[_masters(engine)[0]]["step"])
 
 
 def _link_moments(engine: Engine) -> None:

@@ -225,10 +225,17 @@ class FieldsConfig:
     image: str | None = None
     """For `qa`: the same; empty fields are no image, lists are several."""
     messages: str | None = None
-    """For `sharegpt` and `hf_messages`, as the next two; their other fields are LLaMA-Factory's."""
+    """For `sharegpt` and `hf_messages`, as the next; those from here on are LLaMA-Factory's."""
     images: str | None = None
+    """For `alpaca` too, as the next."""
     system: str | None = None
+    prompt: str | None = None
+    """For `alpaca`, as the next three."""
+    query: str | None = None
+    response: str | None = None
+    history: str | None = None
     role_tag: str | None = None
+    """For `sharegpt`, as the next four."""
     content_tag: str | None = None
     user_tag: str | None = None
     assistant_tag: str | None = None
@@ -367,6 +374,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.sets) > 0, "sets", self.sets, "must name at least one dataset")
+        # Ids are SET/RECORD, and a file is called so: with a slash, two sets could share ids.
+        misnamed = [name for name in self.sets if not re.fullmatch(r"\w[\w.-]{0,99}", name)]
+        rule = "must be called by up to 100 letters, digits, '_', '-' and '.', none of the last two first"
+        require(not misnamed, "sets", tuple(misnamed), rule)
         for name, blend in self.blends.items():
             unknown = [part for part in blend.sets if part not in self.sets]
             rule = f"must be among data.sets: {', '.join(self.sets)}"
@@ -448,8 +459,16 @@ class TrainConfig:
     """Samples an optimiser update, over all workers (paper, section 4.2)."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     seed: int = 1234
+    spike: float | None = None
+    """An update whose gradient's norm is more than so many times the median of the last 32 is undone and its
+    batch skipped, as is one that is not finite; when empty, only the latter."""
+    max_skipped: int = 5
+    """Batches that may be skipped before the training fails as diverged."""
 
     def __post_init__(self) -> None:
+        rule = "must be greater than 1"
+        require(self.spike is None or self.spike > 1, "spike", self.spike, rule)
+        require(self.max_skipped >= 0, "max_skipped", self.max_skipped, "must not be negative")
         require(self.epochs > 0, "epochs", self.epochs, "must be positive")
         require(self.batch > 0, "batch", self.batch, "must be positive")
         require(self.seed >= 0, "seed", self.seed, "must not be negative")
@@ -519,10 +538,13 @@ class CheckpointConfig:
     """Optimiser updates between two checkpoints; the last update is always saved."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
+    keep_best: int = 0
+    """How many with the lowest held-out loss stay beside them; the end of every epoch is saved then."""
 
     def __post_init__(self) -> None:
         require(self.every > 0, "every", self.every, "must be positive")
         require(self.keep > 0, "keep", self.keep, "must be positive")
+        require(self.keep_best >= 0, "keep_best", self.keep_best, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,6 +121,8 @@ class Engine:
         self.wrapped: Any = wrapped
         """What ZeRO makes of the optimizer: master values and moments live there (stage 0: itself)."""
         self.device: torch.device = torch.device(self.deepspeed.device or "cpu")
+        self.accumulation: int = config["gradient_accumulation_steps"]
+        """Passes of each rank for one update."""
 
     def update(
         self, micro_batches: Sequence[Batch], *, targets: int, lr: float

@@ -46,18 +46,23 @@ def adapt(part: nn.Module, config: LoraConfig, *, dtype: torch.dtype) -> None:
 
 
 def merged(model: "VisualChat") -> "VisualChat":
-    """A copy of a model whose linear layers are plain, with what adapters add in their weights.
+    """A copy of a model, merged."""
+    plain = deepcopy(model)
+    merge(plain)
+    return plain
+
+
+def merge(model: "VisualChat") -> None:
+    """Make the linear layers of a model plain, with what adapters add in their weights, one after another.
 
     Quantised weights become what they stand for; a sum is rounded once, to the precision of the model.
     """
-    plain = deepcopy(model)
-    none = LoraConfig()
-    plain.config = replace(model.config, language_lora=none, vision_lora=none, quantization="none")
-    for part in (plain.language, plain.vision):
+    for part in (model.language, model.vision):
         _make_plain(part, dtype=model.embedding.weight.dtype)
     if model.config.quantization != "none":  # or what is saved says that it is quantised
-        plain.language.hf_quantizer.remove_quantization_config(plain.language)
-    return plain
+        model.language.hf_quantizer.remove_quantization_config(model.language)
+    none = LoraConfig()
+    model.config = replace(model.config, language_lora=none, vision_lora=none, quantization="none")
 
 
 def _make_plain(module: nn.Module, *, dtype: torch.dtype) -> None:

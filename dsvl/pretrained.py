@@ -3,13 +3,14 @@
 - `parameters.safetensors`: each trained parameter in float32 under its own name;
 - `model.json`: the model's configuration, the digest of each frozen part, and the sha256 of the parameters.
 
-The folder of every training checkpoint is one.
+The folder of every training checkpoint is one. So is every folder that `dsvl.export` writes: where the frozen
+parts lie in the folder itself, the description says so (`HERE`).
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -25,6 +26,8 @@ from dsvl.model import VisualChat
 
 PARAMETERS = "parameters.safetensors"
 DESCRIPTION = "model.json"
+HERE = "{folder}/"
+"""Begins the checkpoint of a part that lies in the folder of the description, wherever that is."""
 SILENT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
 """What of a `config.json` changes no number: who wrote it, and a precision that loading overrides."""
 
@@ -45,9 +48,8 @@ def write(
 ) -> None:
     """As `save`, from the float32 values of the trained parameters and the `digests` of the frozen parts."""
     save_file({name: value.contiguous() for name, value in values.items()}, folder / PARAMETERS)
-    described = asdict(config) | {"languages": {config.size: asdict(config.language)}}
     description = {
-        "model": described,
+        "model": asdict(config) | {"languages": {config.size: asdict(config.language)}},
         "frozen": dict(frozen),
         PARAMETERS: sha256(folder / PARAMETERS),
     }
@@ -61,35 +63,54 @@ def load(folder: Path, *, precision: str) -> VisualChat:
         ValueError: where a file is missing or damaged, a frozen part is not the one it was trained with,
             or parameters are missing, left over or of another shape.
     """
-    for name in (DESCRIPTION, PARAMETERS):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: holds no {name}; name the folder of a checkpoint")
-    config, frozen, held = _described(folder / DESCRIPTION)
+    config, frozen, held = described(folder)
     if sha256(folder / PARAMETERS) != held:
         raise ValueError(f"{folder / PARAMETERS}: is not what its sha256 in {DESCRIPTION} says")
     for part, found in digests(config).items():
         if found != (trained := frozen[part]):
-            checkpoint = getattr(config, part).checkpoint
+            checkpoint = parts(config)[part]
             raise ValueError(
                 f"{folder}: trained with the {part} part {trained[:12]}, but {checkpoint} is {found[:12]}; "
-                f"name the former in {DESCRIPTION}"
+                f"put the former there, or name it in {DESCRIPTION}"
             )
     model = VisualChat(config, precision=precision, seed=0)
     put(model, load_file(folder / PARAMETERS), where=folder)
     return model
 
 
-def _described(path: Path) -> tuple[ModelConfig, dict[str, str], str]:
-    """The model's configuration, the digest of each frozen part, and the sha256 of the parameters."""
+def described(folder: Path) -> tuple[ModelConfig, dict[str, str], str]:
+    """A model's configuration, the digest of each of its frozen parts, and the sha256 of its parameters.
+
+    Raises:
+        ValueError: where a file or a part is missing, or the description is cut or of another form.
+    """
+    for name in (DESCRIPTION, PARAMETERS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: holds no {name}; name the folder of a checkpoint")
+    path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        frozen = {part: description["frozen"][part] for part in ("language", "vision")}
-        return _built(ModelConfig, description["model"]), frozen, description[PARAMETERS]
+        config, held = _built(ModelConfig, description["model"]), description[PARAMETERS]
+        frozen = {part: description["frozen"][part] for part in parts(config)}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: is not the description of a model: {type(error).__name__}: {error}; "
             "name the folder of a whole checkpoint"
         ) from error
+    named = parts(config)
+    for part, checkpoint in named.items():
+        if checkpoint.startswith(HERE):
+            named[part] = str(folder / checkpoint.removeprefix(HERE))
+            if not Path(named[part]).is_dir():
+                raise ValueError(f"{named[part]}: is not there; copy the whole of {folder} again")
+    return reading(config, **named), frozen, held
+
+
+def reading(config: ModelConfig, *, language: str, vision: str) -> ModelConfig:
+    """The same configuration, its frozen parts read from other checkpoints."""
+    decoder = replace(config.language, checkpoint=language)
+    tower = replace(config.vision, checkpoint=vision)
+    return replace(config, languages={**config.languages, config.size: decoder}, vision=tower)
 
 
 def put(model: VisualChat, values: Mapping[str, torch.Tensor], *, where: Path) -> None:
@@ -123,13 +144,12 @@ def require_same(
 
 def digests(config: ModelConfig) -> dict[str, str]:
     """The digest of each frozen part."""
-    return {
-        part: digest(checkpoint)
-        for part, checkpoint in (
-            ("language", config.language.checkpoint),
-            ("vision", config.vision.checkpoint),
-        )
-    }
+    return {part: digest(checkpoint) for part, checkpoint in parts(config).items()}
+
+
+def parts(config: ModelConfig) -> dict[str, str]:
+    """The frozen parts and their checkpoints."""
+    return {"language": config.language.checkpoint, "vision": config.vision.checkpoint}
 
 
 def digest(checkpoint: str) -> str:

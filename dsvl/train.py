@@ -1,7 +1,8 @@
 """The training loop, as a generator: the library yields a Step, the caller decides what to do with it."""
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,15 +33,21 @@ class Step:
     """Before clipping."""
     tokens: int
     """Text and image positions of the global batch."""
+    images: int
     seconds: float
+    skipped: bool = False
+    """Whether the batch was left out, so that the model is as it was."""
 
     def metrics(self) -> dict[str, float]:
         """Under their names in every journal and tracker."""
+        if self.skipped:
+            return {"train/skipped": 1.0}
         return {
             "train/loss": self.loss,
             "train/lr": self.lr,
             "train/grad_norm": self.grad_norm,
             "throughput/tokens_per_s": self.tokens / self.seconds,
+            "throughput/images_per_s": self.images / self.seconds,
         }
 
 
@@ -93,24 +100,27 @@ def steps(
     train: TrainConfig,
     config: EngineConfig,
     start: int = 0,
+    skip: Collection[int] = (),
 ) -> Iterator[Step]:
     """Train on what the blender makes of prepared data, from update `start` to the end.
 
-    Yields after every optimiser update.
+    Yields after every optimiser update, and in place of those whose numbers are to be skipped.
     """
     plan = Plan(len(blender), train)
     for step in range(start, plan.steps):
         began = time.perf_counter()
         samples, indices = blender.epoch(plan.epoch(step)), plan.indices(step)
-        passes = deal(samples.lengths[indices], len(indices) // config.micro_batch)
-        micro_batches = [
-            to_device(batch_of(prepared, [samples[i] for i in indices[part]]), engine.device)
-            for part in passes[engine.rank :: engine.workers]
-        ]
         lr = learning_rate(step, plan.steps, engine.optim_config)
-        loss, grad_norm = engine.update(
-            micro_batches, targets=int(samples.targets[indices].sum()), lr=lr
-        )
+        loss = grad_norm = 0.0
+        if not (skipped := step + 1 in skip):
+            passes = deal(samples.lengths[indices], len(indices) // config.micro_batch)
+            micro_batches = [
+                to_device(batch_of(prepared, [samples[i] for i in indices[part]]), engine.device)
+                for part in passes[engine.rank :: engine.workers]
+            ]
+            loss, grad_norm = engine.update(
+                micro_batches, targets=int(samples.targets[indices].sum()), lr=lr
+            )
         yield Step(
             number=step + 1,
             epoch=plan.epoch(step),
@@ -119,7 +129,42 @@ def steps(
             lr=lr,
             grad_norm=grad_norm,
             tokens=int(samples.lengths[indices].sum()),
+            images=int(samples.images[indices].sum()),
             seconds=time.perf_counter() - began,
+            skipped=skipped,
+        )
+
+
+def rehearse(
+    engine: Engine, prepared: Prepared, blender: Blender, *, config: EngineConfig, epoch: int
+) -> None:
+    """Pass the longest samples of an epoch through the model, forward and backward, as a first update would.
+
+    Memory that is too small shows now and not weeks later. The update has a rate of zero, and is to be
+    followed by `dsvl.checkpoint.load` or `forget`, as it leaves moments behind.
+
+    Raises:
+        RuntimeError: if the memory of a GPU is too small, or the model's loss is not finite.
+    """
+    samples = blender.epoch(epoch)
+    longest = np.argsort(samples.lengths, kind="stable")[-config.micro_batch :]
+    what = f"{len(longest)} samples of up to {samples.lengths[longest].max()} tokens"
+    try:
+        batch = to_device(batch_of(prepared, [samples[i] for i in longest]), engine.device)
+        loss, _ = engine.update(
+            [batch] * engine.accumulation,
+            targets=max(1, int(samples.targets[longest].sum())),
+            lr=0.0,
+        )
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"{what}, the longest of an epoch, need more memory than the GPU has; lower engine.micro_batch "
+            f"or data.max_tokens, or set engine.gradient_checkpointing=true: {error}"
+        ) from error
+    if not math.isfinite(loss):
+        raise RuntimeError(
+            f"the loss of {what} is {loss} before any update; look at the model's checkpoints, "
+            "and at train.precision"
         )
 
 

@@ -5,22 +5,23 @@ wrong.
 """
 
 import argparse
+import json
 import logging
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic_core import to_json
+from pydantic_core import to_jsonable_python
 
 from orchestration.compose import load
 from orchestration.config import Experiment
-from orchestration.problems import did_you_mean
-from orchestration.verbs import FAULTS_FOUND, OPTIONS, VERBS, WITHOUT_EXPERIMENT
+from orchestration.problems import did_you_mean, harmless
+from orchestration.verbs import FAULTS_FOUND, OF_A_FOLDER, OPTIONS, VERBS, WITHOUT_EXPERIMENT
 
 QUICKSTART = Path(__file__).parent.parent / "configs/experiment/quickstart.yaml"
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ValueError) and _raised_by_us(error):
             return _fail(str(error), as_json=as_json, status=2)
         cause = f"{verb} failed: {type(error).__name__}: {_first_line(error)}"
-        return _fail(f"{cause}; see {_log(verb, experiment)}", as_json=as_json, status=1)
+        return _fail(cause + _log(verb, experiment), as_json=as_json, status=1)
     print(_json(result) if as_json else text)
     return 0 if result.get("ok", True) else FAULTS_FOUND[verb]
 
@@ -80,7 +81,8 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
     )
     parser.add_argument("verb", metavar=verb or "VERB")
     if verb not in WITHOUT_EXPERIMENT:
-        parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="a YAML file")
+        named = f"a YAML file{OF_A_FOLDER.get(verb or '', '')}"
+        parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help=named)
         parser.add_argument("overrides", metavar="section.field=value", nargs="*")
     options = OPTIONS.get(verb or "", {})
     added = [parser.add_argument(name, **how) for name, how in options.items()]
@@ -89,25 +91,31 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
     return request, {option.dest: getattr(request, option.dest) for option in added}
 
 
-def _experiment(request: argparse.Namespace) -> Experiment:
+def _experiment(request: argparse.Namespace) -> Experiment | Path:
     path, overrides = request.experiment, request.overrides
     if request.verb == "quickstart" and (path is None or "=" in path):
         path, overrides = QUICKSTART, [*([path] if path else []), *overrides]
     if path is None:
         raise ValueError(f"name an experiment: dsvl {request.verb} EXPERIMENT")
+    if request.verb in OF_A_FOLDER and Path(path).is_dir():
+        if overrides:
+            told = f"{path} is a model as it was trained; leave out {' '.join(overrides)}"
+            raise ValueError(told)
+        return Path(path)
     return load(path, overrides)
 
 
 def _fail(message: str, *, as_json: bool, status: int) -> int:
     if as_json:
         print(_json({"error": message.splitlines()}))
-    print(message, file=sys.stderr)
+    print(harmless(message), file=sys.stderr)
     return status
 
 
 def _json(document: dict[str, Any]) -> str:
-    """Strict JSON: what is no number becomes null."""
-    return to_json(document, indent=2, inf_nan_mode="null", fallback=str).decode()
+    """Strict JSON: what is no number becomes null; in ASCII, as names of files may be no Unicode."""
+    plain = to_jsonable_python(document, inf_nan_mode="null", fallback=str)
+    return json.dumps(plain, indent=2, allow_nan=False)
 
 
 def _raised_by_us(error: ValueError) -> bool:
@@ -116,16 +124,17 @@ def _raised_by_us(error: ValueError) -> bool:
     return frame.f_globals["__package__"].partition(".")[0] in ("dsvl", "orchestration")
 
 
-def _log(verb: str, experiment: Experiment | None) -> Path:
-    """Write the traceback of the current exception beside the run and return the file."""
-    folder = experiment.run_folder if experiment else Path(tempfile.gettempdir())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # then at least where any program may write
-        folder = Path(tempfile.gettempdir())
-    path = folder / f"{verb}.error.log"
-    path.write_text(traceback.format_exc(), encoding="utf-8")
-    return path
+def _log(verb: str, experiment: Experiment | Path | None) -> str:
+    """Write the traceback of the current exception beside the run, or at least somewhere; tell where."""
+    own = experiment.run_folder if isinstance(experiment, Experiment) else None
+    for folder in (own, None):
+        with suppress(OSError):  # a full disk, or one that may not be written to
+            folder = folder or Path(tempfile.gettempdir())
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{verb}.error.log"
+            path.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+            return f"; see {path}"
+    return ""
 
 
 def _first_line(error: Exception) -> str:

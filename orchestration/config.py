@@ -60,6 +60,9 @@ class ClusterConfig(Section):
     """What an hour of a worker's GPU costs, in any currency; plans tell money by it."""
     failures: int = Field(default=2, ge=0)
     """Restarts of a training before it counts as failed."""
+    hang_timeout_s: float = Field(default=1800, gt=0)
+    """Seconds after which a worker counts as hanging: loading, a save, an evaluation and an update each must
+    take less. It then leaves its stacks in the run's `logs` and the training starts anew."""
 
     @field_validator("address")
     @classmethod

@@ -10,8 +10,8 @@ from typing import Any
 from dsvl.config import FieldsConfig, SetConfig
 from dsvl.data.convert import FORMATS, Format, to_record, write
 from dsvl.data.readers import READERS, read
+from dsvl.data.readers.llama_factory import FIELDS, INFO
 from dsvl.data.readers.records import valid
-from dsvl.data.readers.sharegpt import INFO
 from dsvl.data.sources import BadImage, Images
 from dsvl.data.types import Conversation, Rejected
 from orchestration.journal import write_json
@@ -141,8 +141,8 @@ def _fields(given: Sequence[str]) -> FieldsConfig:
 
 
 def _described_by(origin: Path, reader: str) -> list[str]:
-    """The `dataset_info.json` beside a file of ShareGPT that lists it."""
-    entries = _entries(origin.with_name(INFO)).values() if reader == "sharegpt" else ()
+    """The `dataset_info.json` beside a file of LLaMA-Factory that lists it."""
+    entries = _entries(origin.with_name(INFO)).values() if reader in FIELDS else ()
     listed = any(isinstance(e, dict) and e.get("file_name") == origin.name for e in entries)
     return [INFO] if listed else []
 

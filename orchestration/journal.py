@@ -1,7 +1,8 @@
 """The record of a run: an append-only file of JSON lines in its folder, read by tracker, report and resume.
 
 One process writes at a time. A line is one of
-`{"kind": "start", "time", "identity", "params", "step"}`, `{"kind": "metrics", "time", "step", "metrics"}`
+`{"kind": "start", "time", "identity", "params", "step"}`, `{"kind": "metrics", "time", "step", "metrics"}`,
+`{"kind": "undone", "time", "fault"}` where updates since the last checkpoint are made again without one,
 and `{"kind": "end", "time", "state", "reason"}` with state finished, stopped (by a scheduler) or failed.
 """
 
@@ -71,6 +72,10 @@ class Journal:
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """What was measured after update `step`."""
         self._append({"kind": "metrics", "step": step, "metrics": metrics})
+
+    def undone(self, fault: str) -> None:
+        """The run goes back to its newest checkpoint."""
+        self._append({"kind": "undone", "fault": fault})
 
     def end(self, state: str, reason: str = "") -> None:
         """The run is over."""

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from dsvl.data.types import IGNORED, Example
 from orchestration.config import Experiment
 from orchestration.page import document, note, sample
 from orchestration.prepare import prepare
-from orchestration.problems import did_you_mean
+from orchestration.problems import did_you_mean, harmless
 from orchestration.record import read_images
 
 TRAINED, FAINT, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
@@ -67,15 +66,15 @@ def render(previewed: Mapping[str, Any], *, colour: bool) -> str:
             if "image" in piece:
                 pieces.append(f"{faint}[image {piece['image']}: {piece['tokens']} tokens]{plain}")
             else:
-                text = _harmless(piece["text"])
+                text = harmless(piece["text"])
                 pieces.append(f"{begin}{text}{end}" if piece["trained"] else text)
         counts = f"{told['tokens']:,} tokens, {told['supervised']:,} trained"
         names = [
             f"image {number}: {image['path']}, {image['width']} × {image['height']}, {image['key']}"
             for number, image in enumerate(told["images"], 1)
         ]
-        captions = "".join(f"{faint}{_harmless(line)}{plain}\n" for line in names)
-        title = _harmless(f"{told['blend']}: {told['id']}, {counts}")
+        captions = "".join(f"{faint}{harmless(line)}{plain}\n" for line in names)
+        title = harmless(f"{told['blend']}: {told['id']}, {counts}")
         blocks.append(f"--- {title}\n{captions}{''.join(pieces)}")
     return "\n\n".join(blocks)
 
@@ -126,11 +125,3 @@ def _told(
             for text, tokens, trained, image in passages(example, tokenizer)
         ],
     }
-
-
-def _harmless(text: str) -> str:
-    """The text without what a terminal would obey: data may hold escape sequences."""
-    return "".join(
-        letter if letter in "\n\t" or unicodedata.category(letter) != "Cc" else ascii(letter)[1:-1]
-        for letter in text
-    )

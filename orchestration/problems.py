@@ -1,6 +1,7 @@
 """What is wrong with a configuration: where it stands, the rule and the remedy, a line each."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
@@ -52,6 +53,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` where something known is near, else nothing."""
     near = get_close_matches(name, list(known), 1)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def harmless(text: str) -> str:
+    """The text without what a terminal would obey or cannot show: data may hold escape sequences."""
+    return "".join(
+        letter
+        if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs")
+        else ascii(letter)[1:-1]
+        for letter in text
+    )
 
 
 def fields_at(root: type, keys: Sequence[str | int]) -> dict[str, Any]:

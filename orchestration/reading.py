@@ -1,5 +1,6 @@
 """The records of every set, read into files by Ray Data: a set at a time, several sets at once."""
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def spools(
             "seed": experiment.train.seed,
         }
         folders[source] = work / f"records-{source}-{digest(identity)}"
-        if not folders[source].is_dir():
+        if folders[source].is_dir():
+            os.utime(folders[source])  # used, so that nobody tidies it away
+        else:
             jobs.append(
                 (source, config, root, data.max_images, experiment.train.seed, folders[source])
             )

@@ -2,8 +2,25 @@
 
 from pathlib import Path
 
-from orchestration.config import Experiment
+from orchestration.config import Experiment, StorageConfig, validated
 from orchestration.journal import points, read, read_json, write_json
+
+
+def experiment_of(folder: Path) -> Experiment:
+    """The experiment of a run or a trial, whose run folder is this one wherever it lies now.
+
+    Raises:
+        ValueError: if the folder is of no run.
+    """
+    path = folder / "experiment.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: holds no {path.name}; name the folder of a run or a trial, or a YAML file"
+        )
+    experiment = validated(read_json(path)["experiment"])
+    here = StorageConfig(path=str(folder.absolute().parent), data=experiment.storage.data)
+    settings = {"name": folder.absolute().name, "storage": here, "search": None}
+    return experiment.model_copy(update=settings)
 
 
 def finished(experiment: Experiment, folder: Path) -> dict | None:

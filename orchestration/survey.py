@@ -271,3 +271,18 @@ def encoder_settings(experiment: Experiment) -> dict[str, Any]:
 def image_folder(experiment: Experiment, source: str) -> str:
     """Folder or file of a set's images: absolute, as actors have working directories of their own."""
     return str(Path(experiment.storage.data, experiment.data.sets[source].images).absolute())
+
+
+def image_processor(experiment: Experiment) -> ImageProcessor:
+    """How images are prepared for the experiment's tower.
+
+    Raises ValueError where it is not of `model.vision.image_size`, FileNotFoundError where there is none.
+    """
+    vision = experiment.model.vision
+    processor = ImageProcessor.from_checkpoint(vision.checkpoint)
+    if processor.size != vision.image_size:
+        raise ValueError(
+            f"model.vision.image_size={vision.image_size}: must be {processor.size}, as in "
+            f"{vision.checkpoint}/preprocessor_config.json"
+        )
+    return processor

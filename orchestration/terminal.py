@@ -5,12 +5,12 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
 
-from dsvl import checkpoint, pretrained
+from dsvl import pretrained
 from dsvl.cache import ImageStore
 from dsvl.chat import Chat
 from dsvl.data.encode import load_tokenizer
@@ -18,8 +18,7 @@ from dsvl.data.images import ImageProcessor, load
 from dsvl.data.sources import BadImage, Images
 from orchestration.config import Experiment
 from orchestration.journal import read_json
-from orchestration.results import refuse_another
-from orchestration.search import summarize, trials_folder
+from orchestration.trained import CHAT, choose, manner
 
 log = logging.getLogger(__name__)
 
@@ -27,52 +26,58 @@ HELP = """A line is a question. `/image PATH [PATH ...]` shows images with the n
 `/clear` begins anew, `/quit` (or Ctrl-D) ends."""
 
 
-def best_run(experiment: Experiment) -> tuple[Experiment, Path]:
-    """The best finished trial of the experiment's sweep, else its training, and its folder."""
-    if experiment.search and trials_folder(experiment).exists():
-        best = summarize(experiment)["best"]
-        if best:
-            folder = Path(best["folder"])
-            return experiment.trial(read_json(folder / "values.json")), folder
-    return experiment, experiment.run_folder
+class Subject(NamedTuple):
+    """What is talked to."""
+
+    folder: Path
+    """Of the model."""
+    tokenizer: str
+    """The folder that has it, or a name on the hub."""
+    processor: str
+    """The same."""
+    manner: dict[str, Any]
 
 
-def open_chat(experiment: Experiment) -> Chat:
-    """A conversation with the experiment's best model.
+def find(source: Experiment | Path) -> Subject:
+    """The model of an exported folder, else what `choose` chooses, with what it raises."""
+    if isinstance(source, Path) and (source / CHAT).is_file():
+        return Subject(source, str(source), str(source), read_json(source / CHAT))
+    experiment, _, checkpoint = choose(source)
+    parts = experiment.model.language.checkpoint, experiment.model.vision.checkpoint
+    return Subject(checkpoint.folder, *parts, manner(experiment))
 
-    Raises:
-        FileNotFoundError: if nothing has been trained yet.
-        ValueError: if the checkpoint is of another experiment; the differing fields are named.
-    """
-    chosen, folder = best_run(experiment)
-    found = checkpoint.newest(folder / "checkpoints")
-    if found is None:
-        raise FileNotFoundError(f"{folder}/checkpoints: no checkpoint yet; train or sweep first")
-    refuse_another(chosen, found.manifest, where=found.folder)
-    log.info("loading %s", found.folder)
-    model = pretrained.load(found.folder, precision=chosen.train.precision)
+
+def open_chat(subject: Subject) -> Chat:
+    """An empty conversation with a model."""
+    log.info("loading %s", subject.folder)
+    model = pretrained.load(subject.folder, precision=subject.manner["precision"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Chat(
         model.to(device).eval(),
-        load_tokenizer(chosen.model.language.checkpoint),
+        load_tokenizer(subject.tokenizer),
         device=device,
-        max_tokens=chosen.data.max_tokens,
+        max_tokens=subject.manner["max_tokens"],
         store=ImageStore(limit_bytes=2**30),
     )
 
 
-def talk(experiment: Experiment, *, out: TextIO) -> dict:
+def talk(source: Experiment | Path, *, out: TextIO) -> dict:
     """Answer the lines of standard input until it ends, on `out` piece by piece as answers are written.
+
+    Args:
+        source: an experiment, or the folder of a run, a trial or an exported model.
+        out: where answers are told.
 
     Returns:
         `answered`, how many questions were; and `rounds`, of every question the `round` of its conversation,
         the `images` that it showed, the `question` and the `answer`, or the `error` in its place.
     """
-    chat = open_chat(experiment)
-    processor = ImageProcessor.from_checkpoint(experiment.model.vision.checkpoint)
+    subject = find(source)
+    chat = open_chat(subject)
+    processor = ImageProcessor.from_checkpoint(subject.processor)
 
     def pixels(path: Path) -> np.ndarray:
-        limit = experiment.data.max_image_pixels
+        limit = subject.manner["max_image_pixels"]
         image = load(Images(path.parent), path.name, processor=processor, max_pixels=limit)
         return processor.normalise(image.fitted)
 

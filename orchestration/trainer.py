@@ -1,5 +1,6 @@
 """One training: a TorchTrainer made from an Experiment."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from orchestration import faults
 from orchestration.config import Experiment
 from orchestration.journal import Journal
 
@@ -32,8 +34,12 @@ def fit(
             "folder": str(folder.absolute()),
             "prepared": str(prepared.absolute()),
             "directory": str(Path.cwd()),
+            "faults": faults.asked(),
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo",
+            timeout_s=math.ceil(experiment.cluster.hang_timeout_s),
+        ),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources
         ),

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from orchestration.config import Experiment
+from orchestration.problems import harmless
 
 Result = tuple[dict[str, Any], str]
 """What a verb found out, for programs and for people."""
@@ -22,9 +23,15 @@ def _quickstart(experiment: Experiment) -> Result:
 
 def _check(experiment: Experiment) -> Result:
     """Read the raw data and say what would come through."""
-    from orchestration.prepare import check
+    from orchestration.check import check
 
-    return described(check(experiment))
+    found = check(experiment)
+    problems = []
+    for problem in found["problems"]:
+        records, more = problem["records"][:3], problem["count"] - 3
+        shown = [*records, f"and {more:,} more, all of them with --json"] if more > 0 else records
+        problems.append(problem | {"records": shown})
+    return found, described(found | {"problems": problems})[1]
 
 
 def _plan(experiment: Experiment) -> Result:
@@ -97,7 +104,7 @@ def _doctor(experiment: Experiment) -> Result:
     return result, render(result)
 
 
-def _chat(experiment: Experiment, *, out: TextIO) -> Result:
+def _chat(experiment: Experiment | Path, *, out: TextIO) -> Result:
     """Talk to the best model that the experiment has."""
     from orchestration.terminal import talk
 
@@ -105,17 +112,31 @@ def _chat(experiment: Experiment, *, out: TextIO) -> Result:
     return result, f"answered: {result['answered']}"
 
 
+def _export(
+    experiment: Experiment | Path,
+    *,
+    form: Literal["merged", "adapter"],
+    target: Path | None,
+    step: int | None,
+) -> Result:
+    """Write the best model as a folder to hand on: whole, or what was trained alone."""
+    from orchestration.export import export, render
+
+    result = export(experiment, form=form, target=target, step=step)
+    return result, render(result)
+
+
 def _convert(**options: Any) -> Result:
     """Write a file of records in another format."""
     from orchestration.convert import convert, render
 
     result = convert(**options)
-    return result, render(result)
+    return result, harmless(render(result))
 
 
 def described(result: dict[str, Any]) -> Result:
     """A result that people read as it is, name by name."""
-    return result, "\n".join(_lines(result))
+    return result, harmless("\n".join(_lines(result)))
 
 
 def _lines(result: Mapping[str, Any], indent: str = "") -> list[str]:
@@ -146,6 +167,7 @@ VERBS: dict[str, Callable[..., Result]] = {
     "sweep": _sweep,
     "report": _report,
     "chat": _chat,
+    "export": _export,
     "doctor": _doctor,
 }
 
@@ -156,6 +178,25 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--blend": {"metavar": "NAME", "help": "of this blend, instead of all in turn"},
         "--epoch": {"type": int, "default": 0, "metavar": "E", "help": "as drawn for this epoch"},
         "--html": {"type": Path, "metavar": "FILE", "help": "write a page with the pictures"},
+    },
+    "export": {
+        "--to": {
+            "dest": "target",
+            "type": Path,
+            "metavar": "FOLDER",
+            "help": "which does not exist yet; below the run if not given",
+        },
+        "--form": {
+            "choices": ("merged", "adapter"),
+            "default": "merged",
+            "help": "the whole model (the default), or what was trained beside the names of the rest",
+        },
+        "--checkpoint": {
+            "dest": "step",
+            "type": int,
+            "metavar": "STEP",
+            "help": "as of this update; the newest if not given",
+        },
     },
     "convert": {
         "origin": {"type": Path, "metavar": "IN", "help": "JSON, JSON lines, Parquet, CSV, TSV"},
@@ -180,6 +221,12 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 """What a verb takes beside an experiment: its keyword arguments, as argparse wants them."""
 
 WITHOUT_EXPERIMENT = ("convert",)
+
+OF_A_FOLDER = {
+    "chat": ", or the folder of a run or of an exported model",
+    "export": ", or the folder of a run",
+}
+"""What verbs of a trained model take in place of an experiment."""
 
 FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1}
 """Exit status where a verb did its work and found faults: of the request, of records, of the machine."""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch
@@ -15,13 +16,16 @@ from dsvl.data.store import Prepared, open_store
 from dsvl.engine import Engine, from_rank_0, join
 from dsvl.evaluate import evaluate, majority_accuracy
 from dsvl.features import Features
+from dsvl.guard import Guard, guarded
 from dsvl.model import VisualChat
-from dsvl.train import Plan, steps
+from dsvl.train import Plan, rehearse
 from orchestration.config import Experiment
+from orchestration.faults import inject
 from orchestration.features import features_folder
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
 from orchestration.results import refuse_another, write_result
+from orchestration.watchdog import Watchdog
 
 
 def work(config: dict) -> None:
@@ -38,56 +42,81 @@ def work(config: dict) -> None:
     join(backend="nccl" if experiment.cluster.gpus_per_worker else "gloo")
     # Before anything is read: a killed run's last process may still be writing.
     journal = Journal(folder) if torch.distributed.get_rank() == 0 else None
-    train = experiment.train
-    torch.manual_seed(train.seed + torch.distributed.get_rank())  # Ray leaves it to chance
+    train, rank = experiment.train, torch.distributed.get_rank()
+    watchdog = Watchdog(folder / "logs", rank=rank, seconds=experiment.cluster.hang_timeout_s)
+    torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
     model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
     checkpointing = gradient_checkpointing(experiment)
-    engine = Engine(
-        model,
-        engine=replace(experiment.engine, gradient_checkpointing=checkpointing),
-        train=train,
-        optim_config=experiment.optim,
-    )
+    engine_config = replace(experiment.engine, gradient_checkpointing=checkpointing)
+    engine = Engine(model, engine=engine_config, train=train, optim_config=experiment.optim)
     frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
     if experiment.engine.stored_features:
         prepared.vision_input = Features(prepared, features_folder(experiment, prepared.folder))
-    start = resume(engine, experiment, folder, frozen=frozen)
     blender = Blender(prepared, "train", data=experiment.data, seed=train.seed)
     samples = held_out_samples(prepared, experiment)
-    plan = Plan(len(blender), train)
-    if journal:
-        journal.start(
-            identity=experiment.identity(), params=experiment.identity_fields(), step=start
-        )
-        if start == 0:
-            journal.metrics(0, {"data/quarantined": prepared.quarantined})
-    majority = majority_accuracy(blender.epoch(0), samples) if engine.rank == 0 else 0.0
+    plan, guard = Plan(len(blender), train), Guard(train)
 
-    for step in steps(
-        engine, prepared, blender, train=train, config=experiment.engine, start=start
-    ):
-        metrics = step.metrics()
+    def save(step: int, metrics: dict[str, float]) -> None:
+        watchdog.wind(f"saving update {step}")
+        checkpoint.save(
+            engine,
+            folder / "checkpoints",
+            step=step,
+            position=divmod(step, plan.steps_per_epoch),
+            identity=experiment.identity(),
+            fields=experiment.identity_fields(),
+            frozen=frozen,
+            config=experiment.checkpoint,
+            guard=guard.state(),
+            metrics=metrics,
+        )
+
+    def resume() -> int:
+        start, state = load_newest(engine, experiment, folder, frozen=frozen)
+        guard.restore(state)
+        if journal:
+            journal.start(
+                identity=experiment.identity(), params=experiment.identity_fields(), step=start
+            )
+        return start
+
+    def back(fault: str) -> int:
+        if journal:
+            journal.undone(fault)
+        return resume()
+
+    if newest(folder) is None:
+        # What to go back to if the first updates go wrong; and a disk that is full shows now.
+        save(0, {})
+    watchdog.wind("passing the longest samples")
+    rehearse(engine, prepared, blender, config=engine_config, epoch=0)
+    start = resume()
+    if journal and start == 0:
+        journal.metrics(0, {"data/quarantined": prepared.quarantined})
+    majority = majority_accuracy(blender.epoch(0), samples) if rank == 0 else 0.0
+
+    for step in guarded(
+        engine, prepared, blender, train=train, config=engine_config, start=start,
+        guard=guard, back=back,
+    ):  # fmt: skip
+        inject(config["faults"], folder, rank=rank, step=step.number, model=model)
+        measured: dict[str, float] = {}
         if step.ends_epoch:
+            watchdog.wind(f"evaluating after update {step.number}")
             batch = experiment.evaluation.batch
             tally = evaluate(model, prepared, samples, batch=batch, device=engine.device)
-            metrics |= tally.metrics()
-            metrics["eval/accuracy_majority"] = majority
+            measured = tally.metrics() | {"eval/accuracy_majority": majority}
+        metrics = step.metrics() | measured
         if journal:
             journal.metrics(step.number, metrics)
-        if step.number % experiment.checkpoint.every == 0 or step.number == plan.steps:
-            checkpoint.save(
-                engine,
-                folder / "checkpoints",
-                step=step.number,
-                position=divmod(step.number, plan.steps_per_epoch),
-                identity=experiment.identity(),
-                fields=experiment.identity_fields(),
-                frozen=frozen,
-                keep=experiment.checkpoint.keep,
-            )
+        due = step.number % experiment.checkpoint.every == 0 or step.number == plan.steps
+        if due or (step.ends_epoch and experiment.checkpoint.keep_best):
+            save(step.number, measured)
         if step.ends_epoch:
             ray.train.report(metrics | {"epoch": step.epoch + 1})
+        watchdog.wind(f"update {step.number + 1}")
 
+    watchdog.wind("answering")
     chats = transcript(
         model, tokenizer, prepared, count=experiment.evaluation.chats,
         max_tokens=experiment.data.max_tokens, device=engine.device,
@@ -96,6 +125,7 @@ def work(config: dict) -> None:
         write_json(folder / "chats.json", chats)
         journal.end("finished")
         write_result(experiment, folder, state="finished")
+    watchdog.stop()
 
 
 def require_encoded_with(tokenizer: PreTrainedTokenizerFast, prepared: Prepared) -> None:
@@ -107,20 +137,26 @@ def require_encoded_with(tokenizer: PreTrainedTokenizerFast, prepared: Prepared)
         )
 
 
-def resume(engine: Engine, experiment: Experiment, folder: Path, *, frozen: dict[str, str]) -> int:
-    """Load the run's newest valid checkpoint, if any; returns how many updates it holds.
+def newest(folder: Path) -> checkpoint.Checkpoint | None:
+    """The run's newest valid checkpoint.
 
     Rank 0 chooses for all, as files may not have appeared on every machine yet: a collective.
+    """
+    return from_rank_0(lambda: checkpoint.newest(folder / "checkpoints"))
+
+
+def load_newest(
+    engine: Engine, experiment: Experiment, folder: Path, *, frozen: dict[str, str]
+) -> tuple[int, dict[str, Any]]:
+    """Load the run's newest valid checkpoint; returns how many updates it holds, and the guard's state.
 
     Raises:
         ValueError: if another experiment wrote it; the differing fields are named.
     """
-    found = from_rank_0(lambda: checkpoint.newest(folder / "checkpoints"))
-    if found is None:
-        return 0
+    found = newest(folder)
+    assert found is not None, "one is written before the first update"
     refuse_another(experiment, found.manifest, where=found.folder)
-    checkpoint.load(engine, found, frozen=frozen)
-    return found.step
+    return found.step, checkpoint.load(engine, found, frozen=frozen)
 
 
 def held_out_samples(prepared: Prepared, experiment: Experiment) -> Epoch:

@@ -27,6 +27,7 @@ ELSEWHERE = {
     ". .venv/bin/activate": ("Makefile", "venv"),
     "mlflow ui": ("tests/orchestration/test_tracking.py", "mlflow"),
     "dsvl chat": ("tests/orchestration/test_terminal.py", "chat"),
+    "dsvl export": ("tests/orchestration/test_export.py", "export"),
     "dsvl doctor": ("tests/orchestration/test_doctor.py", "doctor"),
     "dsvl check": ("tests/orchestration/test_prepare.py", "check"),
     "dsvl prepare": ("tests/orchestration/test_prepare.py", "prepare"),

@@ -23,13 +23,22 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 """Of tables, by the ending of their file."""
 PARQUET_ROWS = 64
 """Rows of a Parquet file that are held at once; images may lie in them."""
-_DECODER = json.JSONDecoder()
+_DIGITS = 4300
+"""Of the longest integer that Python reads; one record with a longer one must not cost the file."""
 _BLANKS = re.compile(r"[ \t\r\n]*")
 # What an extension type leaves in a Parquet footer, whose arrow schema is in base64: at each of the three
 # places in which its name may start within a group of three bytes.
 _EXTENSION_TYPE = [
     base64.b64encode(b"\0" * shift + b"ARROW:extension:name")[4:-4] for shift in range(3)
 ]
+csv.field_size_limit(MAX_ROW)  # images in base64 are cells of some tables
+
+
+def _integer(digits: str) -> int | str:
+    return int(digits) if len(digits) <= _DIGITS else digits
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 def rows(
@@ -98,7 +107,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             while line := file.readline(MAX_ROW):
                 number += 1
                 if line.strip():
-                    yield "", json.loads(line)
+                    yield "", _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number or 1}: is not JSON: {error}") from error
 

@@ -5,6 +5,7 @@ appears under its name when it is complete, so that whoever comes after a killed
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -242,7 +243,10 @@ class ImageShard:
 
 
 def stamp(folder: str, path: str) -> list[int] | None:
-    """Size and time of the last change (ns) of a file below a folder, or the archive it is in; else None."""
+    """Size and time of the last change (ns) of a file below a folder, or the archive it is in.
+
+    None where there is none that may be read.
+    """
     try:
         own = Path(folder, path).resolve()
         if not own.is_relative_to(Path(folder).resolve()):  # which is nobody's image
@@ -250,7 +254,8 @@ def stamp(folder: str, path: str) -> list[int] | None:
         for place in (own, *own.parents):
             with suppress(NotADirectoryError):  # something on the way is a file: an archive
                 found = place.stat()
-                return [found.st_size, found.st_mtime_ns]
+                readable = os.access(place, os.R_OK, effective_ids=True)
+                return [found.st_size, found.st_mtime_ns] if readable else None
     except (
         OSError,
         ValueError,

@@ -13,7 +13,6 @@ import json
 import re
 import tarfile
 import zipfile
-import zlib
 from bisect import bisect_right
 from codecs import BOM_UTF8
 from collections.abc import Iterator
@@ -21,8 +20,6 @@ from itertools import accumulate
 from pathlib import Path
 from stat import S_ISLNK
 from typing import Any, Protocol
-
-import pyarrow as pa
 
 from dsvl.data.rows import parquet_file
 from dsvl.data.types import Reason
@@ -59,15 +56,20 @@ class Images:
 
         Raises BadImage: `forbidden_path` for anything but a relative path that stays inside the root,
         links resolved, whether or not the file exists; `missing_image`; `image_too_large` for a file of
-        over MAX_BYTES; `undecodable_image` where the file that holds it is damaged.
+        over MAX_BYTES; `undecodable_image` where the file that holds it is damaged or may not be read.
         """
         if ref.startswith("data:"):
             return _base64(ref.partition(",")[2])
         path, member = self._place(ref)
-        if member:
-            return self._archive(path).read(member)
-        _check_size(path.stat().st_size)
-        return path.read_bytes()
+        try:
+            if member:
+                return self._archive(path).read(member)
+            _check_size(path.stat().st_size)
+            return path.read_bytes()
+        except BadImage:
+            raise
+        except Exception as error:
+            raise _unreadable(path, error) from error
 
     def _place(self, ref: str) -> tuple[Path, str]:
         """The file that holds an image, and what the image is called in there."""
@@ -87,6 +89,8 @@ class Images:
                 path = self._root.joinpath(*parts[:depth]).resolve()
                 if path.is_relative_to(root) and path.suffix in ARCHIVES and path.is_file():
                     return path, "/".join(parts[depth:])
+        except PermissionError as error:
+            raise _unreadable(Path(ref), error) from error
         except (OSError, ValueError, RuntimeError) as error:  # too long, not encodable, a link loop
             raise BadImage("forbidden_path", f"{shown}: {str(error)[:200]!a}") from error
         raise BadImage("missing_image", f"{shown} is not a file in {self._root}")
@@ -95,9 +99,10 @@ class Images:
         if path not in self._archives:
             try:
                 self._archives[path] = ARCHIVES[path.suffix](path)
-            except (BadImage, OSError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
-                detail = f"{path.name}: {str(error)[:200]}"
-                self._archives[path] = BadImage("undecodable_image", detail)
+            except BadImage as bad:
+                self._archives[path] = bad
+            except Exception as error:
+                self._archives[path] = _unreadable(path, error)
         found = self._archives[path]
         if isinstance(found, BadImage):
             raise found
@@ -148,10 +153,7 @@ class Zip:
             raise _missing(member)
         info = self._members[member]
         _check_size(info.file_size)
-        try:
-            return self._zip.read(info)
-        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise BadImage("undecodable_image", f"{type(error).__name__}: {error}") from error
+        return self._zip.read(info)
 
 
 class Base64Json:
@@ -204,14 +206,14 @@ class Parquet:
             if not (first.isdecimal() and keys and int(first) < self._starts[-1]):
                 raise _missing(member)
             row = int(first)
+        if keys[0] not in self._file.schema_arrow.names:
+            raise _missing(member)
+        value = self._value(row, keys[0])
         try:
-            value = self._value(row, keys[0])
             for key in keys[1:]:
                 value = value[int(key) if isinstance(value, list) else key]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise _missing(member) from error
-        except (pa.ArrowException, OSError) as error:
-            raise BadImage("undecodable_image", f"the Parquet file is damaged: {error}") from error
         if isinstance(value, dict):
             value = value.get("bytes")
         if not isinstance(value, bytes | str):
@@ -293,6 +295,12 @@ def _base64(text: str | bytes) -> bytes:
 def _check_size(size: int) -> None:
     if size > MAX_BYTES:
         raise BadImage("image_too_large", f"{size} bytes, more than {MAX_BYTES}")
+
+
+def _unreadable(path: Path, error: Exception) -> BadImage:
+    # Hostile bytes raise anything in a library: lzma.LZMAError, IndexError, NotImplementedError ...
+    shown = ascii(f"{type(error).__name__}: {error}"[:200])[1:-1]
+    return BadImage("undecodable_image", f"{path.name} cannot be read: {shown}")
 
 
 def _missing(member: str) -> BadImage:

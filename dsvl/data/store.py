@@ -17,6 +17,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -279,7 +280,9 @@ def verify(folder: str | Path) -> list[str]:
     except (ValueError, KeyError, TypeError) as error:
         return [f"{folder / 'manifest.json'}: is damaged: {type(error).__name__}: {error}"]
     record = folder / ".verified.json"
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    known = {}
+    with suppress(OSError, ValueError, TypeError):  # absent, or half of it: then all files are read
+        known = dict(json.loads(record.read_text(encoding="utf-8")))
     faults, verified = [], {}
     for name, digest in expected.items():
         path = folder / name

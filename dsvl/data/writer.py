@@ -151,8 +151,9 @@ class Writer:
 
     def example(self, example: Encoded) -> None:
         """Store an encoded sample, whose images are stored."""
-        self._rows[example.id] = len(self._rows)
         indices = [self._index[key] for key in example.images]
+        assert example.id not in self._rows, f"{example.id} is stored already"
+        self._rows[example.id] = len(self._rows)
         for name, values in (
             ("ids", example.ids),
             ("labels", example.labels),

@@ -1,10 +1,14 @@
 """Real DeepSpeed engines on gloo train as plain PyTorch does, and alike however a run is cut up."""
 
+import json
 import math
 import os
+import resource
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +17,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dsvl import checkpoint
-from dsvl.config import EngineConfig, OptimConfig, TrainConfig
+from dsvl.config import CheckpointConfig, EngineConfig, OptimConfig, TrainConfig
 from dsvl.engine import Engine, join
+from dsvl.guard import WINDOW, Guard, guarded
 from dsvl.model import VisualChat
 from dsvl.optim import groups, learning_rate
-from dsvl.train import Plan, steps
+from dsvl.train import Plan, Step, rehearse
 from tests.dsvl.test_model import PIXELS, batch_of, example
 
 LAYOUTS = ("t1tTTtT", "tTTT", "t11ttTtTT", "ttT1tT", "tt1TTT", "t1t1tT", "tttTtT", "1TTT", "t1T")
@@ -33,6 +38,7 @@ class Examples(list):
         super().__init__(example(layout, seed=k) for k, layout in enumerate(layouts * 2))
         self.targets = np.array([int((e.labels[1:] != -100).sum()) for e in self])
         self.lengths = np.array([len(e.ids) for e in self])
+        self.images = np.array([len(e.images) for e in self])
 
     def epoch(self, _):
         """The samples of any epoch: these, not blended."""
@@ -67,27 +73,49 @@ def _worker(rank, world, port, config, folder, options):
     train = TrainConfig(**{**vars(TRAIN), "precision": options.get("precision", "fp32")})
     model = VisualChat(config, precision=train.precision, seed=0)
     engine = Engine(model, engine=engine_config, train=train, optim_config=OPTIM)
-    found = checkpoint.newest(folder)
-    start = 0
-    if found:
-        checkpoint.load(engine, found, frozen={})
-        start = found.step
+    guard = Guard(train)
+
+    def save(step):
+        checkpoint.save(
+            engine,
+            folder,
+            step=step,
+            position=(0, 0),
+            identity="i",
+            fields={},
+            frozen={},
+            config=CheckpointConfig(keep=options.get("keep", 9)),
+            guard=guard.state(),
+        )
+
+    def resume(*_):
+        found = checkpoint.newest(folder)
+        guard.restore(checkpoint.load(engine, found, frozen={}))
+        return found.step
+
+    if checkpoint.newest(folder) is None:
+        save(0)
+    # What a rehearsal leaves behind is overwritten by the checkpoint.
+    rehearse(engine, Prepared(), Prepared.train, config=engine_config, epoch=0)
     records = []
-    for step in steps(
-        engine, Prepared(), Prepared.train, train=train, config=engine_config, start=start
+    for step in guarded(
+        engine,
+        Prepared(),
+        Prepared.train,
+        train=train,
+        config=engine_config,
+        start=resume(),
+        guard=guard,
+        back=resume,
     ):
         records.append((step.loss, step.grad_norm, step.lr))
+        if step.number == options.get("full"):  # the disk: no file can grow any further
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
         if step.number in options.get("save", ()):
-            checkpoint.save(
-                engine,
-                folder,
-                step=step.number,
-                position=(0, 0),
-                identity="i",
-                fields={},
-                frozen={},
-                keep=9,
-            )
+            save(step.number)
+        if step.number in options.get("corrupt", ()) and step.number not in guard.skipped:
+            options["corrupt"].remove(step.number)
+            next(iter(engine.parameters.values())).data.fill_(math.nan)
         if step.number == options.get("stop"):
             break
     if rank == 0:
@@ -108,8 +136,8 @@ def run(config, folder: Path, *, world: int = 2, **options):
     return torch.load(folder / "records.pt")
 
 
-def plain(config):
-    """The same training as a plain PyTorch loop on whole batches."""
+def plain(config, *, skip=()):
+    """The same training as a plain PyTorch loop on whole batches, without some updates."""
     model = VisualChat(config, precision="fp32", seed=0)
     parameters = model.trainable()
     optimizer = torch.optim.AdamW(
@@ -117,6 +145,8 @@ def plain(config):
     )
     plan, prepared, records = Plan(len(Prepared.train), TRAIN), Prepared(), []
     for step in range(plan.steps):
+        if step + 1 in skip:
+            continue
         batch = batch_of(*(prepared.train[int(i)] for i in plan.indices(step)))
         loss = model(batch) / batch.targets
         optimizer.zero_grad()
@@ -271,6 +301,96 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_update_that_is_not_finite_is_undone_and_its_batch_skipped(
+    model_config, tmp_path, stage
+):
+    torch.set_num_threads(1)
+    options = {"stage": stage, "save": (4, 12), "corrupt": [6]}
+    found = run(model_config, tmp_path / "whole", **options)
+    records, _ = plain(model_config, skip=(7,))
+    again = [*records[:6], *records[4:6], *records[6:]]  # updates 5 and 6 are made twice
+    assert [i for i, (loss, *_) in enumerate(found) if loss == 0.0] == [8]
+    del found[8]
+    np.testing.assert_allclose(found, again, rtol=2e-5, atol=2e-6)
+    state = json.loads((tmp_path / "whole/step-000012/state.json").read_text())
+    assert state["guard"]["skipped"] == [7]
+    assert state["guard"]["norms"] == [norm for _, norm, _ in found[:4] + found[6:]]
+
+
+def test_what_is_usual_and_what_was_skipped_survives_a_resume(model_config, tmp_path):
+    options = {"stage": 2, "save": (4, 8, 12), "corrupt": [6]}
+    unbroken = run(model_config, tmp_path / "unbroken", **options)
+    run(model_config, tmp_path / "broken", **options | {"stop": 9})
+    assert run(model_config, tmp_path / "broken", **options | {"corrupt": []}) == unbroken[-4:]
+    assert files_of(tmp_path / "unbroken/step-000012") == files_of(tmp_path / "broken/step-000012")
+
+
+def step_of(number, norm, loss=1.0):
+    return Step(number, 0, False, loss, 1e-3, norm, tokens=1, images=0, seconds=1.0)
+
+
+def test_a_spike_is_held_against_the_median_of_those_before():
+    guard = Guard(replace(TRAIN, spike=5.0, max_skipped=1))
+    assert guard.fault(step_of(1, 100.0)) is None  # nothing is usual yet
+    for number in range(2, WINDOW + 2):
+        assert guard.fault(step_of(number, 1.0 + number % 3)) is None
+    assert guard.fault(step_of(40, 9.9)) is None
+    fault = guard.fault(step_of(41, 10.1))
+    assert fault == "its gradient's norm is 10.1, where 2 is usual"
+    restored = Guard(guard.train)
+    restored.restore(json.loads(json.dumps(guard.state())))
+    assert restored.fault(step_of(41, 10.1)) == fault
+    guard.skip(step_of(41, 10.1), fault)
+    assert guard.state()["skipped"] == [41]
+    with pytest.raises(RuntimeError, match=r"update 42 diverged: .* and 1 were skipped before"):
+        guard.skip(step_of(42, math.nan), "its loss is nan")
+
+
+def test_fp16_leaves_what_overflows_to_the_loss_scaler():
+    assert Guard(replace(TRAIN, precision="fp16")).fault(step_of(1, math.inf)) is None
+    assert Guard(TRAIN).fault(step_of(1, math.inf))
+    assert Guard(replace(TRAIN, precision="fp16")).fault(step_of(1, 1.0, loss=math.nan))
+
+
+def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before(model_config, tmp_path):
+    options = {"stage": 2, "world": 1, "save": (4, 8, 12)}
+    unbroken = run(model_config, tmp_path / "unbroken", **options)
+    with pytest.raises(mp.ProcessRaisedException, match="File too large"):
+        run(model_config, tmp_path / "broken", full=8, **options)
+    assert checkpoint.newest(tmp_path / "broken").step == 4
+    assert run(model_config, tmp_path / "broken", **options) == unbroken[4:]
+    assert not list((tmp_path / "broken").glob(".step-*"))
+
+
+def test_a_checkpoint_that_has_no_room_is_refused_before_it_is_begun(tmp_path, monkeypatch):
+    engine = SimpleNamespace(shapes={"weight": (2**20, 2**8)})
+    monkeypatch.setattr(checkpoint, "from_rank_0", lambda find: find())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**31))
+    with pytest.raises(
+        OSError, match=r"takes 3.00 GiB but 2.00 are free; .*the last checkpoint is"
+    ):
+        checkpoint._require_room(engine, tmp_path)
+
+
+def test_the_newest_checkpoints_stay_and_those_with_the_lowest_held_out_loss(tmp_path):
+    losses = {1: 0.5, 2: 0.2, 3: math.nan, 4: 0.3, 5: 0.9, 6: None}
+    for step, loss in losses.items():
+        folder = tmp_path / f"step-{step:06d}"
+        folder.mkdir()
+        metrics = {} if loss is None else {"eval/loss": loss}
+        (folder / "manifest.json").write_text(json.dumps({"metrics": metrics}))
+    (tmp_path / "step-000002/manifest.json").write_text("{")
+
+    def left(**settings):
+        checkpoint._remove_old(tmp_path, CheckpointConfig(**settings))
+        return [int(path.name[-6:]) for path in sorted(tmp_path.glob("step-*"))]
+
+    assert left(keep=2, keep_best=2) == [1, 4, 5, 6]
+    assert left(keep=2, keep_best=1) == [4, 5, 6]
+    assert left(keep=1) == [6]
+
+
 def test_training_twice_gives_the_same_bits(model_config, tmp_path):
     runs = [run(model_config, tmp_path / name, stage=2, save=(12,)) for name in "ab"]
     assert runs[0] == runs[1]
@@ -280,12 +400,14 @@ def test_training_twice_gives_the_same_bits(model_config, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(model_config, tmp_path, caplog):
     run(model_config, tmp_path, stage=2, world=1, save=(4, 8), stop=8)
     assert checkpoint.newest(tmp_path).step == 8
-    damaged = tmp_path / "step-000008/optimizer.safetensors"
+    damaged = tmp_path / "step-000008/exp_avg.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
     assert checkpoint.newest(tmp_path).step == 4
-    assert "optimizer.safetensors is not what its sha256 says" in caplog.text
+    assert "exp_avg.safetensors is not what its sha256 says" in caplog.text
     (tmp_path / "step-000004/manifest.json").unlink()
+    (tmp_path / "step-000000/exp_avg_sq.safetensors").unlink()
     assert checkpoint.newest(tmp_path) is None
+    assert "exp_avg_sq.safetensors is missing" in caplog.text
 
 
 def test_samples_of_an_epoch_are_each_taken_once_in_an_order_of_their_own():

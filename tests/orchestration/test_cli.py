@@ -1,5 +1,6 @@
 """The command line as people and programs meet it: results, errors and exit statuses."""
 
+import errno
 import json
 import logging
 import os
@@ -155,6 +156,38 @@ def test_failed_work_ends_with_1_a_line_and_a_log(capsys, monkeypatch):
     assert err == f"train failed: RuntimeError: worker 3 was lost; see {log}\n"
     assert json.loads(out) == {"error": err.splitlines()}
     assert "Traceback" in log.read_text()
+
+
+@pytest.mark.parametrize("nowhere", [False, True])
+def test_work_that_fails_on_a_full_disk_is_told_all_the_same(capsys, monkeypatch, nowhere):
+    def work(experiment):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(cli.VERBS, "prepare", work)
+    Path("runs").write_text("where the folder of runs would be")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "runs" if nowhere else "elsewhere")
+    assert cli.main(["prepare", "tiny.yaml"]) == 1
+    told = "prepare failed: OSError: [Errno 28] No space left on device"
+    where = "" if nowhere else "; see elsewhere/prepare.error.log"
+    assert capsys.readouterr().err == f"{told}{where}\n"
+
+
+def test_data_give_no_orders_to_a_terminal(capsys, monkeypatch):
+    hostile = "a\x1b[31mb\x07\x9bc\ud800"
+
+    def refuse(experiment):
+        raise FileNotFoundError(hostile)
+
+    monkeypatch.setitem(cli.VERBS, "check", lambda experiment: described({"errors": [hostile]}))
+    monkeypatch.setitem(cli.VERBS, "train", refuse)
+    assert cli.main(["check", "tiny.yaml"]) == 0
+    assert cli.main(["train", "tiny.yaml"]) == 2
+    told = r"a\x1b[31mb\x07\x9bc\ud800"
+    assert capsys.readouterr() == (f"errors: {told}\n", f"{told}\n")
+    assert cli.main(["check", "tiny.yaml", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"errors": [hostile]}
+    assert out.isascii()
 
 
 def test_interrupted_work_ends_with_1_and_a_line(capsys, monkeypatch):

@@ -25,6 +25,8 @@ EXECUTION = {
     "engine.offload_optimizer": "cpu",
     "engine.deepspeed": {"wall_clock_breakdown": True},
     "checkpoint.every": 7,
+    "checkpoint.keep_best": 1,
+    "cluster.hang_timeout_s": 60,
     "evaluation.samples": 5,
     "storage.path": "elsewhere",
     "tracking.experiment": "other",
@@ -96,6 +98,8 @@ WHAT = {
     "train.batch": 24,
     "train.precision": "fp32",
     "train.seed": 1,
+    "train.spike": 5,
+    "train.max_skipped": 1,
 }
 TOGETHER = {
     "model.vision.kind",
@@ -325,6 +329,14 @@ def test_nf4_takes_whole_blocks_of_a_row(settings):
     ]
     settings["model"]["languages"]["small"] |= {"hidden_size": 128, "intermediate_size": 192}
     assert validated(settings | {"engine": {"zero_stage": 3}})
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "-a", "a b", "\x1b[31m", "x" * 101])
+def test_a_set_has_a_name_that_no_id_and_no_file_mistakes(settings, name):
+    settings["data"]["sets"][name] = settings["data"]["sets"]["chats"]
+    with pytest.raises(ConfigError) as caught:
+        validated(settings)
+    assert f"data.sets: ({name!r},) must be called by up to 100 letters" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,12 @@ def test_lost_records_are_named_counted_and_the_others_written(capsys):
     assert [bad["reason"] for bad in result["lost"]] == ["unpaired_round", "bad_roles"]
 
 
+def test_the_id_of_a_lost_record_gives_no_orders_to_a_terminal(capsys):
+    Path("in.json").write_text(json.dumps([{"id": "\x1b[31mred\x07"}]))
+    convert("in.json out.json --from llava_json --to llava_json", status=1)
+    assert r"lost in.json:0 (\x1b[31mred\x07): unpaired_round" in capsys.readouterr().out
+
+
 def test_every_image_is_looked_up_where_a_folder_is_named(llava_set, capsys):
     command = f"llava.json out.json --from llava_json --to hf_messages --images {llava_set}/images"
     convert(command)

@@ -18,8 +18,9 @@ from dsvl.data.collate import collate
 from dsvl.data.encode import load_tokenizer, show
 from dsvl.data.store import open_store, verify
 from orchestration import commands
+from orchestration.check import REMEDIES, check
 from orchestration.config import validated
-from orchestration.prepare import REMEDIES, check, prepare
+from orchestration.prepare import prepare
 from tests.conftest import COLOURS, raw_records
 
 pytestmark = pytest.mark.ray
@@ -263,9 +264,12 @@ def test_check_finds_every_problem_and_stores_nothing(experiment, llava_set, tmp
     expected = Counter(record["expect"] for record in raw_records("broken.json"))
     assert {problem["reason"]: problem["count"] for problem in found["problems"]} == expected
     assert found["sets"]["broken"]["used"] == 40
-    assert all(problem["examples"] and problem["remedy"] for problem in found["problems"])
+    assert all(len(problem["records"]) == problem["count"] for problem in found["problems"])
+    assert all(problem["remedy"] for problem in found["problems"])
     assert not (tmp_path / "runs").exists()
-    assert check(experiment(BOTH))["ok"] is True
+    as_found = check(experiment(BOTH))
+    assert as_found["ok"] is True
+    assert as_found["sets"] == prepare(experiment(BOTH))["sources"]
     assert check(experiment(BOTH, max_dropped=0.1))["ok"] is False
 
 

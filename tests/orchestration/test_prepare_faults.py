@@ -20,7 +20,7 @@ from PIL import Image
 
 from dsvl.data.store import open_store, verify
 from orchestration import cli
-from orchestration.prepare import prepare
+from orchestration.prepare import _tidy, prepare
 from tests.benchmarks.made_up import Pictures
 from tests.conftest import png_header
 from tests.orchestration.machines import finished
@@ -295,11 +295,35 @@ def test_the_shard_of_an_image_that_has_changed_is_made_again_and_no_other(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_what_killed_processes_have_left_is_removed_a_day_later(experiment, tmp_path):
-    work = tmp_path / "runs/prepared/.work"
-    for left in ("of-a-day-ago", "of-now"):
-        (work / f".shard-{left}").mkdir(parents=True)
-    yesterday = time.time() - 25 * 3600
-    os.utime(work / ".shard-of-a-day-ago", (yesterday, yesterday))
-    prepare(experiment({"good": {"annotations": ["good.json"]}}))
-    assert [path.name for path in work.glob(".*")] == [".shard-of-now"]
+def test_what_nobody_has_used_for_a_day_is_removed(experiment, tmp_path):
+    work, yesterday = tmp_path / "runs/prepared/.work", time.time() - 25 * 3600
+    for kind in (".shard-killed", "records-old"):
+        for when in ("now", "yesterday"):
+            (work / f"{kind}-{when}").mkdir(parents=True)
+        os.utime(work / f"{kind}-yesterday", (yesterday, yesterday))
+
+    def made() -> set[str]:
+        shutil.rmtree(prepare(experiment({"good": {"annotations": ["good.json"]}}))["folder"])
+        return {path.name for path in work.iterdir()}
+
+    left = made()
+    assert {name for name in left if "good" not in name and not name.startswith("shard-")} == {
+        ".shard-killed-now",
+        "records-old-now",
+    }
+    (used,) = work.glob("records-good-*")
+    os.utime(used, (yesterday, yesterday))
+    assert made() == left, "what a preparation uses again is not old"
+
+
+def test_tidying_stumbles_over_nothing_that_others_remove_meanwhile(tmp_path, monkeypatch):
+    for name in ("shard-gone", "records-gone", ".shard-gone", ".shard-old"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / ".shard-old", (0, 0))
+    listed = sorted(tmp_path.iterdir())
+    for path in listed:
+        if path.name != ".shard-old":
+            path.rmdir()
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(listed))
+    _tidy(tmp_path)
+    assert not (tmp_path / ".shard-old").exists()

@@ -101,7 +101,7 @@ def test_an_answer_appears_piece_by_piece(trained_run, monkeypatch):
                 said += f"{word} "
                 yield f"{word} "
 
-    monkeypatch.setattr(terminal, "open_chat", lambda experiment: Parrot())
+    monkeypatch.setattr(terminal, "open_chat", lambda subject: Parrot())
     monkeypatch.setattr("sys.stdin", io.StringIO("one two three\nfour five\n"))
     assert terminal.talk(load(trained_run), out=out)["answered"] == 2
     assert out.getvalue() == "one two three \nfour five \n"

@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 from mlflow import MlflowClient
 
-from orchestration import cli, commands
+from orchestration import cli, commands, faults
 from orchestration.compose import load
 from orchestration.config import Experiment
 from orchestration.journal import read
@@ -147,6 +147,37 @@ def test_a_training_that_loses_a_worker_goes_on_by_itself_and_ends_with_the_same
     assert logged(experiment) == logged(load(trained_run))
 
 
+def test_a_worker_that_hangs_leaves_its_stacks_and_the_training_ends_with_the_same_bits(
+    storage, trained_run, monkeypatch
+):
+    path = digits(storage, "hanging")
+    experiment = load(path, ["cluster.hang_timeout_s=45"])
+    fault = {"action": "hang", "rank": 1, "step": MOMENT}
+    monkeypatch.setenv(faults.VARIABLE, json.dumps([fault]))
+    commands.train(experiment)
+    first, second = starts(experiment.run_folder)
+    assert (first, second) == (0, MOMENT // 5 * 5)
+    (stacks,) = experiment.run_folder.glob("logs/rank-1.*.stacks")
+    text = stacks.read_text()
+    assert f"update {MOMENT}\nTimeout (0:00:45)!" in text
+    assert "in _strike" in text
+    assert final_checkpoint(experiment.run_folder) == final_checkpoint(run_folder(trained_run))
+
+
+def test_updates_that_are_undone_are_on_record(storage, trained_run, monkeypatch):
+    path = digits(storage, "corrupted")
+    experiment = load(path)
+    fault = {"action": "corrupt", "rank": 0, "step": MOMENT}
+    monkeypatch.setenv(faults.VARIABLE, json.dumps([fault]))
+    commands.train(experiment)
+    folder = experiment.run_folder
+    assert starts(folder) == [0, MOMENT // 5 * 5]
+    (undone,) = [entry for entry in read(folder)[0] if entry["kind"] == "undone"]
+    assert undone["fault"].startswith(f"update {MOMENT + 1}: its loss is nan")
+    assert logged(experiment)["train/skipped"] == [(MOMENT + 1, 1.0)]
+    assert np.isfinite([loss for _, loss in logged(experiment)["train/loss"]]).all()
+
+
 def kill_rank_1(folder: Path, ended: threading.Event) -> None:
     """Kill the process of this cluster that trains and has no journal open."""
     wait_until(lambda: steps_done(folder) >= MOMENT, running=lambda: not ended.is_set())
@@ -196,13 +227,13 @@ def alone(tmp_path):
 
 @pytest.mark.usefixtures("alone")
 def test_a_checkpoint_of_another_experiment_is_refused_by_the_worker(trained_run):
-    from orchestration.worker import resume
+    from orchestration.worker import load_newest
 
     other = load(trained_run, ["train.epochs=8"])
     with pytest.raises(
         ValueError, match=r"train\.epochs \(4 before, 8 now\); set these fields back"
     ):
-        resume(None, other, other.run_folder, frozen={})
+        load_newest(None, other, other.run_folder, frozen={})
 
 
 def test_the_cause_of_a_failure_is_its_innermost_exception_in_one_line():

@@ -5,6 +5,7 @@ import json
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dsvl.checkpoint import SCHEMA_VERSION
 from orchestration import worker
 from orchestration.config import validated
 from orchestration.journal import write_json
@@ -15,7 +16,7 @@ def resume_alone(rank, settings, root):
     dist.init_process_group("gloo", init_method=f"file://{root}/group", rank=rank, world_size=2)
     loaded = []
     worker.checkpoint.load = lambda engine, found, frozen: loaded.append(str(found.folder))
-    step = worker.resume(None, validated(settings), root / f"seen-by-{rank}", frozen={})
+    step, _ = worker.load_newest(None, validated(settings), root / f"seen-by-{rank}", frozen={})
     write_json(root / f"{rank}.json", [step, *loaded])
     dist.destroy_process_group()
 
@@ -26,7 +27,12 @@ def test_all_ranks_resume_what_rank_0_has_chosen(settings, tmp_path):
         for step in steps:
             folder = tmp_path / f"seen-by-{rank}/checkpoints/step-{step:06d}"
             folder.mkdir(parents=True)
-            manifest = {"schema_version": 1, "step": step, "identity": identity, "files": {}}
+            manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "step": step,
+                "identity": identity,
+                "files": {},
+            }
             write_json(folder / "manifest.json", manifest)
     mp.start_processes(resume_alone, (settings, tmp_path), nprocs=2, start_method="fork")
     chosen = [10, str(tmp_path / "seen-by-0/checkpoints/step-000010")]

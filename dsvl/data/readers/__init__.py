@@ -13,6 +13,7 @@ from dsvl.data.readers import (
     aokvqa,
     coco,
     hf_messages,
+    llama_factory,
     llava_json,
     llava_otter,
     mimicit,
@@ -75,13 +76,14 @@ def _files(config: SetConfig, root: Path) -> dict[str, SetConfig]:
     for name in described:
         info = {row.key: row.value for row in rows.rows(root / name, name, holding="an object")}
         for file in files:
-            fields = sharegpt.described(info, file) | config.fields.given()
+            told = llama_factory.described(info, file, reader=config.reader)
+            fields = told | config.fields.given()
             files[file] = replace(config, fields=FieldsConfig(**fields))
     return files
 
 
 def _describes(config: SetConfig, name: str) -> bool:
-    return config.reader == "sharegpt" and PurePath(name).name == sharegpt.INFO
+    return config.reader in llama_factory.FIELDS and PurePath(name).name == llama_factory.INFO
 
 
 def _rows(reader: Reader, path: Path, name: str) -> Iterator[Row]:

@@ -1,11 +1,10 @@
-"""ShareGPT, and what LLaMA-Factory's `dataset_info.json` says of such a file.
+"""ShareGPT: a list of messages with a speaker and a text, and images for the `<image>` markers in questions.
 
-A record has a list of messages with a speaker and a text, images for the `<image>` markers in questions,
-and perhaps a system message. `fields` of the set name its columns and tags, as LLaMA-Factory calls
-them; a `dataset_info.json` among the annotations names them for the files that it lists.
+A record may have a system message beside them. `fields` of the set name its columns and tags, as
+LLaMA-Factory calls them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dsvl.data.readers import llava_json
@@ -14,7 +13,6 @@ from dsvl.data.readers.records import Chat, Record, valid
 from dsvl.data.readers.rounds import alternating, marked
 from dsvl.data.types import ImageRef, Part, Turn
 
-INFO = "dataset_info.json"
 FIELDS = {
     "messages": "conversations",
     "images": "images",
@@ -55,30 +53,3 @@ def export(images: Sequence[ImageRef], turns: Sequence[Turn]) -> dict[str, Any]:
     """The record that says the same under the usual names; references to images in words."""
     record = {"conversations": llava_json.export(images, turns)["conversations"]}
     return record | ({"images": [image.path for image in images]} if images else {})
-
-
-def described(info: object, file: str) -> dict[str, str]:
-    """The `fields` that a `dataset_info.json` gives to an annotation file.
-
-    Raises ValueError where it does not list the file, or as another format.
-    """
-    entries = info.values() if isinstance(info, Mapping) else ()
-    name = file.rsplit("/", 1)[-1]
-    found: list[Mapping[str, Any]] = [
-        entry
-        for entry in entries
-        if isinstance(entry, Mapping) and str(entry.get("file_name")).rsplit("/", 1)[-1] == name
-    ]
-    if len(found) != 1 or found[0].get("formatting") != "sharegpt":
-        raise ValueError(
-            f"{INFO}: must list {name} once, with formatting: sharegpt; "
-            "for formatting: alpaca use reader: alpaca"
-        )
-    parts = (found[0].get(part) for part in ("columns", "tags"))
-    return {
-        key: value
-        for part in parts
-        if isinstance(part, Mapping)
-        for key, value in part.items()
-        if key in FIELDS and isinstance(value, str)
-    }

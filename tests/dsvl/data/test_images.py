@@ -4,6 +4,11 @@ import hashlib
 import io
 import json
 import os
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
 from contextlib import suppress
 
 import numpy as np
@@ -165,6 +170,66 @@ def test_the_pixel_cap_is_on_the_product_and_inclusive(llava_set):
     assert open_image(llava_set, "red.png", max_pixels=24 * 16).width == 24
     with pytest.raises(BadImage, match="24 x 16 pixels, more than 383"):
         open_image(llava_set, "red.png", max_pixels=24 * 16 - 1)
+
+
+def png(width: int, height: int, *, rows: int, chunks: bytes = b"") -> bytes:
+    """A grey PNG whose header and whose data differ: so many black rows, packed a thousand to one."""
+    packed, size = zlib.compressobj(9), rows * (1 + width)
+    blocks = (packed.compress(bytes(min(1 << 20, size - at))) for at in range(0, size, 1 << 20))
+    data = b"".join([*blocks, packed.flush()])
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    signature = b"\x89PNG\r\n\x1a\n"
+    return signature + chunk(b"IHDR", header) + chunks + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+PEAK = """
+import json, re, sys
+from pathlib import Path
+from dsvl.data.images import ImageProcessor, load
+from dsvl.data.sources import BadImage, Images
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+
+images, processor = Images(sys.argv[1]), ImageProcessor(8, (0.5,) * 3, (0.5,) * 3)
+load(images, "ordinary.png", processor=processor, max_pixels=50_000_000)
+before, found = peak(), {}
+for name in sys.argv[2:]:
+    try:
+        load(images, name, processor=processor, max_pixels=50_000_000)
+        found[name] = "used"
+    except BadImage as bad:
+        found[name] = bad.reason
+print(json.dumps([found, peak() - before]))
+"""
+
+
+def test_no_bomb_takes_200_megabytes(tmp_path):
+    text = zlib.compress(bytes(300_000_000), 9)
+    described, profile = (chunk(kind, b"a\0\0" + text) for kind in (b"zTXt", b"iCCP"))
+    bombs = {
+        "header.png": (png(14_000, 14_000, rows=0), "image_too_large"),
+        "whole.png": (png(13_000, 13_000, rows=13_000), "image_too_large"),
+        "more-than-it-says.png": (png(10, 10, rows=20_000_000), "used"),
+        "text.png": (png(10, 10, rows=10, chunks=described), "undecodable_image"),
+        "profile.png": (png(10, 10, rows=10, chunks=profile), "undecodable_image"),
+    }
+    (tmp_path / "ordinary.png").write_bytes(png(10, 10, rows=10))
+    for name, (data, _) in bombs.items():
+        assert len(data) < 2_000_000
+        (tmp_path / name).write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("bomb.png", bytes(300_000_000))
+    command = [sys.executable, "-c", PEAK, tmp_path, *bombs, "x.zip/bomb.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found, megabytes = json.loads(done.stdout)
+    expected = {name: reason for name, (_, reason) in bombs.items()}
+    assert found == expected | {"x.zip/bomb.png": "image_too_large"}
+    assert megabytes < 200
 
 
 def test_orientation_of_a_camera_is_applied():

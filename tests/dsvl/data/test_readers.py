@@ -223,6 +223,44 @@ def test_alpaca_has_its_question_in_two_fields_and_its_past_in_a_third():
     assert (said(plain), said(given)[0]) == (["1 + 1?", "2"], "Only an input")
 
 
+def told(record: Conversation | Rejected) -> object:
+    """What must not depend on the names of columns: all but the words about a fault."""
+    return record if isinstance(record, Conversation) else (record.record, record.reason)
+
+
+def test_alpaca_is_read_as_its_dataset_info_says(tmp_path):
+    names = {
+        "prompt": "q",
+        "query": "more",
+        "response": "a",
+        "history": "past",
+        "system": "be",
+        "images": "shown",
+    }
+    usual = ("instruction", "input", "output", "history", "system", "images")
+    called = dict(zip(usual, names.values(), strict=True))
+    renamed = [
+        {called.get(name, name): value for name, value in record.items()}
+        for record in raw("alpaca").values()
+    ]
+    (tmp_path / "alpaca.json").write_text(json.dumps(renamed))
+    entry = {"file_name": "alpaca.json", "columns": names}  # their `formatting`, if none is given
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    files = ("alpaca.json", "dataset_info.json")
+    by_info = SetConfig(reader="alpaca", annotations=files, images="i")
+    by_fields = SetConfig(
+        reader="alpaca", annotations=files[:1], images="i", fields=FieldsConfig(**names)
+    )
+    for config in (by_info, by_fields):
+        found = list(read("set", config=config, root=tmp_path, max_images=8, seed=0))
+        assert list(map(told, found)) == list(map(told, read_raw("alpaca")))
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"mine": entry | {"formatting": "sharegpt"}})
+    )
+    with pytest.raises(ValueError, match=r"must list alpaca\.json once, with formatting: alpaca"):
+        list(read("set", config=by_info, root=tmp_path, max_images=8, seed=0))
+
+
 def test_a_csv_table_is_read_as_the_same_table_in_json(tmp_path):
     (tmp_path / "t.csv").write_text(
         'id,q,img,choice,why\n1,"Where, he?",1.jpg,bus,"he\nwaits"\n2,What?,,5,so\n3,short\n'
@@ -241,6 +279,29 @@ def test_a_table_is_read_by_the_names_of_its_fields():
     assert said(two)[0] == "<0>Which of<1>"
     assert (paths(text), said(number)[1]) == ([], "5, as he waits.")
     assert paths(named) == ["42"]
+
+
+def test_numbers_in_a_table_are_texts_unless_they_are_none(tmp_path):
+    rows = [
+        {"question": "How many?", "answer": 3},
+        {"question": ["1 + 1?", 7], "answer": [10**400, 0.5]},
+        {"question": "How many?", "answer": float("nan")},
+        {"question": "How many?", "answer": True},
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def found(**fields):
+        config = SetConfig(
+            reader="qa", annotations=("t.jsonl",), images="i", fields=FieldsConfig(**fields)
+        )
+        return read("set", config=config, root=tmp_path, max_images=8, seed=0)
+
+    one, two, *bad = found()
+    assert (said(one), said(two)) == (["How many?", "3"], ["1 + 1?", str(10**400), "7", "0.5"])
+    assert [record.reason for record in bad] == ["empty_answer"] * 2
+    one, *bad = found(answer="{answer}.")
+    assert said(one)[1] == "3."
+    assert [record.reason for record in bad] == ["empty_answer"] * 3
 
 
 def test_random_choices_depend_on_the_seed_and_the_record_alone(tmp_path):

@@ -166,6 +166,18 @@ def test_a_broken_table_is_refused_with_its_line(tmp_path, text, message):
         values(tmp_path / "t.csv")
 
 
+def test_a_cell_may_hold_an_image(tmp_path):
+    (tmp_path / "t.tsv").write_text("image\n" + "A" * 1_000_000 + "\n")
+    assert values(tmp_path / "t.tsv") == [{"image": "A" * 1_000_000}]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_a_number_that_is_too_long_for_python_is_a_text_and_costs_no_file(tmp_path, ending):
+    path, digits = tmp_path / f"t{ending}", "9" * 5000
+    path.write_text(f'{{"id": {digits}}}' if ending == ".jsonl" else f'[{{"id": {digits}}}]')
+    assert values(path) == [{"id": digits}]
+
+
 def test_a_table_of_fifty_megabytes_is_read_in_the_memory_of_a_few(tmp_path):
     path = tmp_path / "t.csv"
     line = ",".join(["What? " * 400, "That. " * 450]) + "\n"

@@ -1,8 +1,11 @@
 """Shards of records whose checking is broken off."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from dsvl.config import SetConfig
 from dsvl.data.readers import read
 from dsvl.data.shard import stamp
+from dsvl.data.sources import BadImage, Images
 from dsvl.data.spool import spool
 
 KILLED = """
@@ -93,3 +97,28 @@ def test_a_stamp_tells_of_files_in_the_folder_and_of_none_outside(tmp_path):
     assert inside is not None
     for path in ("absent.png", "link.png", "loop.png", "../out.png", f"{tmp_path}/out.png", "a\0b"):
         assert stamp(str(images), path) is None
+
+
+def test_a_file_that_may_not_be_read_is_undecodable_and_noticed_once_it_may():
+    with TemporaryDirectory() as name:  # not pytest's, which is closed to other users
+        folder = Path(name)
+        (folder / "closed").mkdir()
+        for ref in (refs := ("shut.png", "closed/in.png")):
+            (folder / ref).write_bytes(b"12345")
+        images = Images(folder)
+        folder.chmod(0o755)
+        for ref in ("shut.png", "closed"):
+            (folder / ref).chmod(0)
+        was = os.geteuid()
+        if was == 0:  # who may read all
+            os.seteuid(65534)
+        try:
+            assert [stamp(name, ref) for ref in refs] == [None, None]
+            for ref in refs:
+                with pytest.raises(BadImage, match=r"undecodable_image: .*Permission denied"):
+                    images.read(ref)
+        finally:
+            os.seteuid(was)
+            (folder / "closed").chmod(0o700)
+        (folder / "shut.png").chmod(0o600)
+        assert all(stamp(name, ref) for ref in refs)

@@ -8,6 +8,8 @@ import pickle
 import tarfile
 import tracemalloc
 import zipfile
+from contextlib import suppress
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,6 +79,54 @@ def test_a_damaged_archive_makes_its_images_undecodable(tmp_path, ending):
     path.write_bytes(b"<html>404</html>")
     assert reason(Images(path), "a.jpg") == "undecodable_image"
     assert reason(Images(tmp_path), f"birds{ending}/a.jpg") == "undecodable_image"
+
+
+def zip_of(method):
+    def make(path, content):
+        with zipfile.ZipFile(path, "w", method) as file:
+            for name, data in content.items():
+                file.writestr(name, data * 50)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("ending", "make"),
+    [
+        *MAKE.items(),
+        *((".zip", zip_of(method)) for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)),
+    ],
+)
+def test_no_damage_to_an_archive_raises_anything_but_a_bad_image(tmp_path, ending, make):
+    make(tmp_path / f"whole{ending}", CONTENT | {"long" * 40 + "é": b"long"})
+    whole, random = (tmp_path / f"whole{ending}").read_bytes(), Random(7)
+    path = tmp_path / f"damaged{ending}"
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(random.choice((1, 1, 2, 8))):
+            at = random.randrange(len(damaged))
+            damaged[at : at + random.choice((0, 1, 1, 4))] = random.randbytes(1)
+        path.write_bytes(damaged)
+        images = Images(path)
+        for member in ("a.jpg", "sub/b.png", "0/bytes"):
+            with suppress(BadImage):
+                images.read(member)
+
+
+def test_a_damaged_page_of_a_parquet_file_is_no_missing_image(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [bytes(range(256)) * 9]}), path, use_dictionary=False)
+    place = pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    whole = bytearray(path.read_bytes())
+    whole[place : place + 20] = b"\xff" * 20
+    path.write_bytes(whole)
+    assert reason(Images(path), "0/image") == "undecodable_image"
+    assert reason(Images(path), "0/absent") == "missing_image"
+
+
+def test_a_file_that_the_system_does_not_give_is_a_bad_image():
+    # Of this file the first page is never mapped: reading it is an input/output error.
+    assert reason(Images("/proc/self"), "mem") == "undecodable_image"
 
 
 @pytest.mark.parametrize("ending", MAKE)

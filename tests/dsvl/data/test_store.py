@@ -155,6 +155,12 @@ def test_a_lost_record_is_never_published(made, tmp_path):
     assert (table["set"]["held_out"], table["set"]["dropped"]) == (1, {"bad_roles": 1})
 
 
+def test_two_samples_of_one_id_are_never_published(made, tmp_path):
+    made.samples.append(made.samples[0])
+    with pytest.raises(AssertionError, match="is stored already"):
+        made.write(tmp_path / "set")
+
+
 def test_nothing_is_left_of_an_interrupted_write(made, tmp_path):
     (tmp_path / "out").mkdir()
     made.samples.append(missing(made.samples[1]))
@@ -243,6 +249,14 @@ def test_what_was_verified_is_read_again_only_where_it_has_changed(made, tmp_pat
     ids.write_bytes(ids.read_bytes()[::-1])
     assert [str(ids) in fault for fault in verify(tmp_path / "set")] == [True]
     assert read == [ids]
+
+
+@pytest.mark.parametrize("left", ["", "{", "7", "[1]", "null"])
+def test_what_is_left_of_an_earlier_verification_need_not_be_whole(made, tmp_path, left):
+    made.write(tmp_path / "set")
+    (tmp_path / "set/.verified.json").write_text(left)
+    assert verify(tmp_path / "set") == []
+    assert json.loads((tmp_path / "set/.verified.json").read_text())
 
 
 def test_a_set_of_another_version_is_refused(made, tmp_path):

@@ -1,0 +1,73 @@
+"""Which trained model is meant: of the best trial or of the training, at which checkpoint."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsvl import checkpoint
+from dsvl.config import require
+from orchestration.config import Experiment
+from orchestration.journal import read_json
+from orchestration.results import experiment_of, refuse_another
+from orchestration.search import summarize, trials_folder
+
+CHAT = "chat.json"
+"""In an exported model: how one chats with it."""
+
+
+class Trained(NamedTuple):
+    """A model as it was at some update."""
+
+    experiment: Experiment
+    """What was trained; a trial's own."""
+    folder: Path
+    """Of its run."""
+    checkpoint: checkpoint.Checkpoint
+
+
+def choose(source: Experiment | Path, *, step: int | None = None) -> Trained:
+    """The model of the best finished trial of an experiment's sweep, else of its training.
+
+    Args:
+        source: the experiment; or the folder of a run or trial, which is then meant itself.
+        step: of which checkpoint; the newest that is whole when empty.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint yet.
+        ValueError: if there is none of that step, or it is damaged or of another experiment, the differing
+            fields being named; if the folder is of no run.
+    """
+    experiment = experiment_of(source) if isinstance(source, Path) else source
+    folder = experiment.run_folder
+    if experiment.search and trials_folder(experiment).exists():
+        best = summarize(experiment)["best"]
+        if best:
+            folder = Path(best["folder"])
+            experiment = experiment.trial(read_json(folder / "values.json"))
+    held = folder / "checkpoints"
+    found = checkpoint.newest(held) if step is None else _at(held, step)
+    if found is None:
+        raise FileNotFoundError(f"{held}: no checkpoint yet; train or sweep first")
+    refuse_another(experiment, found.manifest, where=found.folder)
+    return Trained(experiment, folder, found)
+
+
+def manner(experiment: Experiment) -> dict[str, Any]:
+    """How one chats with a model: what it was trained in, and on."""
+    data = experiment.data
+    return {
+        "precision": experiment.train.precision,
+        "max_tokens": data.max_tokens,
+        "max_image_pixels": data.max_image_pixels,
+    }
+
+
+def _at(held: Path, step: int) -> checkpoint.Checkpoint | None:
+    """The checkpoint of a step among those that are held, or None where none are."""
+    paths = {int(path.name.removeprefix("step-")): path for path in held.glob("step-*")}
+    if not paths:
+        return None
+    there = ", ".join(map(str, sorted(paths)))
+    require(step in paths, "checkpoint", step, f"must be one of those in {held}: {there}")
+    fault = checkpoint.find_fault(paths[step])
+    require(not fault, "checkpoint", step, f"is damaged: {fault}; choose another of {there}")
+    return checkpoint.Checkpoint(paths[step], read_json(paths[step] / "manifest.json"))
