@@ -171,8 +171,8 @@ def _choices(choices: Sequence[Choice]) -> list[tuple[str, ...]]:
             _yes(choice.gradient_checkpointing),
             shown(choice.memory_bytes),
             shown(choice.host_bytes),
-            "unknown" if choice.fits is None else _yes(choice.fits),
-            "none" if choice.fewest_workers is None else _count(choice.fewest_workers),
+            "unlimited" if choice.fits is None else _yes(choice.fits),
+            "" if choice.fewest_workers is None else _count(choice.fewest_workers),
             "configured" * choice.configured or "simplest that fits" * (choice is smallest),
         )
         for choice in choices
