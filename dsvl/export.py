@@ -43,7 +43,7 @@ def export(
 ) -> int:
     """Write the model of a checkpoint's folder as a new folder, which appears whole or not at all.
 
-    At no time are there two copies of the decoder in memory.
+    There is never more than one copy of the decoder in memory, beside files that are mapped into it.
 
     Args:
         source: a folder that `dsvl.pretrained` loads.
@@ -74,18 +74,16 @@ def export(
     trained = load_file(source / pretrained.PARAMETERS)
     count = sum(value.numel() for value in trained.values())
     with complete(target) as making:
-        folders = {part: [making] for part in PROCESSORS}
         if form == "merged":
             _write_parts(model, making)
-            for part in PROCESSORS:
-                frozen[part] = pretrained.digest(str(making / part))
-                folders[part].append(making / part)
             trained = {name: trained[name] for name in model.trainable()}
+            frozen = {part: pretrained.digest(str(making / part)) for part in frozen}
             count = sum(parameter.numel() for parameter in model.parameters())
         for part, checkpoint in pretrained.parts(stated).items():
             for file in _processor(part, checkpoint):
-                for folder in folders[part]:
-                    shutil.copy(file, folder)
+                shutil.copy(file, making)
+                if form == "merged":
+                    shutil.copy(file, making / part)
         pretrained.write(making, model.config, trained, frozen=frozen)
         for name, text in texts.items():
             (making / name).write_text(text, encoding="utf-8")
@@ -100,8 +98,12 @@ def _write_parts(model: VisualChat, folder: Path) -> None:
     for name, part in (("language", model.language), ("vision", model.vision.encoder)):
         part.save_pretrained(folder / name, max_shard_size=SHARD)
         _require_exact(type(part), folder / name)
-    names = {part: pretrained.HERE + part for part in PROCESSORS}
-    model.config = replace(pretrained.reading(model.config, **names), train_embedding=False)
+    here = pretrained.reading(
+        model.config,
+        language=f"{pretrained.HERE}language",
+        vision=f"{pretrained.HERE}vision",
+    )
+    model.config = replace(here, train_embedding=False)
 
 
 def _require_exact(kind: Any, folder: Path) -> None:

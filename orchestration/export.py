@@ -93,7 +93,9 @@ def card(chosen: Trained, *, form: library.Form) -> str:
         "trained": f"{trained}; nothing else",
     }
     settings = {
-        name: value for name, value in it.identity_fields().items() if not name.startswith("data.")
+        name: value
+        for name, value in held.manifest["fields"].items()
+        if not name.startswith("data.")
     }
     return CARD.format(
         header=_yaml(header | ({"base_model": hub} if hub else {})),
@@ -101,7 +103,7 @@ def card(chosen: Trained, *, form: library.Form) -> str:
         parts=_table(parts),
         blends=_table(_blends(it)),
         step=held.step,
-        identity=it.identity(),
+        identity=held.manifest["identity"],
         settings=_yaml(settings),
         metrics=_table(_metrics(chosen)),
         use=USE[form] + (ROUNDED if form == "merged" and model.quantization != "none" else ""),

@@ -36,7 +36,8 @@ def choose(source: Experiment | Path, *, step: int | None = None) -> Trained:
         ValueError: if there is none of that step, or it is damaged or of another experiment, the differing
             fields being named; if the folder is of no run.
     """
-    experiment = experiment_of(source) if isinstance(source, Path) else source
+    by_folder = isinstance(source, Path)
+    experiment = experiment_of(source) if by_folder else source
     folder = experiment.run_folder
     if experiment.search and trials_folder(experiment).exists():
         best = summarize(experiment)["best"]
@@ -47,7 +48,8 @@ def choose(source: Experiment | Path, *, step: int | None = None) -> Trained:
     found = checkpoint.newest(held) if step is None else _at(held, step)
     if found is None:
         raise FileNotFoundError(f"{held}: no checkpoint yet; train or sweep first")
-    refuse_another(experiment, found.manifest, where=found.folder)
+    if not by_folder:
+        refuse_another(experiment, found.manifest, where=found.folder)
     return Trained(experiment, folder, found)
 
 

@@ -24,7 +24,9 @@ from dsvl.model import VisualChat
 from tests.dsvl.conftest import SHAPE
 from tests.dsvl.test_lora import mixed
 from tests.dsvl.test_model import batch_of, example
+from tests.dsvl.test_vision import images, towers
 
+__all__ = ["towers"]  # a fixture
 LORA = {"language_lora": LoraConfig(rank=3), "vision_lora": LoraConfig(rank=2, alpha=5.0)}
 GATED = {"attention": "gated_cross", "cross_every": 1}
 MODELS = {
@@ -154,6 +156,18 @@ def test_decoder_and_tower_of_a_merged_model_are_checkpoints_of_transformers(
         pixels = torch.randn(2, 3, 8, 8)
         states = vision(pixels).last_hidden_state[:, 1:]
         torch.testing.assert_close(states, model.vision(pixels), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "qwen"])
+def test_towers_of_every_kind_are_exported_as_they_see(config, towers, tmp_path, kind):
+    processor = Path(towers[kind].checkpoint) / "preprocessor_config.json"
+    processor.write_text(json.dumps(PROCESSOR))
+    tower = {"vision": towers[kind], "vision_lora": LoraConfig(rank=2)}
+    model = trained(config, tmp_path / "run", **tower)
+    again = exported(tmp_path / "run", tmp_path / "out", "merged")
+    pixels = images(towers[kind])
+    with torch.no_grad():
+        torch.testing.assert_close(again.vision(pixels), model.vision(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_no_weight_of_a_merged_model_is_written_twice(config, tmp_path):

@@ -260,6 +260,38 @@ def test_a_checkpoint_resumes_at_another_stage_and_world_size(
     np.testing.assert_allclose(records, reference[0][5:], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_that_changes_its_number_of_workers_trains_on_the_same_samples(
+    model_config, tmp_path, monkeypatch, stage
+):
+    """4, 2, 3 and again 4 workers; the rate of the paper, as a large one makes much of rounding."""
+    monkeypatch.setitem(globals(), "TRAIN", replace(TRAIN, batch=12, epochs=8))
+    monkeypatch.setitem(globals(), "OPTIM", replace(OPTIM, lr=1e-3))
+    torch.set_num_threads(1)
+    expected, _ = plain(model_config)
+    records = []
+    for world, stop in ((4, 2), (2, 4), (3, 6), (4, 8)):
+        records += run(model_config, tmp_path, stage=stage, world=world, save=(stop,), stop=stop)
+    np.testing.assert_allclose(records, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_text_alone_leaves_no_rank_waiting(model_config, tmp_path, monkeypatch, stage):
+    """200 updates, a batch in eleven with text alone on both ranks, and others with a rank of it."""
+    monkeypatch.setitem(globals(), "TRAIN", replace(TRAIN, batch=2, epochs=9))
+    layouts = ("tTTtT",) * 9 + ("t1tTT",) * 13
+    monkeypatch.setattr(Prepared, "train", Examples(layouts))
+    plan = Plan(len(Prepared.train), TRAIN)
+    texts = [
+        sum(not Prepared.train[int(i)].images for i in plan.indices(s)) for s in range(plan.steps)
+    ]
+    assert len(texts) == 198
+    assert {0, 1, 2} == set(texts)
+    records = run(model_config, tmp_path, stage=stage)
+    assert len(records) == 198
+    assert np.isfinite(records).all()
+
+
 @pytest.fixture
 def gated_config(model_config, monkeypatch):
     """With gated cross-attention, and text between every image and an answer."""
@@ -299,6 +331,25 @@ def test_gated_cross_attention_resumes_bit_for_bit(gated_config, tmp_path, stage
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_torn_write_and_flipped_byte_is_found_and_named(model_config, tmp_path):
+    run(model_config, tmp_path, stage=2, world=1, save=(4,), stop=4)
+    whole = tmp_path / "step-000004"
+    assert checkpoint.find_fault(whole) is None
+    for path in sorted(whole.iterdir()):
+        content = path.read_bytes()
+        cuts = [len(content) * tenth // 10 for tenth in range(10)]
+        torn = [content[:cut] for cut in cuts]
+        flipped = [content[:cut] + bytes([content[cut] ^ 4]) + content[cut + 1 :] for cut in cuts]
+        for damaged in torn + (flipped if path.name != "manifest.json" else []):
+            path.write_bytes(damaged)
+            assert path.name in (checkpoint.find_fault(whole) or "")
+        path.unlink()
+        assert path.name in (checkpoint.find_fault(whole) or "")
+        assert checkpoint.newest(tmp_path).step == 0
+        path.write_bytes(content)
+    assert checkpoint.newest(tmp_path).step == 4
 
 
 @pytest.mark.parametrize("stage", [0, 2])

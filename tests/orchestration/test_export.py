@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from orchestration import cli
 from orchestration.compose import load
+from orchestration.config import validated
+from orchestration.results import begin, experiment_of
 from tests.orchestration.conftest import run_folder
 from tests.orchestration.test_terminal import typed
 
@@ -89,6 +91,16 @@ def test_the_card_tells_what_was_trained_on_what_and_how_well(run, trained_run, 
         "The licences of both base models",
     ):
         assert told in card, told
+
+
+def test_a_folder_is_the_run_that_lies_in_it_and_no_better_one(settings, search, tmp_path):
+    sweep = validated(settings | {"search": search})
+    trial = sweep.trial({"model.size": "large", "optim.lr": 0.004})
+    folder = tmp_path / "moved" / "size=large,lr=0.004"
+    begin(trial, folder)
+    found = experiment_of(folder)
+    assert (found.run_folder, found.search) == (folder, None)
+    assert found.identity() == trial.identity() != sweep.identity()
 
 
 @pytest.mark.parametrize(
