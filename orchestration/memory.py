@@ -59,19 +59,18 @@ def weight_bytes(experiment: Experiment) -> int:
 
 
 def _memory(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
-    staying = _staying(experiment)
     passing = max(
         at_the_loss(experiment, recompute=recompute),
-        *_updates(experiment),
+        *updating(experiment),
         key=lambda parts: sum(parts.values()),
     )
     allowance = 0
     if experiment.cluster.gpus_per_worker:
         allowance = RUNTIME_BYTES + int(FRAGMENTED * sum(passing.values()))
-    return {**staying, **passing, "allowance": allowance}
+    return {**staying(experiment), **passing, "allowance": allowance}
 
 
-def _staying(experiment: Experiment) -> dict[str, int]:
+def staying(experiment: Experiment) -> dict[str, int]:
     """A worker's share of weights and states: ZeRO 1 divides the optimizer, 3 the weights too."""
     engine, workers = experiment.engine, experiment.cluster.workers
     frozen, scales, trained = _weights(experiment)
@@ -122,11 +121,10 @@ def at_the_loss(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
     }
 
 
-def _updates(experiment: Experiment) -> list[dict[str, int]]:
+def updating(experiment: Experiment) -> list[dict[str, int]]:
     """What is there when the backward pass ends, and while the optimizer updates."""
     engine, width = experiment.engine, weight_bytes(experiment)
-    stage, gradient = engine.zero_stage, _gradients(experiment)[0]
-    _, share, bucket = _gradients(experiment)
+    stage, (gradient, share, bucket) = engine.zero_stage, _gradients(experiment)
     trained = gradient // width
     own = -(-trained // experiment.cluster.workers) if stage else trained
     passes = experiment.train.batch // (experiment.cluster.workers * engine.micro_batch)
@@ -189,8 +187,8 @@ def _gathered(experiment: Experiment) -> int:
     frozen, _, trained = _weights(experiment)
     total = sum(part.total for part in parameters(experiment.model).values())
     arriving = _deepspeed(experiment, "stage3_prefetch_bucket_size", PREFETCH)
-    staying = _deepspeed(experiment, "stage3_max_reuse_distance", REUSE) // 2
-    live = min(total, staying + largest_weight(experiment.model) + arriving) + min(total, arriving)
+    reused = _deepspeed(experiment, "stage3_max_reuse_distance", REUSE) // 2
+    live = min(total, reused + largest_weight(experiment.model) + arriving) + min(total, arriving)
     return int((frozen + trained * weight_bytes(experiment)) / total * live)
 
 

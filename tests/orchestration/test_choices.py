@@ -6,7 +6,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 
 from orchestration.choices import choices, fits, remedy
 from orchestration.config import validated
-from orchestration.memory import GIB, _staying, _updates, host_memory, memory
+from orchestration.memory import GIB, host_memory, memory, staying, updating
 
 
 def by_settings(experiment):
@@ -78,8 +78,8 @@ def test_model_states_are_those_of_deepspeeds_estimators(settings, workers):
     trained = 8 * 8 + 8 + 32 * 8
     experiment = validated(settings)
     _, theirs = estimate_zero2_model_states_mem_needs(trained, workers, cpu_offload=False)
-    ours = _staying(experiment)
-    update = _updates(experiment)[1]
+    ours = staying(experiment)
+    update = updating(experiment)[1]
     temporary = 4 * trained // workers * 2
     whole = 2 * (min(trained, trained // workers + 32 * 8) - trained // workers)
     states = ours["trainable weights"] + ours["optimizer"] + sum(update.values())
@@ -88,7 +88,7 @@ def test_model_states_are_those_of_deepspeeds_estimators(settings, workers):
     _, theirs, layer = estimate_zero3_model_states_mem_needs(
         trained, 32 * 8, workers, cpu_offload=False
     )
-    ours, update = _staying(third), _updates(third)[1]
+    ours, update = staying(third), updating(third)[1]
     states = ours["trainable weights"] + ours["optimizer"] + sum(update.values())
     bucket = 2 * trained
     # What theirs give the weights after ZeRO 3's division is in the 18 bytes; ours has them beside.

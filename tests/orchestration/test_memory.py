@@ -51,6 +51,12 @@ def test_each_stage_of_zero_divides_one_thing_more(settings, stage):
     assert held["gradients"] == [trained, 2 * trained, min(trained, own + embedding), own][stage]
 
 
+def test_without_zero_weights_are_their_own_masters(settings):
+    settings["train"]["precision"] = "fp32"
+    parts = memory(validated(settings | {"engine": {"zero_stage": 0}}))
+    assert parts["optimizer"] == 8 * (8 * 8 + 8 + 32 * 8)
+
+
 def test_one_pass_an_update_holds_no_gradients_while_activations_are_there(settings):
     settings |= {"cluster": {"workers": 12}, "engine": {"zero_stage": 2}}
     assert at_the_loss(validated(settings), recompute=False)["gradients"] == 0
