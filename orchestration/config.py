@@ -49,6 +49,15 @@ class ClusterConfig(Section):
     """Labels of the nodes that run the tower."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of a GPU that a worker may fill; a plan that needs more is refused."""
+    host_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of its machine that a worker may fill with what is offloaded; more is refused as well."""
+    gpu_tflops: float | None = Field(default=None, gt=0)
+    """Peak of a worker's device at `train.precision`, in 10^12 operations a second; plans tell time by it."""
+    utilisation: float = Field(default=0.4, gt=0, le=1)
+    """Share of that peak that training reaches, over all it computes, with what it waits for. ZeRO-Infinity
+    sustained 40 % on 512 GPUs (arXiv:2104.07857); put what your own runs measure."""
+    gpu_hour_price: float | None = Field(default=None, ge=0)
+    """What an hour of a worker's GPU costs, in any currency; plans tell money by it."""
     failures: int = Field(default=2, ge=0)
     """Restarts of a training before it counts as failed."""
     hang_timeout_s: float = Field(default=1800, gt=0)

@@ -1,21 +1,45 @@
-"""What a worker has to hold while it trains, and the nearest settings that fit where it is too much."""
+"""What a worker has to hold while it trains: bytes by component at the moment when they are most.
 
-from typing import Literal
+There are three such moments: the loss is known, and every layer has kept what its backward pass needs; that
+pass has come to the embedding, the last to get its gradient; the optimizer updates. DeepSpeed's part is that
+of its code (0.19). `tests.benchmarks.planning` holds the sum to what real trainings take.
+"""
+
+from typing import Any
 
 from dsvl.config import ModelConfig, logit_rows
-from orchestration.config import Experiment, legal_workers
-from orchestration.parameters import linear_parameters, parameters
+from orchestration.config import Experiment
+from orchestration.parameters import largest_weight, linear_parameters, parameters
 
 GIB = 1024**3
 STATE_BYTES = 12
 """Of a trained parameter: its float32 master value and two moments."""
 QUANTIZED_BYTES = {"int8": (1.0, 0.0), "nf4": (1 / 2, 1 / 64 + 4 / (64 * 256))}
 """Of a quantised weight, and of its share in scales: NF4's are one a block of 64, quantised themselves."""
+RUNTIME_BYTES = int(1.3 * GIB)
+"""What CUDA takes of a GPU before anything is put there (transformers, "Anatomy of model's memory")."""
+FRAGMENTED = 0.15
+"""Of what comes and goes on a GPU, on top for gaps between it (GMLake, arXiv:2401.08156: 15 % on average)."""
+BUCKET, PREFETCH, REUSE = 500_000_000, 50_000_000, 1_000_000_000
+"""DeepSpeed's reduce_bucket_size, stage3_prefetch_bucket_size and stage3_max_reuse_distance: weights."""
 
 
 def memory(experiment: Experiment) -> dict[str, int]:
-    """Bytes that a worker needs, by component; activations and logits are estimates from above."""
+    """Bytes that a worker needs on its device, by component; full samples of nothing but text are counted."""
     return _memory(experiment, recompute=gradient_checkpointing(experiment))
+
+
+def host_memory(experiment: Experiment) -> int:
+    """Bytes that a worker keeps in its machine's memory because they are offloaded there.
+
+    The optimizer goes with its gradients in float32 and a copy of the weights in the training's precision.
+    """
+    engine, width = experiment.engine, weight_bytes(experiment)
+    frozen, scales, trained = _weights(experiment)
+    own = -(-trained // experiment.cluster.workers)
+    optimizer = own * (STATE_BYTES + 4 + width) if engine.offload_optimizer == "cpu" else 0
+    weights = -(-(frozen + trained * width) // experiment.cluster.workers) + scales
+    return optimizer + (weights if engine.offload_parameters == "cpu" else 0)
 
 
 def gradient_checkpointing(experiment: Experiment) -> bool:
@@ -29,88 +53,157 @@ def gradient_checkpointing(experiment: Experiment) -> bool:
     return sum(_memory(experiment, recompute=False).values()) > limit * GIB
 
 
-def remedy(experiment: Experiment, purpose: Literal["run", "trial"]) -> str:
-    """The fewest and smallest changes of recomputation, ZeRO stage, micro batch and workers that fit."""
-    batch, engine = experiment.train.batch, experiment.engine
-    recompute = engine.gradient_checkpointing
-    last = 2 if experiment.model.quantization == "int8" else 3
-    now = (recompute, engine.zero_stage, engine.micro_batch, experiment.cluster.workers)
-    choices = [
-        (again, stage, micro, count)
-        for again in ((recompute,) if recompute is not False else (False, True))
-        for stage in range(engine.zero_stage, last + 1)
-        for micro in range(engine.micro_batch, 0, -1)
-        if batch % micro == 0
-        for count in legal_workers(batch, micro)
-        if count >= experiment.cluster.workers
-    ]
-
-    def distance(choice: tuple[bool | None, int, int, int]) -> tuple[int, int, int, int]:
-        changed = sum(value != before for value, before in zip(choice, now, strict=True))
-        return changed, choice[3], choice[1], -choice[2]
-
-    for choice in sorted(choices, key=distance):
-        names = ("engine.gradient_checkpointing", "engine.zero_stage", "engine.micro_batch",
-                 "cluster.workers")  # fmt: skip
-        other = experiment.with_overrides({**dict(zip(names, choice, strict=True)), "search": None})
-        if sum(memory(other).values()) <= (experiment.cluster.gpu_memory_gib or 0) * GIB:
-            workers = "cluster.workers" if purpose == "run" else "search.workers"
-            settings = zip((*names[:3], workers), choice, now, strict=True)
-            return "set " + " ".join(
-                f"{name}={str(new).lower()}" for name, new, old in settings if new != old
-            )
-    return (
-        "no ZeRO stage, micro batch or number of workers fits; lower data.max_tokens, "
-        "choose a smaller model.size or a GPU with more memory"
-    )
+def weight_bytes(experiment: Experiment) -> int:
+    """Of a number in the training's precision."""
+    return 4 if experiment.train.precision == "fp32" else 2
 
 
 def _memory(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
-    """As `memory`.
-
-    A worker holds its share of what the ZeRO stage divides: 1 the optimizer, 2 the gradients too,
-    3 the weights too.
-    """
-    model, engine = experiment.model, experiment.engine
-    language = model.language
-    width = 4 if experiment.train.precision == "fp32" else 2
-    counts = parameters(model).values()
-    trainable = sum(part.trainable for part in counts)
-    frozen = sum(part.total for part in counts) - trainable
-    frozen_bytes, scales = frozen * width, 0
-    if model.quantization != "none":
-        quantized = linear_parameters(language)
-        weight, scale = QUANTIZED_BYTES[model.quantization]
-        frozen_bytes += int(quantized * (weight - width))
-        scales = int(quantized * scale)
-    tokens = engine.micro_batch * experiment.data.max_tokens
-    layer, block = _kept_by_a_layer(model, width), _kept_by_a_block(model) * width
-    # In the backward pass one layer is at work beside what was kept.
-    layers, blocks = language.num_hidden_layers, model.cross_blocks
-    inputs = layers * width * language.hidden_size
-    kept = (
-        inputs + 2 * (layer + block) if recompute else (layers + 1) * layer + (blocks + 1) * block
+    passing = max(
+        at_the_loss(experiment, recompute=recompute),
+        *updating(experiment),
+        key=lambda parts: sum(parts.values()),
     )
+    allowance = 0
+    if experiment.cluster.gpus_per_worker:
+        allowance = RUNTIME_BYTES + int(FRAGMENTED * sum(passing.values()))
+    return {**staying(experiment), **passing, "allowance": allowance}
 
-    def share(size: int, from_stage: int) -> int:
-        return -(-size // experiment.cluster.workers) if engine.zero_stage >= from_stage else size
+
+def staying(experiment: Experiment) -> dict[str, int]:
+    """A worker's share of weights and states: ZeRO 1 divides the optimizer, 3 the weights too."""
+    engine, workers = experiment.engine, experiment.cluster.workers
+    frozen, scales, trained = _weights(experiment)
+    own = -(-trained // workers)
+    states = (
+        own * STATE_BYTES if engine.zero_stage else trained * 8
+    )  # its weights are their own masters
+
+    def weights(size: int) -> int:
+        if engine.offload_parameters != "none":
+            return 0
+        return -(-size // workers) if engine.zero_stage == 3 else size
 
     return {
-        "frozen weights": share(frozen_bytes, 3) + scales,
-        "trainable weights": share(trainable * width, 3),
-        "gradients": share(trainable * width, 2),
-        "optimizer": share(trainable * STATE_BYTES, 1),
-        "activations": tokens * kept + _kept_by_the_tower(experiment) * width,
-        # Of a chunk: as computed, in float32, and their gradient.
-        "logits": 3 * 4 * language.vocab_size * min(tokens, logit_rows(language.vocab_size)),
+        "frozen weights": weights(frozen) + scales,
+        "trainable weights": weights(trained * weight_bytes(experiment)),
+        "optimizer": states if engine.offload_optimizer == "none" else 0,
     }
 
 
-def _kept_by_a_layer(model: ModelConfig, width: int) -> int:
+def at_the_loss(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
+    """What is there beside it when the loss is known, or while the last layer is differentiated."""
+    model, engine, width = experiment.model, experiment.engine, weight_bytes(experiment)
+    language, stage = model.language, engine.zero_stage
+    gradient, share, bucket = _gradients(experiment)
+    passes = experiment.train.batch // (experiment.cluster.workers * engine.micro_batch)
+    held = share if stage == 3 else 0
+    if passes > 1:  # what earlier passes gave, which ZeRO 1 holds twice
+        held = (gradient, 2 * gradient, share, share)[stage]
+    early = bool(model.language_lora.rank or model.cross_blocks)
+    if early and stage == 0:  # gradients of layers come while what others kept is still there
+        held = gradient
+    tokens = engine.micro_batch * experiment.data.max_tokens
+    layer, block = _kept_by_a_layer(model, width, stage=stage), _kept_by_a_block(model) * width
+    layers, blocks = language.num_hidden_layers, model.cross_blocks
+    embedded = 2 * width * language.hidden_size  # alone, and in order
+    inputs = layers * width * language.hidden_size
+    kept = embedded + (inputs + layer + block if recompute else layers * layer + blocks * block)
+    # Float32 logits of one chunk and the next, in half precision their gradient too.
+    logits = (8 if width == 4 else 12) * language.vocab_size
+    logits *= min(tokens, logit_rows(language.vocab_size))
+    return {
+        "gradients": held,
+        "buffers": bucket if stage == 3 or (early and stage) else 0,
+        "gathered weights": _gathered(experiment),
+        "activations": tokens * kept + _kept_by_the_tower(experiment) * width,
+        "at work": max(logits, tokens * 3 * language.intermediate_size * width),
+    }
+
+
+def updating(experiment: Experiment) -> list[dict[str, int]]:
+    """What is there when the backward pass ends, and while the optimizer updates."""
+    engine, width = experiment.engine, weight_bytes(experiment)
+    stage, (gradient, share, bucket) = engine.zero_stage, _gradients(experiment)
+    trained = gradient // width
+    own = -(-trained // experiment.cluster.workers) if stage else trained
+    passes = experiment.train.batch // (experiment.cluster.workers * engine.micro_batch)
+    fresh = (2 * gradient, gradient, gradient, gradient + share)[stage]
+    fresh += gradient if stage in (1, 2) and passes > 1 else 0
+    # AdamW's temporaries, of which on a GPU there is one at a time; and the gradient in float32.
+    temporary = 4 * own * (1 if experiment.cluster.gpus_per_worker else 2)
+    temporary += 4 * own if stage == 3 or (stage and width < 4) else 0
+    if engine.offload_optimizer != "none":
+        temporary = 0
+    none = {"gathered weights": 0, "activations": 0, "at work": 0}
+    return [
+        {"gradients": fresh, "buffers": bucket, **none},
+        {
+            "gradients": gradient if stage == 0 else share,
+            "buffers": temporary + (bucket if stage == 3 else 0),
+            **none,
+        },
+    ]
+
+
+def _weights(experiment: Experiment) -> tuple[int, int, int]:
+    """Bytes of the frozen weights and of their scales, and how many weights are trained."""
+    model, width = experiment.model, weight_bytes(experiment)
+    counts = parameters(model).values()
+    trained = sum(part.trainable for part in counts)
+    frozen, scales = (sum(part.total for part in counts) - trained) * width, 0
+    if model.quantization != "none":
+        quantized = linear_parameters(model.language)
+        weight, scale = QUANTIZED_BYTES[model.quantization]
+        frozen += int(quantized * (weight - width))
+        scales = int(quantized * scale)
+    return frozen, scales, trained
+
+
+def _gradients(experiment: Experiment) -> tuple[int, int, int]:
+    """Bytes of all gradients, of those that a worker is left with, and of the buckets they are summed up in.
+
+    ZeRO 1 and 2 leave it every parameter whole of which its share has a part.
+    """
+    engine, width = experiment.engine, weight_bytes(experiment)
+    counts = [part.trainable for part in parameters(experiment.model).values()]
+    trained = sum(counts)
+    own = -(-trained // experiment.cluster.workers)
+    if engine.zero_stage in (1, 2):
+        own = min(trained, own + max(counts)) if experiment.cluster.workers > 1 else trained
+    share = 0 if engine.offload_optimizer != "none" else own * width
+    overlapped = 2 if experiment.cluster.gpus_per_worker and engine.zero_stage < 3 else 1
+    bucket = min(trained, _deepspeed(experiment, "reduce_bucket_size", BUCKET))
+    return trained * width, share, bucket * width * overlapped if engine.zero_stage else 0
+
+
+def _gathered(experiment: Experiment) -> int:
+    """Bytes of weights that ZeRO 3 has brought together for the layers at work.
+
+    Weights stay that the backward pass soon needs again, and the next ones arrive, which are copied then.
+    """
+    if experiment.engine.zero_stage < 3 or experiment.cluster.workers == 1:
+        return 0
+    frozen, _, trained = _weights(experiment)
+    total = sum(part.total for part in parameters(experiment.model).values())
+    arriving = _deepspeed(experiment, "stage3_prefetch_bucket_size", PREFETCH)
+    reused = _deepspeed(experiment, "stage3_max_reuse_distance", REUSE) // 2
+    live = min(total, reused + largest_weight(experiment.model) + arriving) + min(total, arriving)
+    return int((frozen + trained * weight_bytes(experiment)) / total * live)
+
+
+def _deepspeed(experiment: Experiment, name: str, default: int) -> int:
+    """A field of DeepSpeed's configuration of ZeRO."""
+    settings: dict[str, Any] = experiment.engine.deepspeed.get("zero_optimization", {})
+    return int(settings.get(name, default))
+
+
+def _kept_by_a_layer(model: ModelConfig, width: int, *, stage: int) -> int:
     """Bytes that a frozen layer of the decoder keeps for the backward pass, a token.
 
     Three values of its MLP; queries, keys, values and what they were mixed to, laid out anew; and its two
-    norms, which work in float32. Adapters keep what enters them and their layer.
+    norms, which work in float32. Adapters keep what enters them and their layer; so do under ZeRO 3 all
+    linear layers, frozen or not (DeepSpeed's LinearFunctionForZeroStage3).
     """
     language, lora = model.language, model.language_lora
     hidden, wide = language.hidden_size, language.intermediate_size
@@ -120,6 +213,8 @@ def _kept_by_a_layer(model: ModelConfig, width: int) -> int:
         kept += 3 * hidden + 4 * lora.rank
     elif lora.rank:
         kept += 4 * hidden + wide + 7 * lora.rank
+    if stage == 3 and not (lora.rank and lora.targets == "all"):
+        kept += 3 * hidden + wide
     return kept * width + 4 * 2 * hidden
 
 

@@ -48,6 +48,12 @@ def linear_parameters(language: LanguageConfig) -> int:
     return language.num_hidden_layers * sum(i * o for i, o in _linear(language, "all"))
 
 
+def largest_weight(model: ModelConfig) -> int:
+    """Parameters of the largest matrix of the decoder."""
+    language = model.language
+    return language.hidden_size * max(language.vocab_size, language.intermediate_size)
+
+
 def adapter_parameters(model: ModelConfig) -> dict[str, int]:
     """Parameters of the adapters of decoder and tower: rank x (in + out) for each linear layer."""
     language, vision, lora = model.language, model.vision, model.vision_lora
@@ -100,6 +106,12 @@ def _linear(
     grouped = hidden // language.num_attention_heads * language.num_key_value_heads
     attention = [(hidden, hidden), (hidden, grouped), (hidden, grouped), (hidden, hidden)]
     return attention + ([(hidden, wide)] * 2 + [(wide, hidden)] if targets == "all" else [])
+
+
+def linear_weights(language: LanguageConfig) -> tuple[int, int, int]:
+    """Weights of a decoder's layer: of queries, of keys and values, and of all that follows attention."""
+    query, key, value, *rest = (i * o for i, o in _linear(language, "all"))
+    return query, key + value, sum(rest)
 
 
 def _ends(layers: list[tuple[int, int]]) -> int:

@@ -1,88 +1,22 @@
 """What an experiment needs and costs, from its settings alone: no torch, no Ray, no weights."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Literal
 
+from orchestration.choices import choices, fits, remedy
 from orchestration.config import Experiment
-from orchestration.memory import GIB, STATE_BYTES, gradient_checkpointing, memory, remedy
-from orchestration.parameters import Part, parameters
+from orchestration.cost import disk, flops_of_a_step, run_cost, seconds_of_a_step, sweep_cost
+from orchestration.flops import fullest
+from orchestration.memory import STATE_BYTES, gradient_checkpointing, host_memory, memory
+from orchestration.parameters import parameters
+from orchestration.planned import Plan, SizePlan, shown
 
 
 class PlanError(ValueError):
     """The experiment cannot be carried out on the machines it asks for."""
-
-
-@dataclass(frozen=True)
-class SizePlan:
-    """What one size of the model needs, in a run or in the trials of a sweep."""
-
-    size: str
-    purpose: Literal["run", "trial"]
-    workers: int
-    parameters: dict[str, Part]
-    memory: dict[str, int]
-    """Component -> bytes per worker; the activations are an estimate from above."""
-    gradient_checkpointing: bool
-    """Whether layers are computed anew in the backward pass."""
-    accumulation: int
-    """Passes of a worker for one optimizer update."""
-    checkpoint_bytes: int
-
-    @property
-    def memory_bytes(self) -> int:
-        """All components together."""
-        return sum(self.memory.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an experiment needs."""
-
-    name: str
-    identity: str
-    run_folder: str
-    samples: int | None
-    """Training samples; None is unknown until `prepare`."""
-    samples_from: str
-    """Where the number of samples comes from."""
-    epochs: int
-    steps_per_epoch: int | None
-    """Optimizer updates; samples that fill no whole batch are left out of their epoch."""
-    steps: int | None
-    tokens_per_step: int
-    """At most, with the tokens of images."""
-    checkpoints_kept: int
-    trials: int | None
-    trials_at_once: int | None
-    sizes: tuple[SizePlan, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The plan, fit for JSON."""
-        plan = asdict(self)
-        for described, size in zip(plan["sizes"], self.sizes, strict=True):
-            described["memory_bytes"] = size.memory_bytes
-        return plan
-
-    def render(self) -> str:
-        """The plan as an aligned text for people."""
-        rows = [
-            ("experiment", self.name),
-            ("identity", self.identity),
-            ("folder", self.run_folder),
-            ("samples", f"{_count(self.samples)} ({self.samples_from})"),
-            ("epochs", _count(self.epochs)),
-            ("steps", f"{_count(self.steps)} ({_count(self.steps_per_epoch)} an epoch)"),
-            ("tokens a step", f"at most {_count(self.tokens_per_step)}"),
-            ("checkpoints", f"{self.checkpoints_kept} kept"),
-        ]
-        if self.trials is not None:
-            rows.append(("trials", f"{_count(self.trials)}, {self.trials_at_once} at once"))
-        return "\n".join([*_aligned(rows, str.ljust), "", *_aligned(_table(self.sizes), str.rjust)])
 
 
 def plan(experiment: Experiment) -> Plan:
@@ -113,6 +47,13 @@ def plan(experiment: Experiment) -> Plan:
         steps_per_epoch=steps_per_epoch,
         steps=None if steps_per_epoch is None else steps_per_epoch * epochs,
         tokens_per_step=batch * experiment.data.max_tokens,
+        lengths=fullest(experiment),
+        run=run_cost(experiment, samples),
+        sweep=sweep_cost(experiment, samples) if search else None,
+        gpu_tflops=experiment.cluster.gpu_tflops,
+        utilisation=experiment.cluster.utilisation,
+        gpu_hour_price=experiment.cluster.gpu_hour_price,
+        disk=disk(experiment, prepared_folder(experiment)),
         checkpoints_kept=experiment.checkpoint.keep,
         trials=search.trials if search else None,
         trials_at_once=min(search.concurrent, search.trials) if search else None,
@@ -136,20 +77,28 @@ def _size_plan(experiment: Experiment, purpose: Literal["run", "trial"]) -> Size
     workers, micro_batch = experiment.cluster.workers, experiment.engine.micro_batch
     size = SizePlan(
         size=experiment.model.size,
+        attention=experiment.model.attention,
         purpose=purpose,
         workers=workers,
         parameters=parts,
         memory=memory(experiment),
+        host_bytes=host_memory(experiment),
         gradient_checkpointing=gradient_checkpointing(experiment),
         accumulation=experiment.train.batch // (workers * micro_batch),
         checkpoint_bytes=STATE_BYTES * sum(part.trainable for part in parts.values()),
+        flops=flops_of_a_step(experiment),
+        seconds_per_step=seconds_of_a_step(experiment),
+        choices=tuple(choices(experiment)),
     )
-    limit = experiment.cluster.gpu_memory_gib
-    if limit is not None and size.memory_bytes > limit * GIB:
-        components = ", ".join(f"{name} {_bytes(size.memory[name])}" for name in size.memory)
+    if not fits(experiment):
+        cluster = experiment.cluster
+        components = ", ".join(f"{name} {shown(size.memory[name])}" for name in size.memory)
+        need, limit = f"{shown(size.memory_bytes)} but cluster", cluster.gpu_memory_gib
+        text = f"{need}.gpu_memory_gib={limit:g}: {components}" if limit is not None else ""
+        if (host := cluster.host_memory_gib) is not None:
+            text += f"; {shown(size.host_bytes)} of its machine, cluster.host_memory_gib={host:g}"
         raise PlanError(
-            f"model.size={size.size}: a worker of this {purpose} needs "
-            f"{_bytes(size.memory_bytes)} but cluster.gpu_memory_gib={limit:g}: {components}; "
+            f"model.size={size.size}: a worker of this {purpose} needs {text}; "
             f"{remedy(experiment, purpose)}"
         )
     return size
@@ -179,52 +128,3 @@ def _samples(experiment: Experiment) -> tuple[int | None, str]:
             return None, "unknown until prepare"
         total += min(blend.samples or known, known) * blend.epochs
     return round(total), "records of data.sets and data.blends"
-
-
-def _table(sizes: tuple[SizePlan, ...]) -> list[tuple[str, ...]]:
-    """A column a size."""
-
-    def row(name: str, cell: Callable[[SizePlan], str]) -> tuple[str, ...]:
-        return name, *(cell(size) for size in sizes)
-
-    parts = {name: part for size in sizes for name, part in size.parameters.items()}
-    return [
-        row("", lambda size: f"{size.purpose} {size.size}"),
-        row("workers", lambda size: _count(size.workers)),
-        row("accumulation", lambda size: _count(size.accumulation)),
-        row("parameters", lambda size: _count(sum(p.total for p in size.parameters.values()))),
-        row("  trained", lambda size: _count(sum(p.trainable for p in size.parameters.values()))),
-        *(
-            row(
-                f"  {name}{' (trained)' if part.trainable else ''}",
-                lambda size, name=name: _count(size.parameters.get(name, Part(0, 0)).total),
-            )
-            for name, part in parts.items()
-        ),
-        row("memory a worker", lambda size: _bytes(size.memory_bytes)),
-        *(
-            row(f"  {component}", lambda size, component=component: _bytes(size.memory[component]))
-            for component in sizes[0].memory
-        ),
-        row("layers recomputed", lambda size: "yes" if size.gradient_checkpointing else "no"),
-        row("a checkpoint", lambda size: _bytes(size.checkpoint_bytes)),
-    ]
-
-
-def _aligned(rows: Sequence[tuple[str, ...]], align: Callable[[str, int], str]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            [name.ljust(widths[0])]
-            + [align(value, width) for value, width in zip(values, widths[1:], strict=True)]
-        ).rstrip()
-        for name, *values in rows
-    ]
-
-
-def _count(number: int | None) -> str:
-    return "unknown" if number is None else f"{number:,}"
-
-
-def _bytes(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 1024**2:.2f} MiB"

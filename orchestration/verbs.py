@@ -35,7 +35,7 @@ def _check(experiment: Experiment) -> Result:
 
 
 def _plan(experiment: Experiment) -> Result:
-    """Say what the experiment needs: memory, steps, disk."""
+    """Say what the experiment needs and costs: memory, steps, time, money, disk."""
     from orchestration.plan import plan
 
     planned = plan(experiment)

@@ -18,6 +18,10 @@ MODEL = {
     f"dsvl.{path.stem}" for path in (ROOT / "dsvl").glob("*.py") if path.stem not in BELOW_DATA
 }
 
+PLANNING = ("problems", "settings", "space", "config", "compose", "parameters", "memory", "choices",
+            "flops", "cost", "planned", "plan")  # fmt: skip
+"""Modules of the orchestration that load nothing heavy."""
+
 NEVER: list[tuple[str, set[str]]] = [
     ("dsvl/*", ABOVE_DSVL),
     ("dsvl/data/*", {"deepspeed"} | MODEL),
@@ -38,7 +42,7 @@ ONLY: list[tuple[str, set[str]]] = [
             f"orchestration/{name}.py",
             {"pydantic", "pydantic_core", "yaml", "dsvl.config", "orchestration"},
         )
-        for name in ("problems", "settings", "space", "config", "compose", "parameters", "plan")
+        for name in PLANNING
     ),
     ("orchestration/cli.py", {"pydantic_core", "orchestration"}),
     ("orchestration/verbs.py", {"orchestration"}),

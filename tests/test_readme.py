@@ -4,12 +4,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from orchestration.cli import VERBS
 from orchestration.compose import load
+from orchestration.plan import plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -140,6 +142,37 @@ def test_the_tree_names_every_module():
     }
     assert {name for name in named if name.endswith(".py")} == modules
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_the_plan_of_70b_is_as_shown():
+    (table,) = re.findall(r"^\| LLaMA-2-70B .*?\n\n", README, flags=re.MULTILINE | re.DOTALL)
+    shown = [re.split(r" *\| *", line)[1:-1] for line in table.strip().splitlines()]
+    assert [[row[0], *row[2:]] for row in shown if row[0][0] != "-"] == seventy_billion()
+
+
+def seventy_billion() -> list[list[str]]:
+    """What the plans for 8, 16 and 64 GPUs say, by row."""
+    path = ROOT / "configs/experiment/visualchat_70b.yaml"
+    plans = [plan(load(path, [f"cluster.workers={count}"])) for count in (8, 16, 64)]
+    sizes = [planned.sizes[0] for planned in plans]
+
+    def gib(sizes: Iterable[float]) -> list[str]:
+        return [f"{size / 2**30:.2f}" for size in sizes]
+
+    needs = [(part, gib(size.memory[part] for size in sizes)) for part in sizes[0].memory]
+    hours = [planned.run.hours or 0 for planned in plans]
+    rows = [
+        ("LLaMA-2-70B and Qwen-VL's tower, GiB a GPU", ["8 GPUs", "16 GPUs", "64 GPUs"]),
+        *needs,
+        ("**together**", [f"**{total}**" for total in gib(size.memory_bytes for size in sizes)]),
+        ("passes an update", [str(size.accumulation) for size in sizes]),
+        ("PFLOP an update, at most", [f"{sum(size.flops.values()) / 1e15:,.0f}" for size in sizes]),
+        ("seconds an update, at most", [f"{size.seconds_per_step or 0:,.0f}" for size in sizes]),
+        ("hours of 9,390 updates, at most", [f"{each:,.0f}" for each in hours]),
+        ("dollars, at most", [f"{planned.run.money or 0:,.0f}" for planned in plans]),
+    ]
+    assert all(planned.run.steps == 9390 for planned in plans)
+    return [[name, *cells] for name, cells in rows]
 
 
 def test_links_lead_to_files():

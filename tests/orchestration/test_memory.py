@@ -18,25 +18,98 @@ from dsvl.head import Head
 from dsvl.lora import adapt
 from orchestration.compose import load
 from orchestration.config import validated
-from orchestration.memory import GIB, QUANTIZED_BYTES, gradient_checkpointing, memory
+from orchestration.memory import (
+    FRAGMENTED,
+    GIB,
+    QUANTIZED_BYTES,
+    RUNTIME_BYTES,
+    at_the_loss,
+    gradient_checkpointing,
+    host_memory,
+    memory,
+)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_each_stage_of_zero_divides_one_thing_more(settings, stage):
     settings["train"]["precision"] = "fp32"
-    alone = memory(validated(settings | {"engine": {"zero_stage": 0}}))
     engine, cluster = {"zero_stage": stage}, {"workers": 4}
+    alone = memory(validated(settings | {"engine": engine}))
     shared = memory(validated(settings | {"engine": engine, "cluster": cluster}))
-    divided = {name for name in alone if shared[name] < alone[name]}
+    kinds = ("frozen weights", "trainable weights", "optimizer")
+    divided = {name for name in kinds if shared[name] * 4 == alone[name]}
+    assert {name for name in kinds if shared[name] < alone[name]} == divided
     weights = {"frozen weights", "trainable weights"}
-    expected = [
-        set(),
-        {"optimizer"},
-        {"optimizer", "gradients"},
-        {"optimizer", "gradients"} | weights,
-    ]
-    assert divided == expected[stage]
-    assert all(shared[name] * 4 == alone[name] for name in divided)
+    assert divided == [set(), {"optimizer"}, {"optimizer"}, {"optimizer"} | weights][stage]
+    held = at_the_loss(
+        validated(settings | {"engine": engine, "cluster": cluster}), recompute=False
+    )
+    trained, embedding = 4 * (8 * 8 + 8 + 32 * 8), 4 * 32 * 8
+    own = (
+        trained // 4
+    )  # ZeRO 2 leaves whole what a worker has a part of, and ZeRO 1 holds all twice
+    assert held["gradients"] == [trained, 2 * trained, min(trained, own + embedding), own][stage]
+
+
+def test_without_zero_weights_are_their_own_masters(settings):
+    settings["train"]["precision"] = "fp32"
+    parts = memory(validated(settings | {"engine": {"zero_stage": 0}}))
+    assert parts["optimizer"] == 8 * (8 * 8 + 8 + 32 * 8)
+
+
+def test_one_pass_an_update_holds_no_gradients_while_activations_are_there(settings):
+    settings |= {"cluster": {"workers": 12}, "engine": {"zero_stage": 2}}
+    assert at_the_loss(validated(settings), recompute=False)["gradients"] == 0
+    settings["model"]["language_lora"] = {"rank": 4}  # whose gradients come before the others'
+    assert at_the_loss(validated(settings), recompute=False)["buffers"] > 0
+
+
+def test_the_update_counts_where_samples_are_short(settings):
+    settings |= {"engine": {"zero_stage": 1}, "train": settings["train"] | {"batch": 1}}
+    settings["data"]["max_tokens"] = 1
+    for shape in settings["model"]["languages"].values():
+        shape |= {"vocab_size": 100_000, "intermediate_size": 8}
+    trained = 8 * 8 + 8 + 100_000 * 8
+    parts = memory(validated(settings).with_overrides({"train.precision": "fp32"}))
+    assert parts["activations"] == 0
+    # Master value and moments; weight, gradient and AdamW's two temporaries.
+    states = parts["optimizer"] + parts["trainable weights"] + parts["gradients"] + parts["buffers"]
+    assert states == trained * (12 + 4 + 4 + 8)
+
+
+def test_what_is_offloaded_leaves_the_device_for_its_machine(settings):
+    settings |= {"engine": {"zero_stage": 3}, "cluster": {"workers": 4}}
+    here = validated(settings)
+    away = {"engine.offload_optimizer": "cpu", "engine.offload_parameters": "cpu"}
+    there = here.with_overrides(away)
+    gone = ("optimizer", "trainable weights", "frozen weights")
+    assert all(memory(there)[name] == 0 for name in gone)
+    trained = 8 * 8 + 8 + 32 * 8
+    moved = sum(memory(here)[name] for name in gone)
+    assert host_memory(here) == 0
+    assert host_memory(there) == moved + trained // 4 * (4 + 2)  # with gradients and a copy to send
+    on_disk = {name: "nvme" for name in away} | {"engine.nvme_path": "disk"}
+    assert host_memory(here.with_overrides(on_disk)) == 0
+
+
+def test_zero_3_gathers_small_models_whole_and_of_large_ones_a_gibibyte_and_a_half():
+    shipped = load(Path(__file__).parents[2] / "configs/experiment/visualchat_70b.yaml")
+    gathered = 2 * (500_000_000 + 8192 * 32_000 + 2 * 50_000_000)
+    assert memory(shipped)["gathered weights"] == pytest.approx(gathered, rel=1e-3)
+    asked = {"engine.deepspeed": {"zero_optimization": {"stage3_max_reuse_distance": 0}}}
+    assert memory(shipped.with_overrides(asked))["gathered weights"] == pytest.approx(
+        gathered - 2 * 500_000_000, rel=1e-3
+    )
+    assert memory(shipped.with_overrides({"cluster.workers": 1}))["gathered weights"] == 0
+
+
+def test_a_gpu_takes_an_allowance(settings):
+    parts = memory(validated(settings))
+    assert parts["allowance"] == 0
+    parts = memory(validated(settings).with_overrides({"cluster.gpus_per_worker": 1}))
+    passing = ("gradients", "buffers", "gathered weights", "activations", "at work")
+    expected = RUNTIME_BYTES + FRAGMENTED * sum(parts[name] for name in passing)
+    assert parts["allowance"] == pytest.approx(expected, abs=1)
 
 
 def test_half_precision_halves_weights_but_not_the_optimizer(settings):
@@ -63,7 +136,7 @@ def test_what_a_layer_keeps_is_bounded_closely_from_above(
     shape["num_key_value_heads"] = key_heads
     planned, kept = [], []
     for shape["num_hidden_layers"] in (4, 12):
-        planned.append(memory(validated(settings))["activations"])
+        planned.append(at_the_loss(validated(settings), recompute=recompute)["activations"])
         kept.append(
             kept_for_the_backward_pass(shape, precision, recompute=recompute, adapters=adapters)
         )
@@ -85,7 +158,7 @@ def test_what_a_block_of_gated_cross_attention_keeps_is_bounded_closely_from_abo
     planned, kept = [], []
     for every in (1, 4):
         settings["model"]["cross_every"] = every
-        planned.append(memory(validated(settings))["activations"])
+        planned.append(at_the_loss(validated(settings), recompute=recompute)["activations"])
         kept.append(kept_for_the_backward_pass(shape, precision, recompute=recompute, every=every))
     three_planned, three_kept = planned[0] - planned[1], kept[0] - kept[1]
     assert three_kept <= three_planned <= 1.3 * three_kept
@@ -106,7 +179,8 @@ def test_the_head_holds_the_logits_that_are_planned_in_chunks_worth_a_product(
 
     monkeypatch.setattr("dsvl.head.linear", linear)
     Head(nn.Linear(2, vocabulary))(torch.randn(tokens, 2), torch.zeros(tokens, dtype=torch.int64))
-    assert memory(experiment)["logits"] == 3 * max(logits.nbytes for logits in held)
+    planned = at_the_loss(experiment, recompute=False)["at work"]
+    assert planned == 3 * max(logits.nbytes for logits in held)
     assert len(held[0]) >= min(tokens, 128)
 
 
@@ -164,7 +238,10 @@ def test_a_tower_with_adapters_keeps_no_more_than_is_planned(settings, targets):
     tower = CLIPVisionModel(CLIPVisionConfig(**shape, num_attention_heads=2)).requires_grad_(False)
     adapt(tower, LoraConfig(**lora), dtype=torch.float32)
     kept = saved_bytes(lambda: tower(torch.randn(1, 3, 32, 32)), tower)
-    planned = memory(experiment)["activations"] - memory(without)["activations"]
+    planned, rest = (
+        at_the_loss(each, recompute=False)["activations"] for each in (experiment, without)
+    )
+    planned -= rest
     assert kept <= planned <= 3 * kept
 
 

@@ -16,6 +16,7 @@ from transformers import (
 from dsvl.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from dsvl.gated import blocks
 from dsvl.lora import adapt
+from dsvl.model import VisualChat
 from dsvl.projection import PROJECTIONS
 from dsvl.qwen_vision import QwenVisionConfig, QwenVisionModel
 from orchestration.parameters import (
@@ -27,6 +28,7 @@ from orchestration.parameters import (
     projection_parameters,
     vision_parameters,
 )
+from tests.benchmarks import planning
 
 
 def llama(hidden: int, wide: int, layers: int, heads: int, grouped: int) -> LanguageConfig:
@@ -194,3 +196,25 @@ def test_projection_and_embedding_are_what_the_paper_trains_at_7b(vision, projec
         "projection": count(module),
         "embedding": count(decoder.get_input_embeddings()),
     }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"model.train_embedding": False},
+        {"model.projection": "qformer", "model.projection_layers": 2},
+        {"model.attention": "gated_cross", "model.cross_every": 1},
+        {"model.language_lora.rank": 4, "model.vision_lora.rank": 2},
+    ],
+    ids=lambda overrides: ",".join(map(str, overrides.values())) or "as it is",
+)
+def test_a_whole_model_has_as_many_parameters_as_are_planned(overrides, tmp_path):
+    experiment = planning.small(planning.experiment(overrides, tmp_path))
+    planning.write_checkpoints(experiment)
+    model = VisualChat(experiment.model, precision="fp32", seed=0)
+    planned = parameters(experiment.model).values()
+    assert sum(part.total for part in planned) == sum(w.numel() for w in model.parameters())
+    assert sum(part.trainable for part in planned) == sum(
+        weight.numel() for weight in model.trainable().values()
+    )

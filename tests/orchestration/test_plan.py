@@ -137,8 +137,9 @@ def test_a_sweep_over_attention_is_planned_for_the_scheme_with_parameters_too(se
         size.parameters.get("cross-attention", Part(0, 0)).trainable for size in planned.sizes
     ]
     block = 12 * 8 * 8 + 4 * 8 + 2
-    assert blocks == [0, 0, 2 * block, 0, 4 * block]
-    small, gated = planned.sizes[1:3]
+    assert blocks == [0, 0, 0, 2 * block, 0, 0, 4 * block]
+    assert [size.attention for size in planned.sizes[1:4]] == ["causal", "mmca", "gated_cross"]
+    small, gated = planned.sizes[2:4]
     assert gated.memory["optimizer"] - small.memory["optimizer"] == 12 * 2 * block
     table = [line.split() for line in planned.render().splitlines()]
     assert ["cross-attention", "(trained)", *(f"{count:,}" for count in blocks)] in table
@@ -168,19 +169,19 @@ def shipped(*overrides: str) -> Experiment:
         (["model.size=70b"], "set engine.zero_stage=3"),
         (
             ["engine.zero_stage=3", "data.max_tokens=8192", "model.size=70b", "cluster.workers=1"],
-            "set cluster.workers=4",
+            "set engine.offload_parameters=cpu",
         ),
         (
             ["model.size=70b", "data.max_tokens=8192", "engine.micro_batch=8"],
-            "set engine.zero_stage=3 engine.micro_batch=4",
+            "set engine.zero_stage=3 engine.micro_batch=2",
         ),
         (
             ["model.size=70b", "data.max_tokens=300000"],
-            "no ZeRO stage, micro batch or number of workers fits",
+            "no ZeRO stage, offloading, micro batch or number of workers fits",
         ),
         (  # ZeRO 3 would do, were it not refused
             ["model.size=70b", "data.max_tokens=8192", "model.quantization=int8"],
-            "no ZeRO stage, micro batch or number of workers fits",
+            "no ZeRO stage, offloading, micro batch or number of workers fits",
         ),
     ],
 )

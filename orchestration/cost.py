@@ -1,0 +1,121 @@
+"""Time, money and disk of a run or a sweep, where what decides them is known."""
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from orchestration.config import Experiment
+from orchestration.flops import fullest, step_flops
+from orchestration.memory import STATE_BYTES, gradient_checkpointing, weight_bytes
+from orchestration.parameters import parameters
+
+
+@dataclass(frozen=True)
+class Cost:
+    """At most, every sample being full; None where something is not stated or not known yet."""
+
+    steps: int | None
+    """Optimizer updates, of all trials together."""
+    flops: float | None
+    hours: float | None
+    """By the clock."""
+    gpu_hours: float | None
+    money: float | None
+    """In the currency of `cluster.gpu_hour_price`."""
+
+
+def run_cost(experiment: Experiment, samples: int | None) -> Cost:
+    """What a training costs."""
+    cluster, train = experiment.cluster, experiment.train
+    if samples is None:
+        return Cost(None, None, None, None, None)
+    steps = samples // train.batch * train.epochs
+    flops = steps * sum(flops_of_a_step(experiment).values())
+    seconds = seconds_of_a_step(experiment)
+    hours = None if seconds is None else steps * seconds / 3600
+    gpu_hours = None if hours is None else hours * cluster.workers
+    price = cluster.gpu_hour_price
+    money = None if gpu_hours is None or price is None else gpu_hours * price
+    return Cost(steps, flops, hours, gpu_hours, money)
+
+
+def sweep_cost(experiment: Experiment, samples: int | None) -> Cost:
+    """What all trials of a search cost if none is stopped early, each at its full number of epochs.
+
+    Of a domain that is no grid, what costs most.
+    """
+    search = experiment.search
+    assert search is not None
+    deciding = {
+        path: domain
+        for path, domain in search.space.items()
+        if path.startswith("model.") or path in ("train.epochs", "train.batch", "train.precision")
+    }
+    grids = {path: domain for path, domain in deciding.items() if domain.kind == "grid"}
+    drawn = {path: domain for path, domain in deciding.items() if domain.kind != "grid"}
+
+    def trial(values: dict[str, Any]) -> Cost:
+        return run_cost(experiment.trial(values), samples)
+
+    points = [
+        max(
+            (
+                trial(dict(zip((*grids, *drawn), (*at, *drawn_at), strict=True)))
+                for drawn_at in product(*(domain.probes() for domain in drawn.values()))
+            ),
+            key=lambda cost: cost.flops or 0,
+        )
+        for at in product(*(domain.probes() for domain in grids.values()))
+    ]
+    share = search.trials / len(points)
+
+    def total(values: list[Any]) -> Any:
+        return None if None in values else share * sum(values)
+
+    steps = total([cost.steps for cost in points])
+    hours = total([cost.hours for cost in points])
+    return Cost(
+        steps if steps is None else round(steps),
+        total([cost.flops for cost in points]),
+        None if hours is None else hours / min(search.concurrent, search.trials),
+        total([cost.gpu_hours for cost in points]),
+        total([cost.money for cost in points]),
+    )
+
+
+def flops_of_a_step(experiment: Experiment) -> dict[str, float]:
+    """Operations of an update by part of the model, at most."""
+    recompute = gradient_checkpointing(experiment)
+    return step_flops(experiment, fullest(experiment), recompute=recompute)
+
+
+def seconds_of_a_step(experiment: Experiment) -> float | None:
+    """Seconds of an update, at most, at the stated share of the stated peak."""
+    cluster = experiment.cluster
+    if cluster.gpu_tflops is None:
+        return None
+    rate = cluster.workers * cluster.gpu_tflops * 1e12 * cluster.utilisation
+    return sum(flops_of_a_step(experiment).values()) / rate
+
+
+def disk(experiment: Experiment, prepared: Path | None) -> dict[str, int | None]:
+    """Bytes in the storage: those of a run's checkpoints, and of prepared data once there are any.
+
+    One checkpoint more than are kept, as the oldest goes when the newest is whole. Of data that are yet to be
+    prepared it is known what an image takes, beside its own file.
+    """
+    model, keep = experiment.model, experiment.checkpoint.keep
+    trained = sum(part.trainable for part in parameters(model).values())
+    vision = model.vision
+    sizes = {
+        "checkpoints": (keep + 1) * STATE_BYTES * trained,
+        "prepared data": None,
+        "pixels of an image": 3 * vision.image_size**2,
+    }
+    if experiment.engine.stored_features:
+        sizes["features of an image"] = vision.tokens * vision.width * weight_bytes(experiment)
+    if prepared is not None:
+        files = (path for path in prepared.rglob("*") if path.is_file())
+        sizes["prepared data"] = sum(path.stat().st_size for path in files)
+    return sizes

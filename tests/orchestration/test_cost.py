@@ -1,0 +1,67 @@
+"""Time and money follow from operations, the stated share of the stated peak, and the price."""
+
+import pytest
+
+from orchestration.config import validated
+from orchestration.cost import disk, flops_of_a_step, run_cost, seconds_of_a_step, sweep_cost
+
+CLUSTER = {"workers": 4, "gpu_tflops": 2e-6, "utilisation": 0.25, "gpu_hour_price": 3.0}
+
+
+def test_seconds_are_operations_by_the_share_of_all_peaks(settings):
+    experiment = validated(settings | {"cluster": CLUSTER})
+    operations = sum(flops_of_a_step(experiment).values())
+    assert seconds_of_a_step(experiment) == pytest.approx(operations / (4 * 2e6 * 0.25))
+    assert seconds_of_a_step(validated(settings)) is None
+
+
+def test_money_is_hours_of_all_workers_at_their_price(settings):
+    experiment = validated(settings | {"cluster": CLUSTER})
+    cost = run_cost(experiment, 120)
+    assert cost.steps == 2 * 10  # two epochs, a batch of twelve
+    assert cost.hours == pytest.approx(20 * seconds_of_a_step(experiment) / 3600)
+    assert cost.gpu_hours == pytest.approx(4 * cost.hours)
+    assert cost.money == pytest.approx(3 * cost.gpu_hours)
+    without = run_cost(experiment.with_overrides({"cluster.gpu_hour_price": None}), 120)
+    assert (without.money, without.gpu_hours) == (None, cost.gpu_hours)
+    assert run_cost(experiment, None).flops is None
+
+
+def test_a_sweep_costs_what_its_trials_cost_to_their_ends(settings):
+    space = {
+        "train.epochs": {"kind": "grid", "values": [1, 3]},
+        "model.size": {"kind": "grid", "values": ["small", "large"]},
+        "optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2},
+    }
+    search = {"space": space, "samples": 5, "concurrent": 2, "workers": 2}
+    experiment = validated(settings | {"cluster": CLUSTER, "search": search})
+    trials = [
+        run_cost(experiment.trial({"train.epochs": epochs, "model.size": size}), 120)
+        for epochs in (1, 3)
+        for size in ("small", "large")
+    ]
+    cost = sweep_cost(experiment, 120)
+    assert cost.steps == 5 * sum(trial.steps for trial in trials) == 5 * 2 * (10 + 30)
+    assert cost.gpu_hours == pytest.approx(5 * sum(trial.gpu_hours for trial in trials))
+    assert cost.hours == pytest.approx(5 * sum(trial.hours for trial in trials) / 2)
+    assert cost.money == pytest.approx(3 * cost.gpu_hours)
+
+
+def test_of_what_is_drawn_the_dearest_counts(settings):
+    space = {"train.epochs": {"kind": "choice", "values": [1, 7, 3]}}
+    experiment = validated(settings | {"search": {"space": space, "samples": 4}})
+    assert sweep_cost(experiment, 120).steps == 4 * 7 * 10
+
+
+def test_disk_holds_one_checkpoint_more_than_are_kept(settings, tmp_path):
+    experiment = validated(settings | {"checkpoint": {"keep": 3}})
+    sizes = disk(experiment, None)
+    assert sizes["checkpoints"] == 4 * 12 * (8 * 8 + 8 + 32 * 8)
+    assert sizes["pixels of an image"] == 3 * 8 * 8
+    assert sizes["prepared data"] is None
+    assert "features of an image" not in sizes
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/0.parquet").write_bytes(b"1234567")
+    stored = experiment.with_overrides({"engine.stored_features": True})
+    assert disk(stored, tmp_path)["prepared data"] == 7
+    assert disk(stored, tmp_path)["features of an image"] == 4 * 8 * 2
