@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dsvl.config import EngineConfig, LanguageConfig, TrainConfig
 from dsvl.engine import divided, join
 from dsvl.model import VisualChat
-from dsvl.optim import shape
 
 LAYOUT = {
     "vocab_size": 32_000,
@@ -25,7 +24,8 @@ LAYOUT = {
     "num_key_value_heads": 8,
 }
 """Layers and heads of the 70B, at a 32nd of its width."""
-TRAIN = TrainConfig(epochs=1, batch=2, precision="bf16")
+RANKS = 4
+TRAIN = TrainConfig(epochs=1, batch=RANKS, precision="bf16")
 
 
 class Most(threading.Thread):
@@ -53,41 +53,39 @@ class Most(threading.Thread):
         return self.most - self.before
 
 
-def load_on(rank, world, port, config, folder, stage):
+def load_on(rank, port, config, folder):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     join(backend="gloo")
     memory = Most()
-    with divided(config, engine=EngineConfig(zero_stage=stage), train=TRAIN):
+    with divided(config, engine=EngineConfig(zero_stage=3), train=TRAIN):
         model = VisualChat(config, precision="bf16", seed=0)
-    found = {"grown": memory.grown(), "weights": 0}
-    for parameter in model.language.parameters():
-        found["weights"] += 2 * torch.Size(shape(parameter)).numel()
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    held = sum(p.ds_tensor.nbytes + p.data.nbytes for p in model.language.parameters())
+    (folder / f"{rank}.json").write_text(json.dumps({"most": memory.grown(), "held": held}))
     torch.distributed.destroy_process_group()
 
 
-def test_no_rank_ever_holds_a_whole_decoder(model_config, tmp_path):
+def test_no_rank_ever_holds_a_whole_decoder(model_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back at once
     torch.manual_seed(0)
     with torch.device("meta"):
         decoder = LlamaForCausalLM(LlamaConfig(**LAYOUT))
-    decoder = decoder.to_empty(device="cpu")
+    decoder = decoder.to_empty(device="cpu").bfloat16()
     for parameter in decoder.parameters():
         parameter.data.normal_(std=0.02)
-    decoder.save_pretrained(tmp_path / "language", max_shard_size="20MB")
+    decoder.save_pretrained(tmp_path / "language", max_shard_size="10MB")
     assert len(list((tmp_path / "language").glob("model-*-of-*.safetensors"))) >= 15
     whole = 2 * decoder.num_parameters()
     del decoder
     language = LanguageConfig(checkpoint=str(tmp_path / "language"), **LAYOUT)
     config = replace(model_config, size="70b", languages={"70b": language})
-    for stage, share in ((3, 1 / 2), (2, 1)):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        arguments = (2, port, config, tmp_path, stage)
-        mp.start_processes(load_on, arguments, nprocs=2, start_method="fork")
-        for rank in (0, 1):
-            found = json.loads((tmp_path / f"{rank}.json").read_text())
-            assert found["weights"] == whole
-            assert 0.9 * share < found["grown"] / whole < share + 0.15
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(load_on, (port, config, tmp_path), nprocs=RANKS, start_method="spawn")
+    for rank in range(RANKS):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["held"] == whole / RANKS
+        # Beside its share a rank has the embedding for a moment, twice, and buffers of the process group.
+        assert found["most"] < 0.65 * whole
