@@ -33,6 +33,8 @@ class Step:
     """Before clipping."""
     tokens: int
     """Text and image positions of the global batch."""
+    targets: int
+    """Those that were trained."""
     images: int
     seconds: float
     skipped: bool = False
@@ -112,15 +114,14 @@ def steps(
         samples, indices = blender.epoch(plan.epoch(step)), plan.indices(step)
         lr = learning_rate(step, plan.steps, engine.optim_config)
         loss = grad_norm = 0.0
+        targets = int(samples.targets[indices].sum())
         if not (skipped := step + 1 in skip):
             passes = deal(samples.lengths[indices], len(indices) // config.micro_batch)
             micro_batches = [
                 to_device(batch_of(prepared, [samples[i] for i in indices[part]]), engine.device)
                 for part in passes[engine.rank :: engine.workers]
             ]
-            loss, grad_norm = engine.update(
-                micro_batches, targets=int(samples.targets[indices].sum()), lr=lr
-            )
+            loss, grad_norm = engine.update(micro_batches, targets=targets, lr=lr)
         yield Step(
             number=step + 1,
             epoch=plan.epoch(step),
@@ -129,6 +130,7 @@ def steps(
             lr=lr,
             grad_norm=grad_norm,
             tokens=int(samples.lengths[indices].sum()),
+            targets=targets,
             images=int(samples.images[indices].sum()),
             seconds=time.perf_counter() - began,
             skipped=skipped,

@@ -18,12 +18,12 @@ from orchestration.parameters import (
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a sample holds."""
+    """What a sample holds, or samples hold in the mean."""
 
-    text: int
+    text: float
     """Text tokens."""
-    images: int
-    answers: int
+    images: float
+    answers: float
     """Text tokens that are trained, at most."""
 
 
@@ -33,6 +33,21 @@ def fullest(experiment: Experiment) -> Lengths:
     images = min(data.max_images, data.max_tokens // width)
     text = data.max_tokens - images * width
     return Lengths(text, images, text)
+
+
+def flop_utilisation(
+    experiment: Experiment, *, tokens: int, targets: int, images: int, seconds: float
+) -> float:
+    """The share of the devices' peak that an update reached, from what its whole batch held.
+
+    Recomputed layers count once, as they give nothing new (PaLM's model FLOP utilisation, arXiv 2204.02311).
+    """
+    batch, peak = experiment.train.batch, experiment.cluster.gpu_tflops
+    assert peak is not None, "without a peak there is no share of it"
+    pictures = images * experiment.model.image_tokens
+    mean = Lengths((tokens - pictures) / batch, images / batch, targets / batch)
+    flops = sum(step_flops(experiment, mean, recompute=False).values())
+    return flops / (seconds * experiment.cluster.workers * peak * 1e12)
 
 
 def step_flops(experiment: Experiment, lengths: Lengths, *, recompute: bool) -> dict[str, float]:
@@ -75,7 +90,7 @@ def _attention(model: ModelConfig, lengths: Lengths, *, recompute: bool) -> floa
     pictures = images * model.image_tokens
     last = lengths.answers / text if text else 0.0
     words = text * (text + 1) / 2
-    seen = text * pictures * (images + 1) / (2 * images) if images else 0.0
+    seen = text * pictures * (images + 1) / (2 * images) if images > 1 else text * pictures
     if model.attention == "causal":
         pairs = layers * (text + pictures) * (text + pictures + 1) / 2
     elif model.attention == "gated_cross":

@@ -22,6 +22,7 @@ from dsvl.train import Plan, rehearse
 from orchestration.config import Experiment
 from orchestration.faults import inject
 from orchestration.features import features_folder
+from orchestration.flops import flop_utilisation
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
 from orchestration.results import refuse_another, write_result
@@ -108,6 +109,14 @@ def work(config: dict) -> None:
             tally = evaluate(model, prepared, samples, batch=batch, device=engine.device)
             measured = tally.metrics() | {"eval/accuracy_majority": majority}
         metrics = step.metrics() | measured
+        if experiment.cluster.gpu_tflops and not step.skipped:
+            metrics["throughput/flop_utilisation"] = flop_utilisation(
+                experiment,
+                tokens=step.tokens,
+                targets=step.targets,
+                images=step.images,
+                seconds=step.seconds,
+            )
         if journal:
             journal.metrics(step.number, metrics)
         due = step.number % experiment.checkpoint.every == 0 or step.number == plan.steps

@@ -379,7 +379,7 @@ def test_what_is_usual_and_what_was_skipped_survives_a_resume(model_config, tmp_
 
 
 def step_of(number, norm, loss=1.0):
-    return Step(number, 0, False, loss, 1e-3, norm, tokens=1, images=0, seconds=1.0)
+    return Step(number, 0, False, loss, 1e-3, norm, tokens=1, targets=1, images=0, seconds=1.0)
 
 
 def test_a_spike_is_held_against_the_median_of_those_before():

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsvl.data.types import IGNORED
 from dsvl.model import VisualChat
 from orchestration.compose import load
-from orchestration.flops import Lengths, fullest, step_flops
+from orchestration.flops import Lengths, flop_utilisation, fullest, step_flops
+from orchestration.plan import plan
 from tests.benchmarks import planning
 
 
@@ -90,6 +91,20 @@ def test_stored_features_spare_the_tower():
     )
     assert ran.pop("tower") > spared.pop("tower") == 0
     assert ran == spared
+
+
+def test_an_update_as_fast_as_planned_reaches_the_utilisation_that_the_plan_states():
+    seven_b = load(Path(__file__).parents[2] / "configs/experiment/visualchat_7b.yaml")
+    experiment = seven_b.with_overrides({"engine.gradient_checkpointing": False})
+    full, batch = fullest(experiment), experiment.train.batch
+    reached = flop_utilisation(
+        experiment,
+        tokens=experiment.data.max_tokens * batch,
+        targets=full.answers * batch,
+        images=full.images * batch,
+        seconds=plan(experiment).sizes[0].seconds_per_step,
+    )
+    assert reached == pytest.approx(experiment.cluster.utilisation)
 
 
 @pytest.mark.parametrize(("images", "tower"), [(1, 4.2e12), (8, 33.7e12)])
