@@ -10,7 +10,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from dsvl import optim
 from dsvl.config import EngineConfig, ModelConfig, OptimConfig, TrainConfig

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.multiprocessing as mp
 
 from dsvl.data.blend import Blender
 from dsvl.data.store import open_store
@@ -64,7 +65,7 @@ def bare(file: Path) -> list[float]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = file.with_suffix(".bare.json")
-    torch.multiprocessing.spawn(_bare_rank, (file, port, out), nprocs=2)
+    mp.start_processes(_bare_rank, (file, port, out), nprocs=2, start_method="spawn")
     return np.diff(json.loads(out.read_text())[:-1]).tolist()
 
 
