@@ -94,7 +94,7 @@ class Plan:
             ("tokens a step", f"at most {_count(self.tokens_per_step)}"),
             (
                 "a full sample",
-                f"{_count(a_sample.text)} text tokens, all answers, and {a_sample.images} images",
+                f"{a_sample.text:,} text tokens, all answers, and {a_sample.images} images",
             ),
             ("checkpoints", f"{self.checkpoints_kept} kept"),
             ("disk", "; ".join(f"{name} {shown(size)}" for name, size in self.disk.items())),
