@@ -105,7 +105,8 @@ def disk(experiment: Experiment, prepared: Path | None) -> dict[str, int | None]
     One checkpoint more than are kept, as the oldest goes when the newest is whole. Of data that are yet to be
     prepared it is known what an image takes, beside its own file.
     """
-    model, keep = experiment.model, experiment.checkpoint.keep
+    model = experiment.model
+    keep = experiment.checkpoint.keep + experiment.checkpoint.keep_best
     trained = sum(part.trainable for part in parameters(model).values())
     vision = model.vision
     sizes = {
