@@ -187,12 +187,22 @@ def held_out_loss(path: Path) -> float:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are named in the log and passed over."""
+    """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
+
+    Raises:
+        ValueError: if there are some, and none of them is whole.
+    """
+    fault = None
     for path in sorted(folder.glob("step-*"), reverse=True):
         fault = find_fault(path)
         if fault is None:
             return Checkpoint(path, json.loads((path / MANIFEST).read_text()))
         log.warning("checkpoint %s is damaged (%s); trying the one before", path, fault)
+    if fault is not None:
+        raise ValueError(
+            f"{folder}: no checkpoint is whole, of the first {fault}; restore one, or remove the folder to "
+            "train from the beginning"
+        )
     return None
 
 

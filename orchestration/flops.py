@@ -36,7 +36,13 @@ def fullest(experiment: Experiment) -> Lengths:
 
 
 def flop_utilisation(
-    experiment: Experiment, *, tokens: int, targets: int, images: int, seconds: float
+    experiment: Experiment,
+    *,
+    tokens: int,
+    targets: int,
+    images: int,
+    seconds: float,
+    workers: int,
 ) -> float:
     """The share of the devices' peak that an update reached, from what its whole batch held.
 
@@ -47,7 +53,7 @@ def flop_utilisation(
     pictures = images * experiment.model.image_tokens
     mean = Lengths((tokens - pictures) / batch, images / batch, targets / batch)
     flops = sum(step_flops(experiment, mean, recompute=False).values())
-    return flops / (seconds * experiment.cluster.workers * peak * 1e12)
+    return flops / (seconds * workers * peak * 1e12)
 
 
 def step_flops(experiment: Experiment, lengths: Lengths, *, recompute: bool) -> dict[str, float]:

@@ -116,6 +116,7 @@ def work(config: dict) -> None:
                 targets=step.targets,
                 images=step.images,
                 seconds=step.seconds,
+                workers=engine.workers,
             )
         if journal:
             journal.metrics(step.number, metrics)

@@ -100,9 +100,10 @@ def test_an_update_as_fast_as_planned_reaches_the_utilisation_that_the_plan_stat
     reached = flop_utilisation(
         experiment,
         tokens=experiment.data.max_tokens * batch,
-        targets=full.answers * batch,
-        images=full.images * batch,
-        seconds=plan(experiment).sizes[0].seconds_per_step,
+        targets=round(full.answers * batch),
+        images=round(full.images * batch),
+        seconds=plan(experiment).sizes[0].seconds_per_step or 0,
+        workers=experiment.cluster.workers,
     )
     assert reached == pytest.approx(experiment.cluster.utilisation)
 
