@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dsvl import checkpoint, pretrained
+from dsvl import pretrained
 from dsvl.chat import transcript
 from dsvl.data.blend import Blender, Epoch, order
 from dsvl.data.encode import fingerprint, load_tokenizer
@@ -19,13 +18,14 @@ from dsvl.features import Features
 from dsvl.guard import Guard, guarded
 from dsvl.model import VisualChat
 from dsvl.train import Plan, rehearse
+from orchestration.checkpoints import Checkpoints
 from orchestration.config import Experiment
 from orchestration.faults import inject
 from orchestration.features import features_folder
 from orchestration.flops import flop_utilisation
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
-from orchestration.results import refuse_another, write_result
+from orchestration.results import write_result
 from orchestration.watchdog import Watchdog
 
 
@@ -58,48 +58,22 @@ def work(config: dict) -> None:
     samples = held_out_samples(prepared, experiment)
     plan, guard = Plan(len(blender), train), Guard(train)
 
-    def save(step: int, metrics: dict[str, float]) -> None:
-        watchdog.wind(f"saving update {step}")
-        checkpoint.save(
-            engine,
-            folder / "checkpoints",
-            step=step,
-            position=divmod(step, plan.steps_per_epoch),
-            identity=experiment.identity(),
-            fields=experiment.identity_fields(),
-            frozen=frozen,
-            config=experiment.checkpoint,
-            guard=guard.state(),
-            metrics=metrics,
-        )
+    checkpoints = Checkpoints(
+        engine, experiment, folder, frozen=frozen, plan=plan, guard=guard, journal=journal
+    )
 
-    def resume() -> int:
-        start, state = load_newest(engine, experiment, folder, frozen=frozen)
-        guard.restore(state)
-        if journal:
-            journal.start(
-                identity=experiment.identity(), params=experiment.identity_fields(), step=start
-            )
-        return start
-
-    def back(fault: str) -> int:
-        if journal:
-            journal.undone(fault)
-        return resume()
-
-    if newest(folder) is None:
-        # What to go back to if the first updates go wrong; and a disk that is full shows now.
-        save(0, {})
+    watchdog.wind("saving the untrained model")
+    checkpoints.begin()
     watchdog.wind("passing the longest samples")
     rehearse(engine, prepared, blender, config=engine_config, epoch=0)
-    start = resume()
+    start = checkpoints.resume()
     if journal and start == 0:
         journal.metrics(0, {"data/quarantined": prepared.quarantined})
     majority = majority_accuracy(blender.epoch(0), samples) if rank == 0 else 0.0
 
     for step in guarded(
         engine, prepared, blender, train=train, config=engine_config, start=start,
-        guard=guard, back=back,
+        guard=guard, back=checkpoints.go_back,
     ):  # fmt: skip
         inject(config["faults"], folder, rank=rank, step=step.number, model=model)
         measured: dict[str, float] = {}
@@ -122,7 +96,8 @@ def work(config: dict) -> None:
             journal.metrics(step.number, metrics)
         due = step.number % experiment.checkpoint.every == 0 or step.number == plan.steps
         if due or (step.ends_epoch and experiment.checkpoint.keep_best):
-            save(step.number, measured)
+            watchdog.wind(f"saving update {step.number}")
+            checkpoints.save(step.number, measured)
         if step.ends_epoch:
             ray.train.report(metrics | {"epoch": step.epoch + 1})
         watchdog.wind(f"update {step.number + 1}")
@@ -146,28 +121,6 @@ def require_encoded_with(tokenizer: PreTrainedTokenizerFast, prepared: Prepared)
             f"{tokenizer.name_or_path}: its tokenizer must be that which encoded {prepared.folder}; "
             "prepare the data with the model.size that is trained"
         )
-
-
-def newest(folder: Path) -> checkpoint.Checkpoint | None:
-    """The run's newest valid checkpoint.
-
-    Rank 0 chooses for all, as files may not have appeared on every machine yet: a collective.
-    """
-    return from_rank_0(lambda: checkpoint.newest(folder / "checkpoints"))
-
-
-def load_newest(
-    engine: Engine, experiment: Experiment, folder: Path, *, frozen: dict[str, str]
-) -> tuple[int, dict[str, Any]]:
-    """Load the run's newest valid checkpoint; returns how many updates it holds, and the guard's state.
-
-    Raises:
-        ValueError: if another experiment wrote it; the differing fields are named.
-    """
-    found = newest(folder)
-    assert found is not None, "one is written before the first update"
-    refuse_another(experiment, found.manifest, where=found.folder)
-    return found.step, checkpoint.load(engine, found, frozen=frozen)
 
 
 def held_out_samples(prepared: Prepared, experiment: Experiment) -> Epoch:

@@ -227,7 +227,7 @@ def alone(tmp_path):
 
 @pytest.mark.usefixtures("alone")
 def test_a_checkpoint_of_another_experiment_is_refused_by_the_worker(trained_run):
-    from orchestration.worker import load_newest
+    from orchestration.checkpoints import load_newest
 
     other = load(trained_run, ["train.epochs=8"])
     with pytest.raises(

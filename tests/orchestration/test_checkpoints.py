@@ -1,4 +1,4 @@
-"""What a worker decides before it trains."""
+"""All ranks of a run go on from the same checkpoint."""
 
 import json
 
@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dsvl.checkpoint import SCHEMA_VERSION
-from orchestration import worker
+from orchestration import checkpoints
 from orchestration.config import validated
 from orchestration.journal import write_json
 
@@ -15,8 +15,10 @@ def resume_alone(rank, settings, root):
     """Resume on one of two ranks, whose machine shows it a folder of its own."""
     dist.init_process_group("gloo", init_method=f"file://{root}/group", rank=rank, world_size=2)
     loaded = []
-    worker.checkpoint.load = lambda engine, found, frozen: loaded.append(str(found.folder))
-    step, _ = worker.load_newest(None, validated(settings), root / f"seen-by-{rank}", frozen={})
+    checkpoints.checkpoint.load = lambda engine, found, frozen: loaded.append(str(found.folder))
+    step, _ = checkpoints.load_newest(
+        None, validated(settings), root / f"seen-by-{rank}", frozen={}
+    )
     write_json(root / f"{rank}.json", [step, *loaded])
     dist.destroy_process_group()
 
