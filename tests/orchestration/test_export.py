@@ -119,9 +119,9 @@ def test_what_cannot_be_exported_is_a_wrong_request(run, capsys, arguments, said
 
 def test_a_damaged_checkpoint_is_named_and_by_itself_passed_over(run, capsys, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("exports"))
-    (copy / "checkpoints/step-000048/optimizer.safetensors").unlink()
+    (copy / "checkpoints/step-000048/exp_avg.safetensors").unlink()
     assert cli.main(["export", str(copy), "--checkpoint", "48"]) == 2
-    assert "is damaged: optimizer.safetensors is missing" in capsys.readouterr().err
+    assert "is damaged: exp_avg.safetensors is missing" in capsys.readouterr().err
     assert cli.main(["export", str(copy), "--form", "adapter", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 45
 
