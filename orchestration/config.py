@@ -39,9 +39,6 @@ class ClusterConfig(Section):
     """`local` starts Ray here, `auto` joins this machine's cluster, HOST:PORT joins that one."""
     workers: int = Field(default=1, gt=0)
     """Workers of a training."""
-    min_workers: int | None = Field(default=None, gt=0)
-    """The fewest that a training may go on with when nodes are lost; when empty, it waits for all of them.
-    It then takes as many, up to `workers`, as the nodes hold and the batch divides among."""
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: Literal[0, 1] = 0
     preparers: int = Field(default=1, gt=0)
@@ -173,9 +170,6 @@ class Experiment(Section):
                     f"set train.batch={nearest}, or {counts}",
                 )
             )
-        if cluster and cluster.min_workers and cluster.min_workers > cluster.workers:
-            text = f"{cluster.min_workers} must not exceed cluster.workers={cluster.workers}"
-            problems.append(Problem(("cluster", "min_workers"), text))
         if problems:
             raise ConfigError(problems)
         return engine
@@ -265,12 +259,7 @@ class Experiment(Section):
         """The experiment that a trial of the search runs."""
         assert self.search is not None
         return self.with_overrides(
-            {
-                **values,
-                "cluster.workers": self.search.workers,
-                "cluster.min_workers": None,
-                "search": None,
-            }
+            {**values, "cluster.workers": self.search.workers, "search": None}
         )
 
 

@@ -105,8 +105,7 @@ def disk(experiment: Experiment, prepared: Path | None) -> dict[str, int | None]
     One checkpoint more than are kept, as the oldest goes when the newest is whole. Of data that are yet to be
     prepared it is known what an image takes, beside its own file.
     """
-    model = experiment.model
-    keep = experiment.checkpoint.keep + experiment.checkpoint.keep_best
+    model, keep = experiment.model, experiment.checkpoint.keep
     trained = sum(part.trainable for part in parameters(model).values())
     vision = model.vision
     sizes = {

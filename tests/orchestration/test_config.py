@@ -27,7 +27,6 @@ EXECUTION = {
     "checkpoint.every": 7,
     "checkpoint.keep_best": 1,
     "cluster.hang_timeout_s": 60,
-    "cluster.min_workers": 1,
     "evaluation.samples": 5,
     "storage.path": "elsewhere",
     "tracking.experiment": "other",
@@ -374,14 +373,6 @@ def test_an_adapter_that_cannot_be_is_refused_where_it_stands(settings, field, v
     settings["model"]["vision_lora"] = {field: value}
     (problem,) = lines(settings)
     assert problem.startswith(f"model.vision_lora.{field}: {value} must")
-
-
-def test_the_fewest_workers_are_no_more_than_the_most(settings, search):
-    settings["cluster"] = {"workers": 2, "min_workers": 3}
-    assert lines(settings) == ["cluster.min_workers: 3 must not exceed cluster.workers=2"]
-    settings["cluster"] = {"workers": 4, "min_workers": 3}
-    trial = validated({**settings, "search": search}).trial({"optim.lr": 1e-3})
-    assert (trial.cluster.workers, trial.cluster.min_workers) == (1, None)
 
 
 def test_the_default_engine_is_held_to_the_rule_too(settings):
