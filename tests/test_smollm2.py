@@ -72,6 +72,7 @@ class Examples(list):
         super().__init__(examples)
         self.targets = np.array([int((e.labels[1:] != -100).sum()) for e in self])
         self.lengths = np.array([len(e.ids) for e in self])
+        self.images = np.array([len(e.images) for e in self])
 
     def epoch(self, _: int) -> "Examples":
         return self

@@ -123,7 +123,7 @@ def test_a_sample_walks_from_its_record_into_the_weights(experiment, storage, tr
 
 
 def parameters(experiment) -> dict[str, torch.Tensor]:
-    (folder,) = (experiment.run_folder / "checkpoints").iterdir()
+    *_, folder = sorted((experiment.run_folder / "checkpoints").iterdir())
     return load_file(folder / "parameters.safetensors")
 
 
@@ -146,7 +146,7 @@ def test_a_field_walks_from_an_override_to_the_tracker(experiment, trained):
     assert start["params"]["optim.lr"] == RATE
     rates = [rate for _, rate in journal.curve(folder, "train/lr")]
     assert max(rates) == RATE, "the rate that the optimiser was given"
-    (checkpoint,) = (folder / "checkpoints").iterdir()
+    *_, checkpoint = sorted((folder / "checkpoints").iterdir())
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     assert manifest["fields"]["optim.lr"] == RATE
     assert manifest["identity"] == experiment.identity()
