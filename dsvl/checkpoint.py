@@ -79,6 +79,7 @@ def save(
     config: CheckpointConfig,
     guard: dict[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
+    stay: Collection[int] = (),
 ) -> Path:
     """Write the state after update `step`; every rank must call it. Returns the checkpoint's folder.
 
@@ -93,6 +94,7 @@ def save(
         config: how many checkpoints stay.
         guard: `dsvl.guard.Guard.state`.
         metrics: what was measured after this update.
+        stay: steps whose checkpoints are never removed.
 
     Raises:
         OSError: if the disk has no room for it, on every rank and before anything is written.
@@ -146,7 +148,7 @@ def save(
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
-        _remove_old(folder, config)
+        _remove_old(folder, config, stay)
     dist.barrier()
     return target
 
@@ -167,14 +169,20 @@ def _require_room(engine: Engine, folder: Path) -> None:
         )
 
 
-def _remove_old(folder: Path, config: CheckpointConfig) -> None:
-    """Leave the newest checkpoints, and those with the lowest held-out loss."""
-    found = sorted(folder.glob("step-*"), reverse=True)
-    losses = {path: held_out_loss(path) for path in found}
-    best = sorted(found, key=losses.__getitem__)[: config.keep_best]
+def _remove_old(folder: Path, config: CheckpointConfig, stay: Collection[int]) -> None:
+    """Leave the newest checkpoints, those with the lowest held-out loss, and those that are to stay."""
+    found = [path for step, path in _newest_first(folder) if step not in stay]
+    losses = {path: held_out_loss(path) for path in found} if config.keep_best else {}
+    best = sorted(losses, key=losses.__getitem__)[: config.keep_best]
     for path in found[config.keep :]:
         if path not in best or losses[path] == math.inf:
             shutil.rmtree(path)
+
+
+def _newest_first(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, whole or not."""
+    found = [(int(path.name.removeprefix("step-")), path) for path in folder.glob("step-*")]
+    return sorted(found, reverse=True)
 
 
 def held_out_loss(path: Path) -> float:
@@ -186,14 +194,18 @@ def held_out_loss(path: Path) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
+def newest(folder: Path, *, at_most: float = math.inf) -> Checkpoint | None:
+    """The newest checkpoint that is whole, of those with `at_most` so many updates.
+
+    Damaged ones are named in the log and passed over.
 
     Raises:
         ValueError: if there are some, and none of them is whole.
     """
     fault = None
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for step, path in _newest_first(folder):
+        if step > at_most:
+            continue
         fault = find_fault(path)
         if fault is None:
             return Checkpoint(path, json.loads((path / MANIFEST).read_text()))

@@ -425,6 +425,8 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_fraction: float = 0.1
     """Share of all steps in which the rate rises to its peak."""
+    warmup_steps: int | None = None
+    """Steps in which it rises, in place of that share: however long a training is, it then begins alike."""
     decay_fraction: float = 0.2
     """Share of all steps in which `wsd` (warm-up, stable, decay) falls from its plateau to zero."""
 
@@ -443,11 +445,22 @@ class OptimConfig:
             "must lie in [0, 1)",
         )
         require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            "warmup_steps",
+            self.warmup_steps,
+            "must not be negative",
+        )
+        require(
             0 < self.decay_fraction <= 1,
             "decay_fraction",
             self.decay_fraction,
             "must lie in (0, 1]",
         )
+
+    @property
+    def branching(self) -> bool:
+        """Whether a longer training begins alike, so that one can branch off the other."""
+        return self.schedule in ("wsd", "constant") and self.warmup_steps is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -537,14 +550,20 @@ class CheckpointConfig:
     every: int = 200
     """Optimiser updates between two checkpoints; the last update is always saved."""
     keep: int = 2
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay, beside that where a plateau of `warmup_steps` ends."""
     keep_best: int = 0
     """How many with the lowest held-out loss stay beside them; the end of every epoch is saved then."""
+    branch_epochs: tuple[int, ...] = ()
+    """Epochs of shorter trainings that are to branch off: where their decay begins is saved, and stays."""
+    trunk: str | None = None
+    """The folder of a run that this one branches off: what both train alike is taken from its checkpoints."""
 
     def __post_init__(self) -> None:
         require(self.every > 0, "every", self.every, "must be positive")
         require(self.keep > 0, "keep", self.keep, "must be positive")
         require(self.keep_best >= 0, "keep_best", self.keep_best, "must not be negative")
+        rule = "must be positive"
+        require(all(n > 0 for n in self.branch_epochs), "branch_epochs", self.branch_epochs, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,9 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
     `wsd` is warm-up, a plateau, and a linear decay over the last `decay_fraction` (Hu et al. 2024).
     """
-    warmup = math.ceil(config.warmup_fraction * steps)
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(config.warmup_fraction * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     done = (step - warmup) / max(steps - warmup, 1)
@@ -58,5 +60,10 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
         case "cosine":
             share = 0.5 * (1.0 + math.cos(math.pi * done))
         case "wsd":
-            share = min(1.0, (steps - step) / max(math.ceil(config.decay_fraction * steps), 1))
+            share = min(1.0, (steps - step) / (steps - plateau_end(steps, config)))
     return config.lr * share
+
+
+def plateau_end(steps: int, config: OptimConfig) -> int:
+    """Updates that a longer training makes alike, if it is `branching`: those before `wsd` decays."""
+    return steps - math.ceil(config.decay_fraction * steps) * (config.schedule == "wsd")

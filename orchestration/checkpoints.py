@@ -1,16 +1,19 @@
 """A run's checkpoints: when the first is written, and where training goes on from, for all ranks alike."""
 
+import math
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dsvl import checkpoint
 from dsvl.engine import Engine, from_rank_0
 from dsvl.guard import Guard
+from dsvl.optim import plateau_end
 from dsvl.train import Plan
 from orchestration.config import Experiment
 from orchestration.journal import Journal
-from orchestration.results import refuse_another
+from orchestration.results import refuse_another, trunk_of
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,25 @@ class Checkpoints:
     """That of the run, on rank 0."""
 
     def begin(self) -> None:
-        """Save the untrained state unless there is something to go on from.
+        """Save the state before the first update unless there is something to go on from.
 
         It is what to go back to if the first updates go wrong, and a disk that is full shows now.
+
+        Raises:
+            ValueError: if the run is a branch and no checkpoint of its trunk is early enough.
         """
         if newest(self.folder) is None:
-            self.save(0, {})
+            self.save(self._on_trunk(), {})
+
+    def due(self, step: int, *, ends_epoch: bool) -> bool:
+        """Whether to save the state after an update."""
+        config = self.experiment.checkpoint
+        return (
+            step % config.every == 0
+            or step == self.plan.steps
+            or step in self._branches
+            or (ends_epoch and config.keep_best > 0)
+        )
 
     def save(self, step: int, measured: dict[str, float]) -> None:
         """Write the state after an update, and what was measured then."""
@@ -50,7 +66,33 @@ class Checkpoints:
             config=self.experiment.checkpoint,
             guard=self.guard.state(),
             metrics=measured,
+            stay=self._branches,
         )
+
+    @cached_property
+    def _branches(self) -> set[int]:
+        """Updates after which shorter trainings branch off, and longer ones."""
+        if not (optim := self.experiment.optim).branching:
+            return set()
+        lengths = (*self.experiment.checkpoint.branch_epochs, self.experiment.train.epochs)
+        return {plateau_end(epochs * self.plan.steps_per_epoch, optim) for epochs in lengths}
+
+    def _on_trunk(self) -> int:
+        """Begin with what the trunk, if there is one, has trained alike; returns how many updates."""
+        if (trunk := trunk_of(self.experiment)) is None:
+            return 0
+        alike = min(
+            plateau_end(self.plan.steps, self.experiment.optim),
+            plateau_end(trunk.train.epochs * self.plan.steps_per_epoch, trunk.optim),
+        )
+        found = newest(trunk.run_folder, at_most=alike)
+        if found is None:
+            raise ValueError(
+                f"{trunk.run_folder}: no checkpoint has at most {alike} updates, which this run shares "
+                f"with it; train it with checkpoint.branch_epochs=[{self.experiment.train.epochs}]"
+            )
+        self.guard.restore(checkpoint.load(self.engine, found, frozen=self.frozen))
+        return found.step
 
     def resume(self) -> int:
         """Put engine and guard into the state of the newest one, and return how many updates it holds."""
@@ -71,12 +113,12 @@ class Checkpoints:
         return self.resume()
 
 
-def newest(folder: Path) -> checkpoint.Checkpoint | None:
-    """The run's newest valid checkpoint.
+def newest(folder: Path, *, at_most: float = math.inf) -> checkpoint.Checkpoint | None:
+    """The run's newest valid checkpoint of `at_most` so many updates.
 
     Rank 0 chooses for all, as files may not have appeared on every machine yet: a collective.
     """
-    return from_rank_0(lambda: checkpoint.newest(folder / "checkpoints"))
+    return from_rank_0(lambda: checkpoint.newest(folder / "checkpoints", at_most=at_most))
 
 
 def load_newest(

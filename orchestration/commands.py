@@ -11,7 +11,7 @@ from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.journal import sole
 from orchestration.prepare import prepare, require_one_tokenizer
-from orchestration.results import begin, finished
+from orchestration.results import begin, finished, trunk_of
 from orchestration.tracking import Shipper
 from orchestration.trainer import fit
 
@@ -25,6 +25,7 @@ def train(experiment: Experiment) -> dict:
         ValueError: if the folder holds a run of another identity; the differing fields are named.
     """
     folder = experiment.run_folder
+    trunk_of(experiment)  # raises before any work where it is none
     begin(experiment, folder)
     # A finished run has its journal shipped all the same: the tracking store may have been away.
     with Shipper(experiment) as shipper:

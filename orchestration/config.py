@@ -39,6 +39,10 @@ class ClusterConfig(Section):
     """`local` starts Ray here, `auto` joins this machine's cluster, HOST:PORT joins that one."""
     workers: int = Field(default=1, gt=0)
     """Workers of a training."""
+    min_workers: int | None = Field(default=None, gt=0)
+    """The fewest that a training goes on with when nodes are lost; when empty, it waits for all of them.
+    It takes as many, up to `workers`, as the nodes hold and the batch divides among, and more again when
+    nodes come back."""
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: Literal[0, 1] = 0
     preparers: int = Field(default=1, gt=0)
@@ -46,7 +50,7 @@ class ClusterConfig(Section):
     cpu_labels: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that prepare data, as `ray start --labels` gives them; any node when empty."""
     gpu_labels: dict[str, str] = Field(default_factory=dict)
-    """Labels of the nodes that run the tower."""
+    """Labels of the nodes that train and run the tower."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of a GPU that a worker may fill; a plan that needs more is refused."""
     host_memory_gib: float | None = Field(default=None, gt=0)
@@ -170,9 +174,31 @@ class Experiment(Section):
                     f"set train.batch={nearest}, or {counts}",
                 )
             )
+        if cluster and cluster.min_workers and cluster.min_workers > cluster.workers:
+            text = f"{cluster.min_workers} must not exceed cluster.workers={cluster.workers}"
+            problems.append(Problem(("cluster", "min_workers"), text))
         if problems:
             raise ConfigError(problems)
         return engine
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _branches_can_be(
+        cls, checkpoint: CheckpointConfig, info: ValidationInfo
+    ) -> CheckpointConfig:
+        optim, train, problems = info.data.get("optim"), info.data.get("train"), []
+        for field in ("trunk", "branch_epochs"):
+            if optim and getattr(checkpoint, field) and not optim.branching:
+                text = "trunk and branch begin alike only with optim.schedule=wsd and optim.warmup_steps"
+                problems.append(
+                    Problem(("checkpoint", field), f"{text}; set both, or this to nothing")
+                )
+        if train and (longer := [n for n in checkpoint.branch_epochs if n >= train.epochs]):
+            text = f"{longer} must be less than train.epochs={train.epochs}"
+            problems.append(Problem(("checkpoint", "branch_epochs"), text))
+        if problems:
+            raise ConfigError(problems)
+        return checkpoint
 
     @field_validator("search")
     @classmethod
@@ -259,7 +285,12 @@ class Experiment(Section):
         """The experiment that a trial of the search runs."""
         assert self.search is not None
         return self.with_overrides(
-            {**values, "cluster.workers": self.search.workers, "search": None}
+            {
+                **values,
+                "cluster.workers": self.search.workers,
+                "cluster.min_workers": None,
+                "search": None,
+            }
         )
 
 

@@ -105,11 +105,13 @@ def disk(experiment: Experiment, prepared: Path | None) -> dict[str, int | None]
     One checkpoint more than are kept, as the oldest goes when the newest is whole. Of data that are yet to be
     prepared it is known what an image takes, beside its own file.
     """
-    model, keep = experiment.model, experiment.checkpoint.keep
+    model, checkpoint = experiment.model, experiment.checkpoint
+    kept = checkpoint.keep + checkpoint.keep_best + len(checkpoint.branch_epochs)
+    kept += experiment.optim.branching
     trained = sum(part.trainable for part in parameters(model).values())
     vision = model.vision
     sizes = {
-        "checkpoints": (keep + 1) * STATE_BYTES * trained,
+        "checkpoints": (kept + 1) * STATE_BYTES * trained,
         "prepared data": None,
         "pixels of an image": 3 * vision.image_size**2,
     }

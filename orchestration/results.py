@@ -80,6 +80,25 @@ def refuse_another(experiment: Experiment, stored: dict, *, where: Path) -> None
         )
 
 
+BRANCHING = ("train.epochs", "optim.schedule", "optim.decay_fraction")
+"""In what a branch may differ from its trunk: fields that change nothing before the decay."""
+
+
+def trunk_of(experiment: Experiment) -> Experiment | None:
+    """The experiment that `checkpoint.trunk` names.
+
+    Raises:
+        ValueError: if it trains something else, from the beginning; the differing fields are named.
+    """
+    if experiment.checkpoint.trunk is None:
+        return None
+    trunk = experiment_of(Path(experiment.checkpoint.trunk))
+    fields = trunk.identity_fields()
+    alike = experiment.with_overrides({name: fields[name] for name in BRANCHING})
+    refuse_another(alike, {"identity": trunk.identity(), "fields": fields}, where=trunk.run_folder)
+    return trunk
+
+
 def evaluations(folder: Path) -> list[dict[str, float]]:
     """The held-out metrics of a run, epoch by epoch, from its journal."""
     latest = {

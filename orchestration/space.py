@@ -154,7 +154,7 @@ def search_problems(
 
     told = compose(base)  # what the experiment breaks without any search
     if "cluster" in base:
-        base = place(base, ("cluster", "workers"), search.workers)
+        base = place(base, ("cluster",), {"workers": search.workers, "min_workers": None})
     problems = [Problem(("search", "workers"), str(problem)) for problem in compose(base)]
     if problems:
         return problems

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import ray.train
@@ -11,6 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestration import faults
 from orchestration.config import Experiment
+from orchestration.elastic import ElasticTrainer, worker_counts
 from orchestration.journal import Journal
 
 
@@ -27,7 +29,9 @@ def fit(
     resources = {"CPU": experiment.cluster.cpus_per_worker}
     if use_gpu:
         resources["GPU"] = experiment.cluster.gpus_per_worker
-    trainer = TorchTrainer(
+    counts = worker_counts(experiment, workers)
+    kind = partial(ElasticTrainer, counts=counts) if len(counts) > 1 else TorchTrainer
+    trainer = kind(
         work,
         train_loop_config={
             "experiment": experiment.as_dict(),
@@ -41,7 +45,10 @@ def fit(
             timeout_s=math.ceil(experiment.cluster.hang_timeout_s),
         ),
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=(counts[0], workers) if len(counts) > 1 else workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            label_selector=experiment.cluster.gpu_labels or None,
         ),
         run_config=RunConfig(
             name="train",

@@ -94,8 +94,7 @@ def work(config: dict) -> None:
             )
         if journal:
             journal.metrics(step.number, metrics)
-        due = step.number % experiment.checkpoint.every == 0 or step.number == plan.steps
-        if due or (step.ends_epoch and experiment.checkpoint.keep_best):
+        if checkpoints.due(step.number, ends_epoch=step.ends_epoch):
             watchdog.wind(f"saving update {step.number}")
             checkpoints.save(step.number, measured)
         if step.ends_epoch:

@@ -26,6 +26,9 @@ EXECUTION = {
     "engine.deepspeed": {"wall_clock_breakdown": True},
     "checkpoint.every": 7,
     "checkpoint.keep_best": 1,
+    "checkpoint.trunk": "runs/longer",
+    "checkpoint.branch_epochs": [1],
+    "cluster.min_workers": 1,
     "cluster.hang_timeout_s": 60,
     "evaluation.samples": 5,
     "storage.path": "elsewhere",
@@ -93,6 +96,7 @@ WHAT = {
     "optim.clip": 2,
     "optim.schedule": "wsd",
     "optim.warmup_fraction": 0.2,
+    "optim.warmup_steps": 3,
     "optim.decay_fraction": 0.3,
     "train.epochs": 3,
     "train.batch": 24,
@@ -119,7 +123,7 @@ def lines(settings) -> list[str]:
 
 @pytest.mark.parametrize("path", EXECUTION)
 def test_where_and_how_an_experiment_runs_leaves_its_identity(settings, path):
-    experiment = validated(settings)
+    experiment = validated({**settings, "optim": {"schedule": "wsd", "warmup_steps": 0}})
     other = experiment.with_overrides({path: EXECUTION[path]})
     assert other != experiment
     assert other.identity() == experiment.identity()
@@ -373,6 +377,33 @@ def test_an_adapter_that_cannot_be_is_refused_where_it_stands(settings, field, v
     settings["model"]["vision_lora"] = {field: value}
     (problem,) = lines(settings)
     assert problem.startswith(f"model.vision_lora.{field}: {value} must")
+
+
+def test_the_fewest_workers_are_no_more_than_the_most(settings, search):
+    settings["cluster"] = {"workers": 2, "min_workers": 3}
+    assert lines(settings) == ["cluster.min_workers: 3 must not exceed cluster.workers=2"]
+    settings["cluster"] = {"workers": 4, "min_workers": 3}
+    trial = validated({**settings, "search": search}).trial({"optim.lr": 1e-3})
+    assert (trial.cluster.workers, trial.cluster.min_workers) == (1, None)
+
+
+@pytest.mark.parametrize(
+    "optim", [{}, {"schedule": "wsd"}, {"schedule": "linear", "warmup_steps": 1}]
+)
+def test_only_plateaus_have_branches_and_trunks(settings, optim):
+    settings |= {"optim": optim, "checkpoint": {"branch_epochs": [1], "trunk": "runs/longer"}}
+    said = "trunk and branch begin alike only with optim.schedule=wsd and optim.warmup_steps"
+    assert [line.partition(";")[0] for line in lines(settings)] == [
+        f"checkpoint.trunk: {said}",
+        f"checkpoint.branch_epochs: {said}",
+    ]
+
+
+def test_a_branch_is_shorter_than_its_trunk(settings):
+    settings |= {"optim": {"schedule": "wsd", "warmup_steps": 1}}
+    settings |= {"checkpoint": {"branch_epochs": [1, 2, 3]}}
+    said = "checkpoint.branch_epochs: [2, 3] must be less than train.epochs=2"
+    assert lines(settings) == [said]
 
 
 def test_the_default_engine_is_held_to_the_rule_too(settings):

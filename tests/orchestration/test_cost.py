@@ -57,6 +57,10 @@ def test_disk_holds_one_checkpoint_more_than_are_kept(settings, tmp_path):
     experiment = validated(settings | {"checkpoint": {"keep": 3}})
     sizes = disk(experiment, None)
     assert sizes["checkpoints"] == 4 * 12 * (8 * 8 + 8 + 32 * 8)
+    branching = {"optim.schedule": "wsd", "optim.warmup_steps": 1, "train.epochs": 9}
+    more = {"checkpoint.keep_best": 2, "checkpoint.branch_epochs": [1, 2]}
+    more = disk(experiment.with_overrides(branching | more), None)  # and the end of its own plateau
+    assert more["checkpoints"] == 2.25 * sizes["checkpoints"]
     assert sizes["pixels of an image"] == 3 * 8 * 8
     assert sizes["prepared data"] is None
     assert "features of an image" not in sizes
