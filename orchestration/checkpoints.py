@@ -103,6 +103,7 @@ class Checkpoints:
                 identity=self.experiment.identity(),
                 params=self.experiment.identity_fields(),
                 step=start,
+                workers=self.engine.workers,
             )
         return start
 

@@ -1,7 +1,8 @@
 """The record of a run: an append-only file of JSON lines in its folder, read by tracker, report and resume.
 
 One process writes at a time. A line is one of
-`{"kind": "start", "time", "identity", "params", "step"}`, `{"kind": "metrics", "time", "step", "metrics"}`,
+`{"kind": "start", "time", "identity", "params", "step", "workers"}`,
+`{"kind": "metrics", "time", "step", "metrics"}`,
 `{"kind": "undone", "time", "fault"}` where updates since the last checkpoint are made again without one,
 and `{"kind": "end", "time", "state", "reason"}` with state finished, stopped (by a scheduler) or failed.
 """
@@ -65,9 +66,12 @@ class Journal:
                 time.sleep(0.1)
         self._file.truncate(read(folder)[1])
 
-    def start(self, *, identity: str, params: Mapping[str, object], step: int) -> None:
-        """The run begins, or goes on after `step` updates."""
-        self._append({"kind": "start", "identity": identity, "params": params, "step": step})
+    def start(
+        self, *, identity: str, params: Mapping[str, object], step: int, workers: int = 0
+    ) -> None:
+        """The run begins, or goes on after `step` updates, with so many workers of its own."""
+        entry = {"identity": identity, "params": params, "step": step, "workers": workers}
+        self._append({"kind": "start"} | entry)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """What was measured after update `step`."""
