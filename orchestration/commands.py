@@ -9,7 +9,9 @@ from pathlib import Path
 from orchestration import search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
+from orchestration.elastic import worker_counts
 from orchestration.journal import sole
+from orchestration.placement import require_room
 from orchestration.prepare import prepare, require_one_tokenizer
 from orchestration.results import begin, finished, trunk_of
 from orchestration.tracking import Shipper
@@ -31,9 +33,11 @@ def train(experiment: Experiment) -> dict:
     with Shipper(experiment) as shipper:
         shipper.follow(folder, name=experiment.name)
         if finished(experiment, folder) is None:
+            workers = experiment.cluster.workers
             with connect(experiment):
+                require_room(experiment, workers=worker_counts(experiment, workers)[0])
                 prepared = Path(prepare(experiment)["folder"])
-                fit(experiment, folder, prepared, workers=experiment.cluster.workers)
+                fit(experiment, folder, prepared, workers=workers)
     result = finished(experiment, folder)
     assert result is not None
     return {"folder": str(folder)} | result
@@ -51,6 +55,7 @@ def sweep(experiment: Experiment) -> dict:
     require_one_tokenizer(experiment)
     begin(experiment, folder)
     with sole(folder), connect(experiment), Shipper(experiment) as shipper:
+        search.require_room_for_trials(experiment)
         prepared = Path(prepare(experiment)["folder"])
         shipper.follow_sweep(folder, name=f"{experiment.name} sweep")
         search.search(experiment, prepared)

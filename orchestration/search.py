@@ -16,10 +16,13 @@ from ray.tune.search import BasicVariantGenerator
 
 from orchestration.config import Experiment
 from orchestration.journal import Journal, read, read_json, write_json
+from orchestration.placement import require_room
 from orchestration.results import begin, evaluations, finished, write_result
 from orchestration.space import Choice, Domain, Grid, LogUniform, SearchConfig
 from orchestration.trainer import fit
 
+TRIAL_CPUS = 0.1
+"""What a trial takes beside its workers: it only waits for them."""
 log = logging.getLogger(__name__)
 
 # Where several Ray clusters share a machine, Train's clean-up after a stopped trial finds its own by this.
@@ -37,7 +40,7 @@ def search(experiment: Experiment, prepared: Path) -> None:
     Journal(root).start(identity=experiment.identity(), params=space, step=0)
     ledger = Ledger(experiment, root)
     tuner = tune.Tuner(
-        tune.with_resources(trainable(experiment, root, prepared), {"CPU": 0.1}),
+        tune.with_resources(trainable(experiment, root, prepared), {"CPU": TRIAL_CPUS}),
         param_space={path: _tune_domain(domain) for path, domain in settings.space.items()},
         tune_config=tune.TuneConfig(
             metric=settings.metric,
@@ -64,6 +67,11 @@ def search(experiment: Experiment, prepared: Path) -> None:
         Journal(root).end("failed", reason=f"{type(error).__name__}: {error}")
         raise
     Journal(root).end("finished")
+
+
+def require_room_for_trials(experiment: Experiment) -> None:
+    """Refuse a search of which the cluster can never hold a single trial, with a ValueError."""
+    require_room(experiment, workers=_settings(experiment).workers, beside=TRIAL_CPUS)
 
 
 def _settings(experiment: Experiment) -> SearchConfig:

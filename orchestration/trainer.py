@@ -14,6 +14,7 @@ from orchestration import faults
 from orchestration.config import Experiment
 from orchestration.elastic import ElasticTrainer, worker_counts
 from orchestration.journal import Journal
+from orchestration.placement import resources
 
 
 def fit(
@@ -26,9 +27,6 @@ def fit(
 ) -> None:
     """Run Ray Train to the end of the training; a failure is journaled with its cause and raised."""
     use_gpu = experiment.cluster.gpus_per_worker > 0
-    resources = {"CPU": experiment.cluster.cpus_per_worker}
-    if use_gpu:
-        resources["GPU"] = experiment.cluster.gpus_per_worker
     counts = worker_counts(experiment, workers)
     kind = partial(ElasticTrainer, counts=counts) if len(counts) > 1 else TorchTrainer
     trainer = kind(
@@ -47,7 +45,7 @@ def fit(
         scaling_config=ScalingConfig(
             num_workers=(counts[0], workers) if len(counts) > 1 else workers,
             use_gpu=use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=resources(experiment),
             label_selector=experiment.cluster.gpu_labels or None,
         ),
         run_config=RunConfig(
