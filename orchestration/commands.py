@@ -9,7 +9,6 @@ from pathlib import Path
 from orchestration import search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
-from orchestration.elastic import worker_counts
 from orchestration.journal import sole
 from orchestration.placement import require_room
 from orchestration.prepare import prepare, require_one_tokenizer
@@ -35,7 +34,7 @@ def train(experiment: Experiment) -> dict:
         if finished(experiment, folder) is None:
             workers = experiment.cluster.workers
             with connect(experiment):
-                require_room(experiment, workers=worker_counts(experiment, workers)[0])
+                require_room(experiment, workers=experiment.worker_counts(workers)[0])
                 prepared = Path(prepare(experiment)["folder"])
                 fit(experiment, folder, prepared, workers=workers)
     result = finished(experiment, folder)

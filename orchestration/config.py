@@ -220,6 +220,12 @@ class Experiment(Section):
         """The tracking store in use."""
         return self.tracking.uri or f"sqlite:///{Path(self.storage.path) / 'mlflow.db'}"
 
+    def worker_counts(self, workers: int) -> list[int]:
+        """The numbers of workers that a training meant for `workers` may have, fewest first."""
+        fewest = self.cluster.min_workers or workers
+        legal = legal_workers(self.train.batch, self.engine.micro_batch)
+        return [count for count in legal if fewest <= count <= workers]
+
     def identity(self) -> str:
         """Names what is trained: equal wherever and however it runs."""
         return digest(self.identity_fields())

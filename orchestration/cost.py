@@ -99,19 +99,24 @@ def seconds_of_a_step(experiment: Experiment) -> float | None:
     return sum(flops_of_a_step(experiment).values()) / rate
 
 
+def checkpoints_kept(experiment: Experiment) -> int:
+    """At most: the newest and best, those at which others branch off, and the end of a plateau."""
+    config = experiment.checkpoint
+    branches = len(config.branch_epochs) + experiment.optim.branching
+    return config.keep + config.keep_best + branches
+
+
 def disk(experiment: Experiment, prepared: Path | None) -> dict[str, int | None]:
     """Bytes in the storage: those of a run's checkpoints, and of prepared data once there are any.
 
     One checkpoint more than are kept, as the oldest goes when the newest is whole. Of data that are yet to be
     prepared it is known what an image takes, beside its own file.
     """
-    model, checkpoint = experiment.model, experiment.checkpoint
-    kept = checkpoint.keep + checkpoint.keep_best + len(checkpoint.branch_epochs)
-    kept += experiment.optim.branching
+    model = experiment.model
     trained = sum(part.trainable for part in parameters(model).values())
     vision = model.vision
     sizes = {
-        "checkpoints": (kept + 1) * STATE_BYTES * trained,
+        "checkpoints": (checkpoints_kept(experiment) + 1) * STATE_BYTES * trained,
         "prepared data": None,
         "pixels of an image": 3 * vision.image_size**2,
     }

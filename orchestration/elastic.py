@@ -7,15 +7,6 @@ from ray.train import Result
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
-from orchestration.config import Experiment, legal_workers
-
-
-def worker_counts(experiment: Experiment, workers: int) -> list[int]:
-    """The numbers of workers that a training meant for `workers` may go on with, fewest first."""
-    fewest = experiment.cluster.min_workers or workers
-    legal = legal_workers(experiment.train.batch, experiment.engine.micro_batch)
-    return [count for count in legal if fewest <= count <= workers]
-
 
 class ElasticTrainer(TorchTrainer):
     """A TorchTrainer that takes only some numbers of workers: `counts`, fewest first.

@@ -8,7 +8,14 @@ from typing import Literal
 
 from orchestration.choices import choices, fits, remedy
 from orchestration.config import Experiment
-from orchestration.cost import disk, flops_of_a_step, run_cost, seconds_of_a_step, sweep_cost
+from orchestration.cost import (
+    checkpoints_kept,
+    disk,
+    flops_of_a_step,
+    run_cost,
+    seconds_of_a_step,
+    sweep_cost,
+)
 from orchestration.flops import fullest
 from orchestration.memory import STATE_BYTES, gradient_checkpointing, host_memory, memory
 from orchestration.parameters import parameters
@@ -22,7 +29,13 @@ class PlanError(ValueError):
 def plan(experiment: Experiment) -> Plan:
     """Count what the run, and each shape of its trials, needs; a PlanError where it cannot fit."""
     search = experiment.search
-    sizes = [_size_plan(experiment, "run")]
+    workers = experiment.cluster.workers
+    # What few workers share among them may not fit where it fits among many.
+    extremes = {workers, experiment.worker_counts(workers)[0]}
+    sizes = [
+        _size_plan(experiment.with_overrides({"cluster.workers": count}), "run")
+        for count in sorted(extremes, reverse=True)
+    ]
     if search is not None:
         deciding = [path for path in ("model.size", "model.attention") if path in search.space]
         for values in product(*(search.space[path].probes() for path in deciding)):
@@ -54,7 +67,7 @@ def plan(experiment: Experiment) -> Plan:
         utilisation=experiment.cluster.utilisation,
         gpu_hour_price=experiment.cluster.gpu_hour_price,
         disk=disk(experiment, prepared_folder(experiment)),
-        checkpoints_kept=experiment.checkpoint.keep,
+        checkpoints_kept=checkpoints_kept(experiment),
         trials=search.trials if search else None,
         trials_at_once=min(search.concurrent, search.trials) if search else None,
         sizes=tuple(sizes),

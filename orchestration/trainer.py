@@ -12,7 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestration import faults
 from orchestration.config import Experiment
-from orchestration.elastic import ElasticTrainer, worker_counts
+from orchestration.elastic import ElasticTrainer
 from orchestration.journal import Journal
 from orchestration.placement import resources
 
@@ -27,7 +27,7 @@ def fit(
 ) -> None:
     """Run Ray Train to the end of the training; a failure is journaled with its cause and raised."""
     use_gpu = experiment.cluster.gpus_per_worker > 0
-    counts = worker_counts(experiment, workers)
+    counts = experiment.worker_counts(workers)
     kind = partial(ElasticTrainer, counts=counts) if len(counts) > 1 else TorchTrainer
     trainer = kind(
         work,

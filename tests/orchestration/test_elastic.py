@@ -8,7 +8,6 @@ import pytest
 
 from orchestration import faults
 from orchestration.config import validated
-from orchestration.elastic import worker_counts
 from orchestration.journal import curve, read
 from tests.orchestration.conftest import digits, run_folder, steps_done
 from tests.orchestration.machines import Machines, wait_until
@@ -27,9 +26,9 @@ def test_only_workers_that_divide_the_batch_count(settings):
     settings |= {"train": {"epochs": 1, "batch": 48}, "engine": {"micro_batch": 4}}
     settings["cluster"] = {"workers": 6, "min_workers": 2}
     experiment = validated(settings)
-    assert worker_counts(experiment, 6) == [2, 3, 4, 6]
+    assert experiment.worker_counts(6) == [2, 3, 4, 6]
     fixed = experiment.with_overrides({"cluster.min_workers": None})
-    assert worker_counts(fixed, 6) == [6]
+    assert fixed.worker_counts(6) == [6]
 
 
 @pytest.mark.slow

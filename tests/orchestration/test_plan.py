@@ -113,6 +113,22 @@ def test_accumulation_makes_up_the_batch(settings):
     assert plan(validated(settings)).sizes[0].accumulation == 2
 
 
+def test_the_fewest_workers_must_have_room_too(settings):
+    settings |= {"engine": {"zero_stage": 3, "gradient_checkpointing": False}}
+    settings["cluster"] = {"workers": 12, "gpus_per_worker": 1}
+    alone = [
+        plan(validated(settings).with_overrides({"cluster.workers": n})).sizes[0].memory_bytes
+        for n in (12, 4)
+    ]
+    assert alone[0] < alone[1]
+    elastic = validated(settings).with_overrides({"cluster.min_workers": 4})
+    assert [size.memory_bytes for size in plan(elastic).sizes] == alone
+    tight = {"cluster.gpu_memory_gib": sum(alone) / 2 / 2**30}
+    plan(elastic.with_overrides(tight | {"cluster.min_workers": None}))
+    with pytest.raises(PlanError, match=r"model\.size=small: a worker of this run needs"):
+        plan(elastic.with_overrides(tight))
+
+
 def test_a_sweep_is_planned_for_each_size_with_the_workers_of_a_trial(settings, search):
     settings |= {"cluster": {"workers": 4}, "search": search | {"workers": 2}}
     planned = plan(validated(settings))
