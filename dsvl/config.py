@@ -371,8 +371,11 @@ class DataConfig:
     """Share of a set that may be dropped before the preparation fails."""
     eval_fraction: float = 0.1
     """Share of an `auto` set that is held out (paper, section 5.1)."""
+    seed: int = 1234
+    """Decides what is held out, and what readers draw: the same for all that is to be compared."""
 
     def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
         require(len(self.sets) > 0, "sets", self.sets, "must name at least one dataset")
         # Ids are SET/RECORD, and a file is called so: with a slash, two sets could share ids.
         misnamed = [name for name in self.sets if not re.fullmatch(r"\w[\w.-]{0,99}", name)]
@@ -472,6 +475,7 @@ class TrainConfig:
     """Samples an optimiser update, over all workers (paper, section 4.2)."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     seed: int = 1234
+    """Decides initial values, and the order and draws of the training samples."""
     spike: float | None = None
     """An update whose gradient's norm is more than so many times the median of the last 32 is undone and its
     batch skipped, as is one that is not finite; when empty, only the latter."""

@@ -238,6 +238,10 @@ class Experiment(Section):
             del part["records"]  # a hint for plans, which changes no sample
         return dict(_flat(what))
 
+    def seed_of(self, side: Literal["train", "eval"]) -> int:
+        """What the samples of a side are drawn by: trainings with seeds of their own are held to the same."""
+        return self.train.seed if side == "train" else self.data.seed
+
     def preparation(self) -> dict[str, Any]:
         """The settings that decide prepared data; blending comes after it, and takes none of them."""
         data = self.as_dict()["data"]
@@ -251,7 +255,6 @@ class Experiment(Section):
             "data": data,
             "image_tokens": self.model.image_tokens,
             "template": self.model.template,
-            "seed": self.train.seed,
         }
 
     def blending(self) -> str:

@@ -193,9 +193,10 @@ def _summary(experiment: Experiment, folder: Path, began: float, *, reused: bool
 
 def _blends(experiment: Experiment, folder: Path) -> dict[str, dict[str, int]]:
     """The samples that each blend has in an epoch, on both sides of the split; kept for plans."""
-    prepared, seed = open_store(folder), experiment.train.seed
+    prepared, data = open_store(folder), experiment.data
     sides = {
-        side: Blender(prepared, side, data=experiment.data, seed=seed) for side in ("train", "eval")
+        side: Blender(prepared, side, data=data, seed=experiment.seed_of(side))
+        for side in ("train", "eval")
     }
     blends = {
         name: {side: blender.sizes[place] for side, blender in sides.items()}

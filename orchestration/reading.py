@@ -43,15 +43,13 @@ def spools(
             "config": asdict(replace(config, records=None, max_dropped=None, split="auto")),
             "annotations": digests,
             "max_images": data.max_images,
-            "seed": experiment.train.seed,
+            "seed": data.seed,
         }
         folders[source] = work / f"records-{source}-{digest(identity)}"
         if folders[source].is_dir():
             os.utime(folders[source])  # used, so that nobody tidies it away
         else:
-            jobs.append(
-                (source, config, root, data.max_images, experiment.train.seed, folders[source])
-            )
+            jobs.append((source, config, root, data.max_images, data.seed, folders[source]))
     size = sum((root / name).stat().st_size for job in jobs for name in job[1].annotations)
     if size < READ_HERE:
         results = map(_Reader(), jobs)

@@ -35,7 +35,7 @@ def measure(experiment: Experiment, folder: Path) -> dict[str, Any]:
     prepared, data = open_store(folder), experiment.data
 
     def epoch(side: Literal["train", "eval"], data: DataConfig) -> Epoch:
-        return Blender(prepared, side, data=data, seed=experiment.train.seed).epoch(0)
+        return Blender(prepared, side, data=data, seed=experiment.seed_of(side)).epoch(0)
 
     # Draws do not depend on the caps, so the same samples without them tell which are shortened.
     free = replace(data, max_tokens=UNLIMITED, max_images=UNLIMITED, max_rounds=None)

@@ -224,7 +224,7 @@ def _split(experiment: Experiment, kept: Sequence[Kept], seen: Survey) -> dict[i
         [one.links for one in kept],
         declared={source: config.split for source, config in experiment.data.sets.items()},
         eval_fraction=experiment.data.eval_fraction,
-        seed=experiment.train.seed,
+        seed=experiment.data.seed,
     )
     seen.percolations = [asdict(found) for found in split.percolations]
     by_task: dict[int, dict[int, Row]] = {}

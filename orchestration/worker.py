@@ -124,6 +124,6 @@ def require_encoded_with(tokenizer: PreTrainedTokenizerFast, prepared: Prepared)
 
 def held_out_samples(prepared: Prepared, experiment: Experiment) -> Epoch:
     """What every evaluation measures: the same samples, drawn from all blends alike."""
-    seed, most = experiment.train.seed, experiment.evaluation.samples
+    seed, most = experiment.seed_of("eval"), experiment.evaluation.samples
     epoch = Blender(prepared, "eval", data=experiment.data, seed=seed).epoch(0)
     return epoch.take(order(len(epoch), seed=seed, epoch=0)[:most])

@@ -81,6 +81,7 @@ WHAT = {
     "data.blends.chats.epochs": 2,
     "data.blends.chats.weight": 2,
     "data.temperature": 2,
+    "data.seed": 1,
     "data.max_images": 3,
     "data.max_rounds": 3,
     "data.max_tokens": 32,
@@ -189,6 +190,15 @@ def test_blends_leave_prepared_data_as_they_are(settings, path, value):
     assert other.preparation() == experiment.preparation()
     assert other.blending() != experiment.blending()
     assert experiment.with_overrides({"data.max_tokens": 32}).blending() == experiment.blending()
+
+
+def test_trainings_with_seeds_of_their_own_share_their_data_and_what_they_are_held_to(settings):
+    experiment = validated(settings)
+    other = experiment.with_overrides({"train.seed": 1})
+    assert other.preparation() == experiment.preparation()
+    assert other.seed_of("eval") == experiment.seed_of("eval")
+    assert other.seed_of("train") != experiment.seed_of("train")
+    assert experiment.with_overrides({"data.seed": 1}).preparation() != experiment.preparation()
 
 
 def test_the_other_sizes_of_the_family_are_not_part_of_the_identity(settings):

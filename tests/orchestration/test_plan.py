@@ -86,7 +86,7 @@ def test_prepared_data_is_believed_before_anything_else(settings, tmp_path):
     assert plan(experiment).samples_from == str(counted)
     for change in (
         {"data.max_images": 3},
-        {"train.seed": 1},
+        {"data.seed": 1},
         {"model.template": "original"},
         {"model.vision.class_token": True},
         {"model.projection": "perceiver"},

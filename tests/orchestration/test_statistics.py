@@ -32,7 +32,7 @@ def measured(experiment):
 
 
 def epoch_of(experiment, side):
-    store, seed = open_store(prepared_folder(experiment)), experiment.train.seed
+    store, seed = open_store(prepared_folder(experiment)), experiment.seed_of(side)
     return Blender(store, side, data=experiment.data, seed=seed).epoch(0)
 
 
