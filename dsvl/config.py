@@ -7,7 +7,7 @@ field, the value, the rule and the remedy.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isqrt
+from math import ceil, isqrt
 from typing import Any, Literal
 
 SCHEMA_VERSION = 3
@@ -464,6 +464,10 @@ class OptimConfig:
     def branching(self) -> bool:
         """Whether a longer training begins alike, so that one can branch off the other."""
         return self.schedule in ("wsd", "constant") and self.warmup_steps is not None
+
+    def plateau_end(self, steps: int) -> int:
+        """Updates that a longer training makes alike, where `branching`: those before `wsd` decays."""
+        return steps - ceil(self.decay_fraction * steps) * (self.schedule == "wsd")
 
 
 @dataclass(frozen=True, kw_only=True)

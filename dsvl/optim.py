@@ -60,10 +60,5 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
         case "cosine":
             share = 0.5 * (1.0 + math.cos(math.pi * done))
         case "wsd":
-            share = min(1.0, (steps - step) / (steps - plateau_end(steps, config)))
+            share = min(1.0, (steps - step) / (steps - config.plateau_end(steps)))
     return config.lr * share
-
-
-def plateau_end(steps: int, config: OptimConfig) -> int:
-    """Updates that a longer training makes alike, if it is `branching`: those before `wsd` decays."""
-    return steps - math.ceil(config.decay_fraction * steps) * (config.schedule == "wsd")

@@ -9,7 +9,6 @@ from typing import Any
 from dsvl import checkpoint
 from dsvl.engine import Engine, from_rank_0
 from dsvl.guard import Guard
-from dsvl.optim import plateau_end
 from dsvl.train import Plan
 from orchestration.config import Experiment
 from orchestration.journal import Journal
@@ -75,15 +74,15 @@ class Checkpoints:
         if not (optim := self.experiment.optim).branching:
             return set()
         lengths = (*self.experiment.checkpoint.branch_epochs, self.experiment.train.epochs)
-        return {plateau_end(epochs * self.plan.steps_per_epoch, optim) for epochs in lengths}
+        return {optim.plateau_end(epochs * self.plan.steps_per_epoch) for epochs in lengths}
 
     def _on_trunk(self) -> int:
         """Begin with what the trunk, if there is one, has trained alike; returns how many updates."""
         if (trunk := trunk_of(self.experiment)) is None:
             return 0
         alike = min(
-            plateau_end(self.plan.steps, self.experiment.optim),
-            plateau_end(trunk.train.epochs * self.plan.steps_per_epoch, trunk.optim),
+            self.experiment.optim.plateau_end(self.plan.steps),
+            trunk.optim.plateau_end(trunk.train.epochs * self.plan.steps_per_epoch),
         )
         found = newest(trunk.run_folder, at_most=alike)
         if found is None:

@@ -25,12 +25,14 @@ class Cost:
     """In the currency of `cluster.gpu_hour_price`."""
 
 
-def run_cost(experiment: Experiment, samples: int | None) -> Cost:
-    """What a training costs."""
+def run_cost(experiment: Experiment, samples: int | None, *, branch: bool = False) -> Cost:
+    """What a training costs; what a `branch` has in common with its trunk costs nothing."""
     cluster, train = experiment.cluster, experiment.train
     if samples is None:
         return Cost(None, None, None, None, None)
     steps = samples // train.batch * train.epochs
+    if branch:
+        steps -= experiment.optim.plateau_end(steps)
     flops = steps * sum(flops_of_a_step(experiment).values())
     seconds = seconds_of_a_step(experiment)
     hours = None if seconds is None else steps * seconds / 3600
@@ -43,7 +45,7 @@ def run_cost(experiment: Experiment, samples: int | None) -> Cost:
 def sweep_cost(experiment: Experiment, samples: int | None) -> Cost:
     """What all trials of a search cost if none is stopped early, each at its full number of epochs.
 
-    Of a domain that is no grid, what costs most.
+    Of a domain that is no grid, what costs most; trials that branch off a longer one cost their decay alone.
     """
     search = experiment.search
     assert search is not None
@@ -55,8 +57,12 @@ def sweep_cost(experiment: Experiment, samples: int | None) -> Cost:
     grids = {path: domain for path, domain in deciding.items() if domain.kind == "grid"}
     drawn = {path: domain for path, domain in deciding.items() if domain.kind != "grid"}
 
+    lengths = grids["train.epochs"].probes() if "train.epochs" in grids else ()
+
     def trial(values: dict[str, Any]) -> Cost:
-        return run_cost(experiment.trial(values), samples)
+        chosen = experiment.trial(values)
+        shorter = chosen.train.epochs < max(lengths, default=0)
+        return run_cost(chosen, samples, branch=shorter and chosen.optim.branching)
 
     points = [
         max(

@@ -2,23 +2,23 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from ray import tune
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import BasicVariantGenerator
+from ray.tune.search import ConcurrencyLimiter
 
 from orchestration.config import Experiment
 from orchestration.journal import Journal, read, read_json, write_json
 from orchestration.placement import require_room
+from orchestration.proposals import Listed, Proposal, proposals
 from orchestration.results import begin, evaluations, finished, write_result
-from orchestration.space import Choice, Domain, Grid, LogUniform, SearchConfig
+from orchestration.schedulers import scheduler
+from orchestration.space import SearchConfig
 from orchestration.trainer import fit
 
 TRIAL_CPUS = 0.1
@@ -38,18 +38,15 @@ def search(experiment: Experiment, prepared: Path) -> None:
     root, settings = trials_folder(experiment), _settings(experiment)
     space = {path: str(domain) for path, domain in settings.space.items()}
     Journal(root).start(identity=experiment.identity(), params=space, step=0)
-    ledger = Ledger(experiment, root)
+    ledger, listed = Ledger(experiment, root), proposals(experiment)
     tuner = tune.Tuner(
-        tune.with_resources(trainable(experiment, root, prepared), {"CPU": TRIAL_CPUS}),
-        param_space={path: _tune_domain(domain) for path, domain in settings.space.items()},
+        tune.with_resources(trainable(experiment, root, prepared, listed), {"CPU": TRIAL_CPUS}),
         tune_config=tune.TuneConfig(
             metric=settings.metric,
             mode=settings.mode,
-            num_samples=settings.samples,
-            search_alg=BasicVariantGenerator(
-                max_concurrent=settings.concurrent, random_state=settings.seed
-            ),
-            scheduler=_scheduler(experiment),
+            num_samples=len(listed),
+            search_alg=ConcurrencyLimiter(Listed(listed), max_concurrent=settings.concurrent),
+            scheduler=scheduler(experiment),
             # The process of a stopped trial still waits for its training: only its end ends that.
             reuse_actors=settings.scheduler.kind == "none",
         ),
@@ -94,10 +91,13 @@ def trial_name(values: dict[str, object]) -> str:
     )
 
 
-def trainable(experiment: Experiment, root: Path, prepared: Path) -> Callable[[dict], None]:
+def trainable(
+    experiment: Experiment, root: Path, prepared: Path, listed: Sequence[Proposal]
+) -> Callable[[dict], None]:
     """The function that Tune calls with the values of a trial."""
     workers = _settings(experiment).workers
     root, prepared = root.absolute(), prepared.absolute()
+    by_name = {trial_name(proposal.values): proposal for proposal in listed}
 
     def trial(values: dict) -> None:
         chosen = experiment.trial(values)
@@ -107,6 +107,11 @@ def trainable(experiment: Experiment, root: Path, prepared: Path) -> Callable[[d
             for epoch, metrics in enumerate(evaluations(folder), start=1):
                 tune.report(metrics | {"epoch": epoch})
             return
+        proposal = by_name[folder.name]
+        trunk = root / trial_name(proposal.trunk) if proposal.trunk else None
+        if trunk is not None and _ended(trunk)[0] in ("failed", "stopped"):
+            trunk = None  # then it trains by itself what they would have shared
+        chosen = chosen.with_overrides(proposal.settings(trunk))
         begin(chosen, folder)
         write_json(folder / "values.json", values)
         fit(chosen, folder, prepared, workers=workers, callbacks=[TuneReportCallback()])
@@ -173,22 +178,28 @@ def describe(folder: Path) -> str:
 def summarize(experiment: Experiment) -> dict:
     """The finished trials, the best first by `search.metric`, and the names of those that failed."""
     search, root = _settings(experiment), trials_folder(experiment)
-    trials, failed = [], []
+    trials, failures = [], []
     for path in sorted(root.glob("*/values.json")):
         folder, values = path.parent, read_json(path)
         if not search.proposes(values):
             continue  # left by a search of another space under this name
-        entries = read(folder)[0]
         if (folder / "result.json").exists():
             result = read_json(folder / "result.json")
             about = {"trial": folder.name, "folder": str(folder), "state": result["state"]}
             trials.append(about | values | result["metrics"])
-        elif entries and entries[-1].get("state") == "failed":
-            failed.append(f"{folder.name}: {entries[-1]['reason']}")
+        elif (ended := _ended(folder))[0] == "failed":
+            failures.append(f"{folder.name}: {ended[1]}")
     sign = 1 if search.mode == "min" else -1
     # A trial that diverged has no number to compare: last.
     trials.sort(key=lambda t: (math.isnan(t[search.metric]), sign * t[search.metric]))
-    return {"best": trials[0] if trials else None, "trials": trials, "failed": failed}
+    return {"best": trials[0] if trials else None, "trials": trials, "failed": failures}
+
+
+def _ended(folder: Path) -> tuple[str | None, str]:
+    """The state in which a trial has ended, if it has, and why."""
+    entries = read(folder)[0]
+    last = entries[-1] if entries else {}
+    return last.get("state"), last.get("reason", "")
 
 
 def render(summary: dict) -> str:
@@ -201,79 +212,3 @@ def render(summary: dict) -> str:
         for trial in summary["trials"]
     ]
     return "\n".join([*lines, *(f"failed: {failure}" for failure in summary["failed"])])
-
-
-class Peers(FIFOScheduler):
-    """A scheduler for each model size and number of epochs, as only such trials can be compared.
-
-    One ASHA over all would stop every trial of a small model; and as a longer schedule has annealed less at
-    the same epoch, every trial of a long one.
-    """
-
-    def __init__(self, make: Callable[[], TrialScheduler], *, epochs: int) -> None:
-        """`make` makes the scheduler of a group of peers, `epochs` holds where they are not searched."""
-        super().__init__()
-        self._make, self._epochs = make, epochs
-        self._properties: dict[str, Any] = {}
-        self._schedulers: dict[tuple, TrialScheduler] = {}
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Remember what is optimised, for every scheduler to come."""
-        self._properties = {"metric": metric, "mode": mode} | spec
-        return True
-
-    def _of(self, trial: Trial) -> TrialScheduler:
-        peers = tuple(trial.config.get(path) for path in ("model.size", "train.epochs"))
-        if peers not in self._schedulers:
-            self._schedulers[peers] = self._make()
-            self._schedulers[peers].set_search_properties(**self._properties)
-        return self._schedulers[peers]
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Hand on to the scheduler of the trial's peers."""
-        self._of(trial).on_trial_add(tune_controller, trial)
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
-        """Hand on to the scheduler of the trial's peers; a trial at its last epoch is not stopped."""
-        decision = self._of(trial).on_trial_result(tune_controller, trial, result)
-        at_its_end = result["epoch"] == trial.config.get("train.epochs", self._epochs)
-        return TrialScheduler.CONTINUE if at_its_end else decision
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
-        """Hand on to the scheduler of the trial's peers."""
-        self._of(trial).on_trial_complete(tune_controller, trial, result)
-
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Hand on to the scheduler of the trial's peers."""
-        self._of(trial).on_trial_error(tune_controller, trial)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """Hand on to the scheduler of the trial's peers."""
-        self._of(trial).on_trial_remove(tune_controller, trial)
-
-
-def _scheduler(experiment: Experiment) -> TrialScheduler:
-    chosen = _settings(experiment).scheduler
-    if chosen.kind == "none":
-        return FIFOScheduler()
-    return Peers(
-        lambda: AsyncHyperBandScheduler(
-            time_attr="epoch",
-            grace_period=chosen.grace,
-            reduction_factor=chosen.reduction,
-            max_t=1000,
-        ),
-        epochs=experiment.train.epochs,
-    )
-
-
-def _tune_domain(domain: Domain) -> object:
-    match domain:
-        case Choice():
-            return tune.choice(list(domain.values))
-        case Grid():
-            return tune.grid_search(list(domain.values))
-        case LogUniform():
-            return tune.loguniform(domain.low, domain.high)
-        case _:
-            return tune.uniform(domain.low, domain.high)

@@ -21,7 +21,7 @@ from dsvl.config import CheckpointConfig, EngineConfig, OptimConfig, TrainConfig
 from dsvl.engine import Engine, divided, join
 from dsvl.guard import WINDOW, Guard, guarded
 from dsvl.model import VisualChat
-from dsvl.optim import groups, learning_rate, plateau_end
+from dsvl.optim import groups, learning_rate
 from dsvl.train import Plan, Step, rehearse
 from tests.dsvl.test_model import PIXELS, batch_of, example
 
@@ -484,12 +484,12 @@ def test_trainings_of_any_length_are_alike_until_the_shorter_decays():
     rates = {
         steps: [learning_rate(step, steps, config) for step in range(steps)] for steps in (40, 61)
     }
-    shared = plateau_end(40, config)
+    shared = config.plateau_end(40)
     assert shared == 30
     assert rates[40][:shared] == rates[61][:shared]
     assert rates[61][:8] == pytest.approx([1e-3 * min(1, k / 7) for k in range(1, 9)])
     assert rates[40][31] < rates[61][31] == 1e-3
-    assert plateau_end(40, replace(config, schedule="constant")) == 40
+    assert replace(config, schedule="constant").plateau_end(40) == 40
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])

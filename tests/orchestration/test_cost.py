@@ -47,6 +47,15 @@ def test_a_sweep_costs_what_its_trials_cost_to_their_ends(settings):
     assert cost.money == pytest.approx(3 * cost.gpu_hours)
 
 
+def test_a_branch_costs_its_decay(settings):
+    space = {"train.epochs": {"kind": "grid", "values": [1, 3, 2]}}
+    optim = {"schedule": "wsd", "warmup_steps": 1, "decay_fraction": 0.3}
+    experiment = validated(settings | {"optim": optim, "search": {"space": space}})
+    assert sweep_cost(experiment, 120).steps == 30 + 6 + 3
+    cosine = experiment.with_overrides({"optim.schedule": "cosine"})
+    assert sweep_cost(cosine, 120).steps == 30 + 20 + 10
+
+
 def test_of_what_is_drawn_the_dearest_counts(settings):
     space = {"train.epochs": {"kind": "choice", "values": [1, 7, 3]}}
     experiment = validated(settings | {"search": {"space": space, "samples": 4}})

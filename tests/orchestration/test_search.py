@@ -17,6 +17,8 @@ from orchestration import search
 from orchestration.compose import load
 from orchestration.config import validated
 from orchestration.journal import Journal, read, write_json
+from orchestration.proposals import Listed, Proposal, proposals
+from orchestration.schedulers import scheduler
 from orchestration.search import summarize, trial_name, trials_folder
 from tests.orchestration.conftest import SEARCH, SETTINGS, digits, histories
 
@@ -110,20 +112,20 @@ def test_a_sweep_without_results_has_no_best_trial(swept):
 
 def decisions(reports: list[tuple[dict[str, Any], list[float]]]) -> list[str]:
     """What ASHA decides on each trial's losses: trials report one after another."""
-    scheduler = search._scheduler(ASHA)
-    scheduler.set_search_properties("eval/loss", "min")
+    asha = scheduler(ASHA)
+    asha.set_search_properties("eval/loss", "min")
     decided = []
     for number, (values, losses) in enumerate(reports):
         trial = SimpleNamespace(trial_id=str(number), config=values)
-        scheduler.on_trial_add(None, trial)
+        asha.on_trial_add(None, trial)
         for epoch, loss in enumerate(losses, start=1):
             result = {"epoch": epoch, "eval/loss": loss}
-            action = scheduler.on_trial_result(None, trial, result)
+            action = asha.on_trial_result(None, trial, result)
             if action == TrialScheduler.STOP:
-                scheduler.on_trial_complete(None, trial, result)
+                asha.on_trial_complete(None, trial, result)
                 break
         else:
-            scheduler.on_trial_complete(None, trial, result)
+            asha.on_trial_complete(None, trial, result)
         decided.append(action)
     return decided
 
@@ -153,11 +155,11 @@ def test_asha_stops_no_trial_at_its_last_epoch():
 
 
 def test_without_a_scheduler_every_trial_runs_to_its_end():
-    scheduler = search._scheduler(validated(SETTINGS | {"search": SEARCH}))
+    first_come = scheduler(validated(SETTINGS | {"search": SEARCH}))
     bad = SimpleNamespace(trial_id="bad", config={})
     for loss in (1.0, 9.0):
         result = {"epoch": 1, "eval/loss": loss}
-        assert scheduler.on_trial_result(None, bad, result) == TrialScheduler.CONTINUE
+        assert first_come.on_trial_result(None, bad, result) == TrialScheduler.CONTINUE
 
 
 @pytest.mark.ray
@@ -257,3 +259,91 @@ def test_a_sweep_with_asha_ends_though_one_trial_is_stopped_and_another_fails(st
     assert "overflow" in ends["lr=1e+300"].data.tags["failure"]
     assert len(search.evaluations(root / "lr=0.01")) == 10
     assert len(search.evaluations(root / "lr=1e-07")) < 10
+
+
+WSD = {"lr": 1e-2, "schedule": "wsd", "warmup_steps": 4, "decay_fraction": 0.25}
+
+
+def listed(optim: dict[str, Any], space: dict[str, Any], **settings: Any) -> list[Proposal]:
+    search = {"space": space, **settings}
+    return proposals(validated(SETTINGS | {"optim": optim, "search": search}))
+
+
+EPOCHS = {"kind": "grid", "values": [1, 4, 2]}
+RATES = {"kind": "loguniform", "low": 1e-4, "high": 1e-2}
+
+
+def test_every_draw_is_tried_at_the_whole_grid():
+    space = {"optim.lr": RATES, "train.epochs": EPOCHS, "model.size": SEARCH["space"]["model.size"]}
+    found = [proposal.values for proposal in listed({}, space, samples=3)]
+    assert len(found) == 3 * 3 * 2
+    assert [list(values) for values in found] == [list(space)] * len(found)
+    rates = [values["optim.lr"] for values in found]
+    assert rates == [rates[0]] * 6 + [rates[6]] * 6 + [rates[12]] * 6
+    assert len(set(rates)) == 3
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+    points = {(values["train.epochs"], values["model.size"]) for values in found[:6]}
+    assert len(points) == 6
+
+
+def test_a_search_proposes_the_same_whenever_it_is_asked_and_otherwise_with_another_seed():
+    space = {"optim.lr": RATES, "train.seed": {"kind": "choice", "values": [1, 2, 3]}}
+    assert listed({}, space, samples=9) == listed({}, space, samples=9)
+    assert listed({}, space, samples=9) != listed({}, space, samples=9, seed=1)
+    first = listed({}, space, samples=3)
+    assert (
+        listed({}, space, samples=9)[:3] == first
+    )  # more draws leave the earlier ones as they are
+
+
+def test_with_a_plateau_shorter_trials_branch_off_the_longest():
+    found = listed(WSD, {"optim.lr": RATES, "train.epochs": EPOCHS}, samples=2)
+    for trunk, *branches in (found[:3], found[3:]):
+        assert (trunk.values["train.epochs"], trunk.trunk, trunk.branches) == (4, None, (1, 2))
+        assert [branch.values["train.epochs"] for branch in branches] == [2, 1]
+        assert all(branch.trunk == trunk.values for branch in branches)
+        assert {p.values["optim.lr"] for p in branches} == {trunk.values["optim.lr"]}
+
+
+@pytest.mark.parametrize("optim", [{}, {"schedule": "wsd"}, {"schedule": "linear"}])
+def test_without_one_every_trial_stands_by_itself(optim):
+    found = listed(optim, {"train.epochs": EPOCHS})
+    assert all((proposal.trunk, proposal.branches) == (None, ()) for proposal in found)
+
+
+def test_a_branch_waits_until_its_trunk_has_trained_for_as_long():
+    found = listed(WSD, {"optim.lr": RATES, "train.epochs": EPOCHS}, samples=2)
+    searcher = Listed(found)
+    assert [searcher.suggest("a"), searcher.suggest("b")] == [found[0].values, found[3].values]
+    assert searcher.suggest("c") is None
+    searcher.on_trial_result("b", {"epoch": 1})
+    assert searcher.suggest("c") == found[5].values
+    searcher.on_trial_result("a", {"epoch": 2})
+    assert [searcher.suggest("d"), searcher.suggest("e")] == [found[1].values, found[2].values]
+    assert searcher.suggest("f") is None
+    searcher.on_trial_complete("b", error=True)  # what would have been shared is trained anew
+    assert searcher.suggest("f") == found[4].values
+    assert searcher.suggest("g") is None
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_of_several_lengths_train_what_they_share_once(storage, dsvl):
+    """And end as trainings of their own would: see test_branches.py."""
+    search = {"space": {"train.epochs": EPOCHS}, "concurrent": 2}
+    train = {"batch": 8, "epochs": 1, "precision": "fp32"}
+    path = digits(storage, "branched", train=train, optim=WSD, search=search)
+    sweep = dsvl("sweep", path, "--json", stdout=PIPE)
+    summary = json.loads(sweep.communicate()[0])
+    assert sweep.returncode == 0
+    assert summary["failed"] == []
+    root = trials_folder(load(path))
+    starts = {
+        epochs: [e["step"] for e in read(root / f"epochs={epochs}")[0] if e["kind"] == "start"]
+        for epochs in (4, 2, 1)
+    }
+    assert starts == {4: [0], 2: [18], 1: [9]}
+    assert sorted(trial["train.epochs"] for trial in summary["trials"]) == [1, 2, 4]
+    ends = {epochs: read(root / f"epochs={epochs}")[0][-2]["step"] for epochs in (4, 2, 1)}
+    assert ends == {4: 48, 2: 24, 1: 12}

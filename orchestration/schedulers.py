@@ -1,0 +1,75 @@
+"""Who competes with whom: Tune's schedulers, among trials that can be compared."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from orchestration.config import Experiment
+
+
+def scheduler(experiment: Experiment) -> TrialScheduler:
+    """What decides which trials of a search go on."""
+    assert experiment.search is not None
+    chosen = experiment.search.scheduler
+    if chosen.kind == "none":
+        return FIFOScheduler()
+    return Peers(
+        lambda: AsyncHyperBandScheduler(
+            time_attr="epoch",
+            grace_period=chosen.grace,
+            reduction_factor=chosen.reduction,
+            max_t=1000,
+        ),
+        epochs=experiment.train.epochs,
+    )
+
+
+class Peers(FIFOScheduler):
+    """A scheduler for each model size and number of epochs, as only such trials can be compared.
+
+    One ASHA over all would stop every trial of a small model; and as a longer schedule has annealed less at
+    the same epoch, every trial of a long one.
+    """
+
+    def __init__(self, make: Callable[[], TrialScheduler], *, epochs: int) -> None:
+        """`make` makes the scheduler of a group of peers, `epochs` holds where they are not searched."""
+        super().__init__()
+        self._make, self._epochs = make, epochs
+        self._properties: dict[str, Any] = {}
+        self._schedulers: dict[tuple, TrialScheduler] = {}
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Remember what is optimised, for every scheduler to come."""
+        self._properties = {"metric": metric, "mode": mode} | spec
+        return True
+
+    def _of(self, trial: Trial) -> TrialScheduler:
+        peers = tuple(trial.config.get(path) for path in ("model.size", "train.epochs"))
+        if peers not in self._schedulers:
+            self._schedulers[peers] = self._make()
+            self._schedulers[peers].set_search_properties(**self._properties)
+        return self._schedulers[peers]
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Hand on to the scheduler of the trial's peers."""
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
+        """Hand on to the scheduler of the trial's peers; a trial at its last epoch is not stopped."""
+        decision = self._of(trial).on_trial_result(tune_controller, trial, result)
+        at_its_end = result["epoch"] == trial.config.get("train.epochs", self._epochs)
+        return TrialScheduler.CONTINUE if at_its_end else decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
+        """Hand on to the scheduler of the trial's peers."""
+        self._of(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Hand on to the scheduler of the trial's peers."""
+        self._of(trial).on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        """Hand on to the scheduler of the trial's peers."""
+        self._of(trial).on_trial_remove(tune_controller, trial)
