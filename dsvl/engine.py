@@ -86,11 +86,11 @@ def divided(model: ModelConfig, *, engine: EngineConfig, train: TrainConfig) -> 
     No rank then ever holds a whole one: rank 0 maps the files, and every rank keeps its share of a tensor.
     Small decoders, whose head shares the embedding, and quantised ones are loaded whole.
     """
-    whole = (
-        model.quantization != "none"
+    if (
+        engine.zero_stage < 3
+        or model.quantization != "none"
         or AutoConfig.from_pretrained(model.language.checkpoint).tie_word_embeddings
-    )
-    if engine.zero_stage < 3 or whole:
+    ):
         yield
         return
     settings = deepspeed_config(
