@@ -143,7 +143,7 @@ def rehearse(
     """Pass the longest samples of an epoch through the model, forward and backward, as a first update would.
 
     Memory that is too small shows now and not weeks later. The update has a rate of zero, and is to be
-    followed by `dsvl.checkpoint.load` or `forget`, as it leaves moments behind.
+    followed by `dsvl.checkpoint.load`, as it leaves moments behind.
 
     Raises:
         RuntimeError: if the memory of a GPU is too small, or the model's loss is not finite.
