@@ -170,10 +170,12 @@ def _require_room(engine: Engine, folder: Path) -> None:
 def _remove_old(folder: Path, config: CheckpointConfig) -> None:
     """Leave the newest checkpoints, and those with the lowest held-out loss."""
     found = sorted(folder.glob("step-*"), reverse=True)
-    losses = {path: held_out_loss(path) for path in found}
-    best = sorted(found, key=losses.__getitem__)[: config.keep_best]
+    best: list[Path] = []
+    if config.keep_best:
+        losses = {path: loss for path in found if (loss := held_out_loss(path)) < math.inf}
+        best = sorted(losses, key=losses.__getitem__)[: config.keep_best]
     for path in found[config.keep :]:
-        if path not in best or losses[path] == math.inf:
+        if path not in best:
             shutil.rmtree(path)
 
 
