@@ -15,8 +15,8 @@ from dsvl.engine import Engine
 
 NAMED = {"cross": "gated", "language": "embedding"}
 """First parts of names that say less than a word; of the decoder itself only the embedding is trained."""
-PIECE = 2**24
-"""Values looked at together: what AdamW did takes some copies of as many."""
+PIECE = 2**22
+"""Values looked at together: to tell what AdamW did takes some copies of as many."""
 
 
 def part(name: str) -> str:

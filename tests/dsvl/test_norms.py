@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dsvl import norms
 from dsvl.config import EngineConfig, LoraConfig, OptimConfig, TrainConfig
 from dsvl.engine import Engine
 from dsvl.model import VisualChat
@@ -22,12 +23,14 @@ OPTIM = OptimConfig(
 PARTS = {"projection", "embedding", "gated", "language_lora", "vision_lora"}
 
 
+SAMPLES = Examples(tuple(layout.replace("1T", "1tT") for layout in LAYOUTS))
+"""With text between every image and an answer, as gated cross-attention asks for."""
+
+
 @pytest.fixture(autouse=True)
-def text_after_images(monkeypatch):
-    """Which gated cross-attention asks for."""
-    monkeypatch.setattr(
-        Prepared, "train", Examples(tuple(one.replace("1T", "1tT") for one in LAYOUTS))
-    )
+def samples_and_pieces(monkeypatch):
+    monkeypatch.setattr(Prepared, "train", SAMPLES)
+    monkeypatch.setattr(norms, "PIECE", 100)
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +50,14 @@ def config(model_config):
 def expected(config):
     """Of each update, by the definition: weights before and after, and gradients that nobody clipped."""
     torch.set_num_threads(1)
-    samples = Examples(tuple(one.replace("1T", "1tT") for one in LAYOUTS))
     model = VisualChat(config, precision="fp32", seed=0)
     parameters = model.trainable()
     optimizer = torch.optim.AdamW(
         groups(parameters, OPTIM), lr=1.0, betas=OPTIM.betas, eps=OPTIM.eps
     )
-    plan, found = Plan(len(samples), TRAIN), []
+    plan, found = Plan(len(SAMPLES), TRAIN), []
     for step in range(plan.steps):
-        batch = batch_of(*(samples[int(i)] for i in plan.indices(step)))
+        batch = batch_of(*(SAMPLES[int(i)] for i in plan.indices(step)))
         optimizer.zero_grad()
         (model(batch) / batch.targets).backward()
         gradients = {name: p.grad.clone() for name, p in parameters.items()}
@@ -97,6 +99,7 @@ def each(rank, config, engines, *options):
 
 
 def staged(*micro_batches):
+    """ZeRO stages from 0 on."""
     return [EngineConfig(zero_stage=stage, micro_batch=n) for stage, n in enumerate(micro_batches)]
 
 
