@@ -172,10 +172,12 @@ def _require_room(engine: Engine, folder: Path) -> None:
 def _remove_old(folder: Path, config: CheckpointConfig, stay: Collection[int]) -> None:
     """Leave the newest checkpoints, those with the lowest held-out loss, and those that are to stay."""
     found = [path for step, path in _newest_first(folder) if step not in stay]
-    losses = {path: held_out_loss(path) for path in found} if config.keep_best else {}
-    best = sorted(losses, key=losses.__getitem__)[: config.keep_best]
+    best: list[Path] = []
+    if config.keep_best:
+        losses = {path: loss for path in found if (loss := held_out_loss(path)) < math.inf}
+        best = sorted(losses, key=losses.__getitem__)[: config.keep_best]
     for path in found[config.keep :]:
-        if path not in best or losses[path] == math.inf:
+        if path not in best:
             shutil.rmtree(path)
 
 
@@ -333,18 +335,9 @@ def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor:
     return tensor.float().cpu().contiguous()
 
 
-def _masters(engine: Engine) -> list[torch.Tensor]:
-    """The tensors that this rank's AdamW updates."""
-    if engine.stage == 3:
-        return engine.wrapped.fp32_partitioned_groups_flat
-    if engine.stage > 0:
-        return engine.wrapped.single_partition_of_fp32_groups
-    return list(engine.parameters.values())
-
-
 def _create_optimizer_state(engine: Engine, *, updates: int) -> None:
     """Zero moments, as AdamW's first step would make them."""
-    for master in _masters(engine):
+    for master in engine.masters():
         engine.optimizer.state[master] = {"step": torch.tensor(float(updates))}
         engine.optimizer.state[master] |= {
             key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS
@@ -353,7 +346,7 @@ def _create_optimizer_state(engine: Engine, *, updates: int) -> None:
 
 def _updates(engine: Engine) -> int:
     """How many AdamW has made: fewer than steps where batches were skipped, or overflowed in fp16."""
-    return int(engine.optimizer.state[_masters(engine)[0]]["step"])
+    return int(engine.optimizer.state[engine.masters()[0]]["step"])
 
 
 def _link_moments(engine: Engine) -> None:

@@ -576,7 +576,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured on held-out samples at the end of every epoch."""
+    """What is measured: on held-out samples at the end of every epoch, and of some updates."""
 
     batch: int = 32
     """Held-out samples a worker evaluates at once."""
@@ -584,6 +584,8 @@ class EvaluationConfig:
     """How many held-out samples are used, from the first; all when empty."""
     chats: int = 4
     """Held-out conversations that the finished model answers, for its report."""
+    inspect_every: int = 50
+    """Updates between two looks at the norms of each trained part, and at workers that hold the others up."""
 
     def __post_init__(self) -> None:
         require(self.batch > 0, "batch", self.batch, "must be positive")
@@ -591,3 +593,4 @@ class EvaluationConfig:
             self.samples is None or self.samples > 0, "samples", self.samples, "must be positive"
         )
         require(self.chats >= 0, "chats", self.chats, "must not be negative")
+        require(self.inspect_every > 0, "inspect_every", self.inspect_every, "must be positive")

@@ -86,11 +86,11 @@ def divided(model: ModelConfig, *, engine: EngineConfig, train: TrainConfig) -> 
     No rank then ever holds a whole one: rank 0 maps the files, and every rank keeps its share of a tensor.
     Small decoders, whose head shares the embedding, and quantised ones are loaded whole.
     """
-    whole = (
-        model.quantization != "none"
+    if (
+        engine.zero_stage < 3
+        or model.quantization != "none"
         or AutoConfig.from_pretrained(model.language.checkpoint).tie_word_embeddings
-    )
-    if engine.zero_stage < 3 or whole:
+    ):
         yield
         return
     settings = deepspeed_config(
@@ -182,3 +182,30 @@ class Engine:
         assert norm is not None, "ZeRO measures the norm in every update"
         dist.all_reduce(total)
         return total.item() / targets, float(norm)
+
+    def masters(self) -> list[torch.Tensor]:
+        """The tensors that this rank's AdamW updates."""
+        if self.stage == 3:
+            return self.wrapped.fp32_partitioned_groups_flat
+        if self.stage > 0:
+            return self.wrapped.single_partition_of_fp32_groups
+        return list(self.parameters.values())
+
+    def share(self, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, slice]:
+        """The master that holds what this rank updates of a parameter, and where in it, flattened.
+
+        Nothing of it where other ranks hold all (ZeRO 1 and 2), and all of it on every rank without ZeRO.
+        """
+        if self.stage == 0:
+            return parameter, slice(None)
+        if self.stage == 3:
+            number, start, size = self.wrapped.grad_position[self.wrapped.get_param_id(parameter)]
+            # Shares are equal: the last ones end in whatever was in memory.
+            left = math.prod(optim.shape(parameter)) - size * self.rank
+            length = min(max(left, 0), size)
+        elif (held := vars(parameter)["_hp_mapping"]) is None:
+            number = start = length = 0
+        else:
+            number, place = held.param_group_index, held.get_hp_fragment_address()
+            start, length = place.start, place.numel
+        return self.masters()[number], slice(start, start + length)

@@ -83,6 +83,7 @@ def guarded(
     start: int,
     guard: Guard,
     back: Callable[[str], int],
+    inspect_every: int | None = None,
 ) -> Iterator[Step]:
     """As `dsvl.train.steps`, without updates that the guard finds fault with.
 
@@ -98,6 +99,7 @@ def guarded(
             config=config,
             start=start,
             skip=guard.skipped,
+            inspect_every=inspect_every,
         ):
             if fault := guard.fault(step):
                 guard.skip(step, fault)

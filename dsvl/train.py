@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from dsvl.data.collate import collate
 from dsvl.data.store import Prepared
 from dsvl.data.types import Batch, Example
 from dsvl.engine import Engine
+from dsvl.norms import Norms
 from dsvl.optim import learning_rate
+from dsvl.stragglers import Stragglers
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Step:
     seconds: float
     skipped: bool = False
     """Whether the batch was left out, so that the model is as it was."""
+    inspected: dict[str, float] = field(default_factory=dict)
+    """On some updates: norms part by part, and how far apart the workers are."""
 
     def metrics(self) -> dict[str, float]:
         """Under their names in every journal and tracker."""
@@ -50,6 +55,7 @@ class Step:
             "train/grad_norm": self.grad_norm,
             "throughput/tokens_per_s": self.tokens / self.seconds,
             "throughput/images_per_s": self.images / self.seconds,
+            **self.inspected,
         }
 
 
@@ -103,25 +109,31 @@ def steps(
     config: EngineConfig,
     start: int = 0,
     skip: Collection[int] = (),
+    inspect_every: int | None = None,
 ) -> Iterator[Step]:
     """Train on what the blender makes of prepared data, from update `start` to the end.
 
-    Yields after every optimiser update, and in place of those whose numbers are to be skipped.
+    Yields after every optimiser update, and in place of those whose numbers are to be skipped. Those whose
+    numbers are multiples of `inspect_every` are inspected.
     """
     plan = Plan(len(blender), train)
+    norms, stragglers = Norms(engine), Stragglers(engine.device)
     for step in range(start, plan.steps):
         began = time.perf_counter()
         samples, indices = blender.epoch(plan.epoch(step)), plan.indices(step)
         lr = learning_rate(step, plan.steps, engine.optim_config)
         loss = grad_norm = 0.0
         targets = int(samples.targets[indices].sum())
-        if not (skipped := step + 1 in skip):
+        skipped = step + 1 in skip
+        inspect = inspect_every is not None and (step + 1) % inspect_every == 0 and not skipped
+        if not skipped:
             passes = deal(samples.lengths[indices], len(indices) // config.micro_batch)
             micro_batches = [
                 to_device(batch_of(prepared, [samples[i] for i in indices[part]]), engine.device)
                 for part in passes[engine.rank :: engine.workers]
             ]
-            loss, grad_norm = engine.update(micro_batches, targets=targets, lr=lr)
+            with stragglers.update(), norms if inspect else nullcontext():
+                loss, grad_norm = engine.update(micro_batches, targets=targets, lr=lr)
         yield Step(
             number=step + 1,
             epoch=plan.epoch(step),
@@ -134,6 +146,7 @@ def steps(
             images=int(samples.images[indices].sum()),
             seconds=time.perf_counter() - began,
             skipped=skipped,
+            inspected=norms.metrics(grad_norm) | stragglers.metrics() if inspect else {},
         )
 
 
@@ -143,7 +156,7 @@ def rehearse(
     """Pass the longest samples of an epoch through the model, forward and backward, as a first update would.
 
     Memory that is too small shows now and not weeks later. The update has a rate of zero, and is to be
-    followed by `dsvl.checkpoint.load` or `forget`, as it leaves moments behind.
+    followed by `dsvl.checkpoint.load`, as it leaves moments behind.
 
     Raises:
         RuntimeError: if the memory of a GPU is too small, or the model's loss is not finite.

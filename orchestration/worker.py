@@ -73,7 +73,7 @@ def work(config: dict) -> None:
 
     for step in guarded(
         engine, prepared, blender, train=train, config=engine_config, start=start,
-        guard=guard, back=checkpoints.go_back,
+        guard=guard, back=checkpoints.go_back, inspect_every=experiment.evaluation.inspect_every,
     ):  # fmt: skip
         inject(config["faults"], folder, rank=rank, step=step.number, model=model)
         measured: dict[str, float] = {}

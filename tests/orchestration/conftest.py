@@ -211,7 +211,7 @@ def digits(storage: Path, name: str, **sections: Any) -> Path:
         "train": {"batch": 8, "epochs": 4, "precision": "fp32"},
         "engine": {"micro_batch": 4},
         "checkpoint": {"every": 5},
-        "evaluation": {"chats": 1},
+        "evaluation": {"chats": 1, "inspect_every": 8},
         "storage": {"path": str(storage / "runs"), "data": str(storage / "raw")},
     }
     path = storage / f"{name}.yaml"

@@ -31,6 +31,7 @@ EXECUTION = {
     "cluster.min_workers": 1,
     "cluster.hang_timeout_s": 60,
     "evaluation.samples": 5,
+    "evaluation.inspect_every": 7,
     "storage.path": "elsewhere",
     "tracking.experiment": "other",
     "search": {"space": {"optim.lr": {"kind": "grid", "values": [0.1]}}},

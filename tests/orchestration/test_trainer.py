@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from orchestration import cli, commands, faults
 from orchestration.compose import load
 from orchestration.config import Experiment
-from orchestration.journal import read
+from orchestration.journal import curve, read
 from orchestration.trainer import first_cause
 from tests.orchestration.conftest import digits, histories, run_folder, steps_done
 
@@ -79,6 +79,10 @@ def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
     found = logged(experiment)
     for metric in ("train/loss", "train/lr", "train/grad_norm"):
         assert [step for step, _ in found[metric]] == list(range(1, STEPS + 1))
+    for metric in ("grad_norm", "weight_norm", "update_ratio"):
+        for part in ("embedding", "projection"):
+            steps = [step for step, _ in found[f"train/{metric}/{part}"]]
+            assert steps == list(range(8, STEPS + 1, 8))
     assert found["data/quarantined"] == [(0, 0)]
     for metric in ("loss", "accuracy", "accuracy_blind", "accuracy_majority"):
         assert [step for step, _ in found[f"eval/{metric}"]] == [12, 24, 36, 48]
@@ -176,6 +180,17 @@ def test_updates_that_are_undone_are_on_record(storage, trained_run, monkeypatch
     assert undone["fault"].startswith(f"update {MOMENT + 1}: its loss is nan")
     assert logged(experiment)["train/skipped"] == [(MOMENT + 1, 1.0)]
     assert np.isfinite([loss for _, loss in logged(experiment)["train/loss"]]).all()
+
+
+def test_a_worker_that_holds_the_others_up_is_on_record(storage, cluster, monkeypatch):
+    experiment = load(digits(storage, "slow"), ["train.epochs=2"])
+    fault = {"action": "slow", "rank": 1, "step": 11}  # for five seconds
+    monkeypatch.setenv(faults.VARIABLE, json.dumps([fault]))
+    commands.train(experiment)
+    waited = dict(curve(experiment.run_folder, "throughput/waited_s"))
+    assert list(waited) == [8, 16, 24]
+    assert waited[16] == pytest.approx(5 / 8, rel=0.5)
+    assert waited[24] < waited[16] / 2
 
 
 def kill_rank_1(folder: Path, ended: threading.Event) -> None:
