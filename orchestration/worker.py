@@ -1,5 +1,6 @@
 """What each Ray Train worker does: build, resume, and the `for` over the library's steps."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def work(config: dict) -> None:
     journal = Journal(folder) if torch.distributed.get_rank() == 0 else None
     train, rank = experiment.train, torch.distributed.get_rank()
     watchdog = Watchdog(folder / "logs", rank=rank, seconds=experiment.cluster.hang_timeout_s)
+    keep_log(folder / "logs" / f"rank-{rank}.log")
     torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
     checkpointing = gradient_checkpointing(experiment)
     engine_config = replace(experiment.engine, gradient_checkpointing=checkpointing)
@@ -111,6 +113,14 @@ def work(config: dict) -> None:
         journal.end("finished")
         write_result(experiment, folder, state="finished")
     watchdog.stop()
+
+
+def keep_log(path: Path) -> None:
+    """Write what is worth saying into the run's folder: of a worker's output Ray alone knows where it is."""
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for package in ("dsvl", "orchestration"):
+        logging.getLogger(package).addHandler(handler)
 
 
 def require_encoded_with(tokenizer: PreTrainedTokenizerFast, prepared: Prepared) -> None:

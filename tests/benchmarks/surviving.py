@@ -5,7 +5,8 @@
 Every run is `dsvl train` in a process of its own, on two workers, with 48 updates and a checkpoint after each
 fifth. Parameters, moments, random states, data position and manifest of its last checkpoint are held against
 those of an undisturbed run, byte by byte. A driver that is killed is started again with the same command;
-what happens to workers the run has to deal with itself. About half a minute a run on two cores.
+what happens to workers the run has to deal with itself. About half a minute a run on two cores. What a folder
+to write to has of other kinds stays.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +139,13 @@ def told(run: Run) -> dict[str, Any]:
     return {"lost": lost, "seconds_away": round(away, 1)}
 
 
-def survive(kinds: list[str], seeds: int, folder: Path) -> dict[str, Any]:
-    """Disturb `seeds` trainings in each way."""
+def survive(kinds: list[str], seeds: int, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Disturb `seeds` trainings in each way; yields what became of them, way by way."""
     chats.write(folder / "raw/digits", train=96, evaluation=8)
     whole = Run(digits(folder, "unbroken"))
     whole.start()
     whole.end()
-    expected, found = whole.outcome(), {}
+    expected = whole.outcome()
     for kind in kinds:
         runs = []
         for seed in range(seeds):
@@ -155,18 +156,20 @@ def survive(kinds: list[str], seeds: int, folder: Path) -> dict[str, Any]:
             runs.append({"seed": seed, "same": same, **told(run)})
             text = f"{kind} {seed}: {runs[-1]}, {time.monotonic() - began:.0f} s"
             print(text, file=sys.stderr, flush=True)
-        found[kind] = {
-            "what": (KINDS[kind].__doc__ or "").strip(),
-            "runs": len(runs),
-            "same_bits": sum(run["same"] for run in runs),
-            "most_updates_lost": max(run["lost"] for run in runs),
-            "seconds_away": {
-                "median": statistics.median(run["seconds_away"] for run in runs),
-                "most": max(run["seconds_away"] for run in runs),
+        yield (
+            kind,
+            {
+                "what": (KINDS[kind].__doc__ or "").strip(),
+                "runs": len(runs),
+                "same_bits": sum(run["same"] for run in runs),
+                "most_updates_lost": max(run["lost"] for run in runs),
+                "seconds_away": {
+                    "median": statistics.median(run["seconds_away"] for run in runs),
+                    "most": max(run["seconds_away"] for run in runs),
+                },
+                "each": runs,
             },
-            "each": runs,
-        }
-    return found
+        )
 
 
 def main() -> None:
@@ -176,19 +179,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
+    file = options.write / "surviving.json" if options.write else None
+    kinds = json.loads(file.read_text())["kinds"] if file and file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        kinds = survive(options.only, options.seeds, Path(folder))
-    document = {
-        "command": f"python -m tests.benchmarks.surviving --seeds {options.seeds}",
-        "checkpoint_every": EVERY,
-        "updates": UPDATES,
-        "kinds": kinds,
-        "machine": machine(torch.device("cpu")),
-    }
-    text = json.dumps(document, indent=1)
-    print(text)
-    if options.write:
-        (options.write / "surviving.json").write_text(text + "\n", encoding="utf-8")
+        for kind, found in survive(options.only, options.seeds, Path(folder)):
+            kinds[kind] = found
+            document = {
+                "command": f"python -m tests.benchmarks.surviving --seeds {options.seeds}",
+                "checkpoint_every": EVERY,
+                "updates": UPDATES,
+                "kinds": kinds,
+                "machine": machine(torch.device("cpu")),
+            }
+            text = json.dumps(document, indent=1)
+            if file:
+                file.write_text(text + "\n", encoding="utf-8")
+            print(text)
     sys.exit(any(kind["same_bits"] < kind["runs"] for kind in kinds.values()))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import threading
@@ -178,6 +179,8 @@ def test_updates_that_are_undone_are_on_record(storage, trained_run, monkeypatch
     assert starts(folder) == [0, MOMENT // 5 * 5]
     (undone,) = [entry for entry in read(folder)[0] if entry["kind"] == "undone"]
     assert undone["fault"].startswith(f"update {MOMENT + 1}: its loss is nan")
+    said = (folder / "logs/rank-0.log").read_text()
+    assert f"WARNING update {MOMENT + 1} is undone and its batch skipped" in said
     assert logged(experiment)["train/skipped"] == [(MOMENT + 1, 1.0)]
     assert np.isfinite([loss for _, loss in logged(experiment)["train/loss"]]).all()
 
@@ -191,6 +194,8 @@ def test_a_worker_that_holds_the_others_up_is_on_record(storage, cluster, monkey
     assert list(waited) == [8, 16, 24]
     assert waited[16] == pytest.approx(5 / 8, rel=0.5)
     assert waited[24] < waited[16] / 2
+    said = (experiment.run_folder / "logs/rank-0.log").read_text()
+    assert re.search(r"WARNING rank 1 on \S+ is late: it takes", said)
 
 
 def kill_rank_1(folder: Path, ended: threading.Event) -> None:
