@@ -53,7 +53,7 @@ class Run:
         """Wait for it; it must end well."""
         assert self.driver is not None
         code = self.driver.wait(timeout=900)
-        assert code == 0, f"{self.file}: exit {code}"
+        assert code == 0, f"{self.file}: exit {code}; {self.said()}"
 
     def reach(self, update: int) -> None:
         """Wait until it has made an update."""
@@ -64,7 +64,11 @@ class Run:
     def running(self) -> None:
         """It must not have ended."""
         assert self.driver is not None
-        assert self.driver.poll() is None, f"{self.file}: ended early"
+        assert self.driver.poll() is None, f"{self.file}: ended early; {self.said()}"
+
+    def said(self) -> str:
+        """The end of what the command has printed."""
+        return self.file.with_suffix(".log").read_text()[-2000:]
 
     def workers(self) -> list[psutil.Process]:
         """Its training processes."""
