@@ -12,7 +12,7 @@ from orchestration.config import Experiment
 from orchestration.journal import sole
 from orchestration.placement import require_room
 from orchestration.prepare import prepare, require_one_tokenizer
-from orchestration.results import begin, finished, trunk_of
+from orchestration.results import begin, finished, require_same_data, trunk_of
 from orchestration.tracking import Shipper
 from orchestration.trainer import fit
 
@@ -24,18 +24,20 @@ def train(experiment: Experiment) -> dict:
 
     Raises:
         ValueError: if the folder holds a run of another identity; the differing fields are named.
+        RuntimeError: if another process trains there.
     """
     folder = experiment.run_folder
     trunk_of(experiment)  # raises before any work where it is none
     begin(experiment, folder)
     # A finished run has its journal shipped all the same: the tracking store may have been away.
-    with Shipper(experiment) as shipper:
+    with sole(folder), Shipper(experiment) as shipper:
         shipper.follow(folder, name=experiment.name)
         if finished(experiment, folder) is None:
             workers = experiment.cluster.workers
             with connect(experiment):
                 require_room(experiment, workers=experiment.worker_counts(workers)[0])
                 prepared = Path(prepare(experiment)["folder"])
+                require_same_data(experiment, folder, prepared)
                 fit(experiment, folder, prepared, workers=workers)
     result = finished(experiment, folder)
     assert result is not None

@@ -84,6 +84,15 @@ class StorageConfig(Section):
     data: str = "data"
     """The folder of raw datasets."""
 
+    @field_validator("path", "data")
+    @classmethod
+    def _is_a_folder(cls, path: str) -> str:
+        if "://" in path:
+            raise ValueError(
+                f"{path!r} must be a folder that all machines see under this name; mount the store there"
+            )
+        return path
+
 
 class TrackingConfig(Section):
     """Where runs are recorded."""
@@ -206,6 +215,11 @@ class Experiment(Section):
         cls, search: SearchConfig | None, info: ValidationInfo
     ) -> SearchConfig | None:
         problems = search_problems(cls, search, info.data) if search else []
+        checkpoint = info.data.get("checkpoint")
+        for field in ("trunk", "branch_epochs"):
+            if search and checkpoint and getattr(checkpoint, field):
+                text = "a search says itself which trial branches off which; leave it out"
+                problems.append(Problem(("checkpoint", field), text))
         if problems:
             raise ConfigError(problems)
         return search

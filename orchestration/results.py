@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orchestration.config import Experiment, StorageConfig, validated
+from orchestration.config import Experiment, StorageConfig, digest, validated
 from orchestration.journal import points, read, read_json, write_json
 
 
@@ -80,6 +80,27 @@ def refuse_another(experiment: Experiment, stored: dict, *, where: Path) -> None
         )
 
 
+def require_same_data(experiment: Experiment, folder: Path, prepared: Path) -> None:
+    """Hold a run to the prepared data that it began with, and that its trunk was trained on.
+
+    Raises:
+        ValueError: if they are others in content; an update would take other samples from now on.
+    """
+    ours = {
+        "folder": str(prepared),
+        "digest": digest(read_json(prepared / "manifest.json")["files"]),
+    }
+    trunk = experiment.checkpoint.trunk
+    for run in (folder, *([Path(trunk)] if trunk else [])):
+        path = run / "data.json"
+        if path.exists() and (theirs := read_json(path))["digest"] != ours["digest"]:
+            raise ValueError(
+                f"{run}: trained on {theirs['folder']}; the raw data, or what came of them, have "
+                f"changed since ({prepared}); restore the raw data, or give this run another name"
+            )
+    write_json(folder / "data.json", ours)
+
+
 BRANCHING = ("train.epochs", "optim.schedule", "optim.decay_fraction")
 """In what a branch may differ from its trunk: fields that change nothing before the decay."""
 
@@ -94,7 +115,13 @@ def trunk_of(experiment: Experiment) -> Experiment | None:
         return None
     trunk = experiment_of(Path(experiment.checkpoint.trunk))
     fields = trunk.identity_fields()
-    alike = experiment.with_overrides({name: fields[name] for name in BRANCHING})
+    if not trunk.optim.branching:
+        raise ValueError(
+            f"{trunk.run_folder}: trained with optim.schedule={trunk.optim.schedule} and optim.warmup_steps="
+            f"{trunk.optim.warmup_steps}; a trunk has the schedule wsd and warmup_steps"
+        )
+    off = {"checkpoint.trunk": None, "checkpoint.branch_epochs": ()}
+    alike = experiment.with_overrides({name: fields[name] for name in BRANCHING} | off)
     refuse_another(alike, {"identity": trunk.identity(), "fields": fields}, where=trunk.run_folder)
     return trunk
 

@@ -16,7 +16,7 @@ from orchestration.config import Experiment
 from orchestration.journal import Journal, read, read_json, write_json
 from orchestration.placement import require_room
 from orchestration.proposals import Listed, Proposal, proposals
-from orchestration.results import begin, evaluations, finished, write_result
+from orchestration.results import begin, evaluations, finished, require_same_data, write_result
 from orchestration.schedulers import scheduler
 from orchestration.space import SearchConfig
 from orchestration.trainer import fit
@@ -104,8 +104,8 @@ def trainable(
         folder = root / trial_name(values)
         if finished(chosen, folder):
             # The scheduler learns what it would have learnt had the trial run now.
-            for epoch, metrics in enumerate(evaluations(folder), start=1):
-                tune.report(metrics | {"epoch": epoch})
+            for metrics in evaluations(folder):
+                tune.report(metrics | {"epoch": int(metrics["train/epoch"])})
             return
         proposal = by_name[folder.name]
         trunk = root / trial_name(proposal.trunk) if proposal.trunk else None
@@ -113,6 +113,7 @@ def trainable(
             trunk = None  # then it trains by itself what they would have shared
         chosen = chosen.with_overrides(proposal.settings(trunk))
         begin(chosen, folder)
+        require_same_data(chosen, folder, prepared)
         write_json(folder / "values.json", values)
         fit(chosen, folder, prepared, workers=workers, callbacks=[TuneReportCallback()])
 

@@ -48,6 +48,9 @@ def work(config: dict) -> None:
     watchdog = Watchdog(folder / "logs", rank=rank, seconds=experiment.cluster.hang_timeout_s)
     keep_log(folder / "logs" / f"rank-{rank}.log")
     torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
+    # What fits among all workers need not fit among the few that an elastic training may have.
+    world = {"cluster.workers": torch.distributed.get_world_size(), "cluster.min_workers": None}
+    experiment = experiment.with_overrides(world)
     checkpointing = gradient_checkpointing(experiment)
     engine_config = replace(experiment.engine, gradient_checkpointing=checkpointing)
     with divided(experiment.model, engine=engine_config, train=train):
@@ -84,6 +87,7 @@ def work(config: dict) -> None:
             batch = experiment.evaluation.batch
             tally = evaluate(model, prepared, samples, batch=batch, device=engine.device)
             measured = tally.metrics() | {"eval/accuracy_majority": majority}
+            measured["train/epoch"] = step.epoch + 1
         metrics = step.metrics() | measured
         if experiment.cluster.gpu_tflops and not step.skipped:
             metrics["throughput/flop_utilisation"] = flop_utilisation(

@@ -122,7 +122,7 @@ def compare(pairs: int, workers: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compare and print the document."""
+    """Compare and print the document; exit code 1 below the target."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--workers", type=int, default=1)
@@ -138,6 +138,7 @@ def main() -> None:
     print(text)
     if options.write:
         (options.write / "orchestrating.json").write_text(text + "\n", encoding="utf-8")
+    sys.exit(not document["met"])
 
 
 if __name__ == "__main__":

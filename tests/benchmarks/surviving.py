@@ -41,6 +41,7 @@ class Run:
         self.file, self.folder = file, run_folder(file)
         self.driver: subprocess.Popen | None = None
         self.environment: dict[str, str] = {}
+        self.notes: dict[str, bool] = {}
 
     def start(self) -> None:
         """Type `dsvl train`."""
@@ -101,6 +102,7 @@ def a_rank_in_a_save(draw: random.Random, run: Run) -> None:
         run.running()
     time.sleep(draw.random() * 0.02)
     draw.choice(run.workers()).kill()
+    run.notes["save_left_half_done"] = bool(list((run.folder / "checkpoints").glob(".step-*")))
 
 
 def all_workers(draw: random.Random, run: Run) -> None:
@@ -157,7 +159,7 @@ def survive(kinds: list[str], seeds: int, folder: Path) -> Iterator[tuple[str, d
             KINDS[kind](random.Random(f"{kind}{seed}"), run)
             run.end()
             same = run.outcome() == expected
-            runs.append({"seed": seed, "same": same, **told(run)})
+            runs.append({"seed": seed, "same": same, **told(run), **run.notes})
             text = f"{kind} {seed}: {runs[-1]}, {time.monotonic() - began:.0f} s"
             print(text, file=sys.stderr, flush=True)
         yield (
@@ -177,7 +179,7 @@ def survive(kinds: list[str], seeds: int, folder: Path) -> Iterator[tuple[str, d
 
 
 def main() -> None:
-    """Survive and print the document; exit code 1 where a run ends with other bits."""
+    """Survive and print the document; exit code 1 where bits differ, or too many updates were lost."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
@@ -199,7 +201,9 @@ def main() -> None:
             if file:
                 file.write_text(text + "\n", encoding="utf-8")
             print(text)
-    sys.exit(any(kind["same_bits"] < kind["runs"] for kind in kinds.values()))
+    sys.exit(
+        any(k["same_bits"] < k["runs"] or k["most_updates_lost"] > EVERY for k in kinds.values())
+    )
 
 
 if __name__ == "__main__":

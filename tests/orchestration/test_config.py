@@ -410,6 +410,24 @@ def test_only_plateaus_have_branches_and_trunks(settings, optim):
     ]
 
 
+@pytest.mark.parametrize("checkpoint", [{"trunk": "runs/longer"}, {"branch_epochs": [1]}])
+def test_a_search_says_itself_what_branches_off(settings, search, checkpoint):
+    settings |= {"optim": {"schedule": "wsd", "warmup_steps": 1}, "checkpoint": checkpoint}
+    validated(settings)
+    (said,) = lines(settings | {"search": search})
+    (field,) = checkpoint
+    assert said.startswith(f"checkpoint.{field}: a search says itself which trial branches off")
+
+
+@pytest.mark.parametrize("field", ["path", "data"])
+def test_a_store_that_is_no_folder_is_refused(settings, field):
+    settings |= {"storage": {field: "s3://bucket/runs"}}
+    (said,) = lines(settings)
+    assert said.startswith(
+        f"storage.{field}: 's3://bucket/runs' must be a folder that all machines"
+    )
+
+
 def test_a_branch_is_shorter_than_its_trunk(settings):
     settings |= {"optim": {"schedule": "wsd", "warmup_steps": 1}}
     settings |= {"checkpoint": {"branch_epochs": [1, 2, 3]}}
