@@ -145,6 +145,9 @@ class Engine:
         )
         self.wrapped: Any = wrapped
         """What ZeRO makes of the optimizer: master values and moments live there (stage 0: itself)."""
+        if self.stage > 0:
+            # The stages of DeepSpeed round their norms differently, and so clip to other bits.
+            self.wrapped.get_grad_norm_direct = _grad_norm
         self.device: torch.device = torch.device(self.deepspeed.device or "cpu")
         self.accumulation: int = config["gradient_accumulation_steps"]
         """Passes of each rank for one update."""
@@ -181,7 +184,7 @@ class Engine:
             norm = self.deepspeed.get_global_grad_norm()
         assert norm is not None, "ZeRO measures the norm in every update"
         dist.all_reduce(total)
-        return total.item() / targets, float(norm)
+        return total.item() / targets, torch.as_tensor(norm).float().item()
 
     def masters(self) -> list[torch.Tensor]:
         """The tensors that this rank's AdamW updates."""
@@ -209,3 +212,18 @@ class Engine:
             number, place = held.param_group_index, held.get_hp_fragment_address()
             start, length = place.start, place.numel
         return self.masters()[number], slice(start, start + length)
+
+
+def _grad_norm(
+    gradients: Sequence[torch.Tensor], params: object, norm_type: float = 2.0
+) -> torch.Tensor:
+    """Norm of the gradients that the ranks share, float64, and -1 where it is none; a collective.
+
+    However they are shared out, it is the same in float32.
+    """
+    assert norm_type == 2, "gradients are clipped by their Euclidean norm"
+    own = [g for g in gradients if not vars(g).get("_zero_padding")]
+    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in own]
+    total = sum(squares, torch.zeros((), dtype=torch.float64, device=gradients[0].device))
+    dist.all_reduce(total)
+    return torch.where(total.isfinite(), total.sqrt(), -1.0)

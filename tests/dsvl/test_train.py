@@ -262,6 +262,24 @@ def test_a_checkpoint_resumes_at_another_stage_and_world_size(
     np.testing.assert_allclose(records, reference[0][5:], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("precision", "stages"), [("fp32", (1, 2, 1, 2, 1)), ("bf16", (1, 2, 3, 2, 3))]
+)
+def test_resumed_at_other_stages_it_ends_with_the_same_bits(
+    model_config, tmp_path, world, precision, stages
+):
+    """One pass an update: with several, stage 1 adds up a rank's own before it asks the others."""
+    one_pass = {"world": world, "micro": 4 // world, "precision": precision}
+    run(model_config, tmp_path / "whole", stage=1, save=(12,), **one_pass)
+    for stage, end in zip(stages, (3, 5, 8, 10, 12), strict=True):
+        run(model_config, tmp_path / "cut", stage=stage, save=(end,), stop=end, **one_pass)
+    whole, cut = (tmp_path / name / "step-000012" for name in ("whole", "cut"))
+    for file in ("parameters", "exp_avg", "exp_avg_sq", "rng"):
+        name = f"{file}.safetensors"
+        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_that_changes_its_number_of_workers_trains_on_the_same_samples(
     model_config, tmp_path, monkeypatch, stage
