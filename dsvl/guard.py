@@ -41,9 +41,7 @@ class Guard:
         if not math.isfinite(step.loss) or not (sound or self.train.precision == "fp16"):
             return f"its loss is {step.loss} and its gradient's norm {step.grad_norm}"
         if not sound:
-            return (
-                None  # the loss scaler has left out what overflowed in fp16, and lowered its scale
-            )
+            return None  # in fp16 the loss scaler has left it out, and lowered its scale
         if self.train.spike is not None and len(self.norms) == WINDOW:
             usual = statistics.median(self.norms)
             if step.grad_norm > self.train.spike * usual:
