@@ -6,21 +6,20 @@ A checkpoint is a folder `step-NNNNNN`, written under a temporary name and renam
   `model.json`: together a model that `dsvl.pretrained` loads;
 - `exp_avg.safetensors` and `exp_avg_sq.safetensors`: its moments, under the same names;
 - `rng.safetensors`: the generator state of each rank;
-- `state.json`: step, AdamW's updates, data position, schedule, loss scale, and what the guard remembers;
-- `manifest.json`: sha256 of each file, identity of the experiment, digests of the frozen parts, metrics.
+- `state.json`: step, AdamW's updates, loss scale, and what the guard remembers; data position and schedule
+  for whoever reads it elsewhere, as a resume computes both from the step;
+- `manifest.json`: sha256 of each file and of itself, step, identity of the experiment, digests of the frozen
+  parts, metrics; see `dsvl.checkpoint_folder`.
 
 The first three are written by three ranks at once, where there are as many.
 """
 
 import errno
 import json
-import logging
 import math
-import os
-import shutil
+import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,29 +41,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 
 from dsvl import pretrained
+from dsvl.checkpoint_folder import Checkpoint, free_bytes, publish, remove_old, written
 from dsvl.config import CheckpointConfig
-from dsvl.data.store import sha256
 from dsvl.engine import Engine, from_rank_0
 from dsvl.pretrained import require_same
 
-SCHEMA_VERSION = 2
-MANIFEST = "manifest.json"
 MASTER, MOMENTS = "parameters", ("exp_avg", "exp_avg_sq")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checkpoint whose every file has the size and sha256 that its manifest states."""
-
-    folder: Path
-    manifest: dict
-
-    @property
-    def step(self) -> int:
-        """How many updates it holds."""
-        return self.manifest["step"]
 
 
 def save(
@@ -98,19 +81,19 @@ def save(
 
     Raises:
         OSError: if the disk has no room for it, on every rank and before anything is written.
+        RuntimeError: if any of it is not finite, likewise.
     """
     _require_room(engine, folder)
     if step == 0:
         _create_optimizer_state(engine, updates=0)
     writers = {MASTER: 0} | {key: n % engine.workers for n, key in enumerate(MOMENTS, start=1)}
     tensors = _gather(engine, [key for key, rank in writers.items() if rank == engine.rank])
+    _require_finite(tensors, step)
     generators = _all_ranks(torch.get_rng_state(), engine.device)
     target = folder / f"step-{step:06d}"
-    unfinished = folder / from_rank_0(lambda: f".{target.name}.{os.getpid()}")
+    unfinished = Path(from_rank_0(lambda: tempfile.mkdtemp(prefix=f".{target.name}-", dir=folder)))
     if engine.rank == 0:
-        for left in folder.glob(".step-*"):
-            shutil.rmtree(left)  # by a save that was killed
-        unfinished.mkdir(parents=True)
+        unfinished.chmod(0o755)  # mkdtemp makes it private
         pretrained.write(unfinished, engine.model.config, tensors.pop(MASTER), frozen=frozen)
         save_file(
             {f"rank{r}": state for r, state in enumerate(generators)},
@@ -129,15 +112,14 @@ def save(
     for key, values in tensors.items():
         save_file(values, unfinished / f"{key}.safetensors")
     entries: list[Any] = [None] * engine.workers
-    mine = {f"{key}.safetensors": _file_entry(unfinished / f"{key}.safetensors") for key in tensors}
+    mine = {f"{key}.safetensors": written(unfinished / f"{key}.safetensors") for key in tensors}
     dist.all_gather_object(entries, mine)
     if engine.rank == 0:
-        files = {name: entry for written in entries for name, entry in written.items()}
+        files = {name: entry for each in entries for name, entry in each.items()}
         files |= {
-            path.name: _file_entry(path) for path in unfinished.iterdir() if path.name not in files
+            path.name: written(path) for path in unfinished.iterdir() if path.name not in files
         }
         manifest = {
-            "schema_version": SCHEMA_VERSION,
             "step": step,
             "identity": identity,
             "fields": fields,
@@ -145,10 +127,8 @@ def save(
             "metrics": dict(metrics or {}),
             "files": dict(sorted(files.items())),
         }
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
-        _remove_old(folder, config, stay)
+        publish(unfinished, target, manifest)
+        remove_old(folder, config, step=step, stay=stay)
     dist.barrier()
     return target
 
@@ -156,12 +136,7 @@ def save(
 def _require_room(engine: Engine, folder: Path) -> None:
     """Raise OSError on every rank unless the disk that rank 0 sees has room for a checkpoint."""
     needed = 3 * 4 * sum(math.prod(shape) for shape in engine.shapes.values())
-
-    def free() -> int:
-        folder.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(folder).free
-
-    if (found := from_rank_0(free)) < needed:
+    if (found := from_rank_0(lambda: free_bytes(folder))) < needed:
         raise OSError(
             errno.ENOSPC,
             f"{folder}: a checkpoint takes {needed / 2**30:.2f} GiB but {found / 2**30:.2f} are free; "
@@ -169,71 +144,21 @@ def _require_room(engine: Engine, folder: Path) -> None:
         )
 
 
-def _remove_old(folder: Path, config: CheckpointConfig, stay: Collection[int]) -> None:
-    """Leave the newest checkpoints, those with the lowest held-out loss, and those that are to stay."""
-    found = [path for step, path in _newest_first(folder) if step not in stay]
-    best: list[Path] = []
-    if config.keep_best:
-        losses = {path: loss for path in found if (loss := held_out_loss(path)) < math.inf}
-        best = sorted(losses, key=losses.__getitem__)[: config.keep_best]
-    for path in found[config.keep :]:
-        if path not in best:
-            shutil.rmtree(path)
-
-
-def _newest_first(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, whole or not."""
-    found = [(int(path.name.removeprefix("step-")), path) for path in folder.glob("step-*")]
-    return sorted(found, reverse=True)
-
-
-def held_out_loss(path: Path) -> float:
-    """What was measured when a checkpoint was saved; infinite if nothing was, or its manifest is damaged."""
-    try:
-        loss = json.loads((path / MANIFEST).read_text())["metrics"]["eval/loss"]
-    except (OSError, ValueError, KeyError):
-        return math.inf
-    return loss if math.isfinite(loss) else math.inf
-
-
-def newest(folder: Path, *, at_most: float = math.inf) -> Checkpoint | None:
-    """The newest checkpoint that is whole, of those with `at_most` so many updates.
-
-    Damaged ones are named in the log and passed over.
-
-    Raises:
-        ValueError: if there are some, and none of them is whole.
-    """
-    fault = None
-    for step, path in _newest_first(folder):
-        if step > at_most:
-            continue
-        fault = find_fault(path)
-        if fault is None:
-            return Checkpoint(path, json.loads((path / MANIFEST).read_text()))
-        log.warning("checkpoint %s is damaged (%s); trying the one before", path, fault)
-    if fault is not None:
-        raise ValueError(
-            f"{folder}: no checkpoint is whole, of the first {fault}; restore one, or remove the folder to "
-            "train from the beginning"
+def _require_finite(tensors: Mapping[str, Mapping[str, torch.Tensor]], step: int) -> None:
+    """Raise RuntimeError on every rank if anything is not finite that any of them is to write."""
+    mine = (
+        f"{key} of {name}"
+        for key, values in tensors.items()
+        for name, value in values.items()
+        if not value.isfinite().all()
+    )
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, next(mine, None))
+    if faults := [fault for fault in found if fault]:
+        raise RuntimeError(
+            f"step {step}: {faults[0]} is not finite, and no checkpoint is written of it; the one before is "
+            "whole: lower optim.lr, or look at what is wrong with the data"
         )
-    return None
-
-
-def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"manifest.json: {error}"
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        return f"schema_version {manifest['schema_version']}, not {SCHEMA_VERSION}"
-    for name, entry in manifest["files"].items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _file_entry(path / name) != entry:
-            return f"{name} is not what its sha256 says"
-    return None
 
 
 def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> dict[str, Any]:
@@ -378,7 +303,3 @@ def _all_ranks(tensor: torch.Tensor, device: torch.device) -> list[torch.Tensor]
     gathered = [torch.empty_like(tensor, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, tensor.to(device))
     return [each.cpu() for each in gathered]
-
-
-def _file_entry(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -530,9 +530,8 @@ class EngineConfig:
         rule = "must name a folder for nvme, and nothing else"
         require(("nvme" in offloads) == bool(self.nvme_path), "nvme_path", self.nvme_path, rule)
         ours = sorted(name for name in DEEPSPEED_OURS if _has(self.deepspeed, name.split(".")))
-        require(
-            not ours, "deepspeed", ours, "must not be set there, but by the fields of this file"
-        )
+        rule = "must not be set there, but by the fields of this file, if at all"
+        require(not ours, "deepspeed", ours, rule)
 
 
 DEEPSPEED_OURS = (
@@ -540,8 +539,10 @@ DEEPSPEED_OURS = (
     "gradient_clipping", "optimizer", "scheduler", "bf16.enabled", "fp16.enabled",
     "zero_optimization.stage", "zero_optimization.offload_optimizer.device",
     "zero_optimization.offload_param.device",
+    # A fixed scale counts nothing, and a part that is offloaded has an optimiser of its own.
+    "fp16.loss_scale", "zero_optimization.offload_optimizer.ratio",
 )  # fmt: skip
-"""Fields of DeepSpeed's configuration that follow from ours."""
+"""Fields of DeepSpeed's configuration that follow from ours, or that a checkpoint could not resume."""
 
 
 def _has(tree: Any, keys: Sequence[str]) -> bool:

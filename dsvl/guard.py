@@ -37,11 +37,11 @@ class Guard:
         """What is wrong with an update, or None; a sound one becomes part of what is normal."""
         if step.skipped:
             return None
-        # In fp16 the loss scaler has left out what overflowed, and lowered its scale.
-        if not math.isfinite(step.loss) or not (
-            math.isfinite(step.grad_norm) or self.train.precision == "fp16"
-        ):
+        sound = math.isfinite(step.grad_norm)
+        if not math.isfinite(step.loss) or not (sound or self.train.precision == "fp16"):
             return f"its loss is {step.loss} and its gradient's norm {step.grad_norm}"
+        if not sound:
+            return None  # in fp16 the loss scaler has left it out, and lowered its scale
         if self.train.spike is not None and len(self.norms) == WINDOW:
             usual = statistics.median(self.norms)
             if step.grad_norm > self.train.spike * usual:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dsvl import checkpoint
+from dsvl import checkpoint, checkpoint_folder
 from dsvl.engine import Engine, from_rank_0
 from dsvl.guard import Guard
 from dsvl.train import Plan
@@ -113,12 +113,12 @@ class Checkpoints:
         return self.resume()
 
 
-def newest(folder: Path, *, at_most: float = math.inf) -> checkpoint.Checkpoint | None:
+def newest(folder: Path, *, at_most: float = math.inf) -> checkpoint_folder.Checkpoint | None:
     """The run's newest valid checkpoint of `at_most` so many updates.
 
     Rank 0 chooses for all, as files may not have appeared on every machine yet: a collective.
     """
-    return from_rank_0(lambda: checkpoint.newest(folder / "checkpoints", at_most=at_most))
+    return from_rank_0(lambda: checkpoint_folder.newest(folder / "checkpoints", at_most=at_most))
 
 
 def load_newest(

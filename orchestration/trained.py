@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsvl import checkpoint
+from dsvl import checkpoint_folder
 from dsvl.config import require
 from orchestration.config import Experiment
 from orchestration.journal import read_json
@@ -21,7 +21,7 @@ class Trained(NamedTuple):
     """What was trained; a trial's own."""
     folder: Path
     """Of its run."""
-    checkpoint: checkpoint.Checkpoint
+    checkpoint: checkpoint_folder.Checkpoint
 
 
 def choose(source: Experiment | Path, *, step: int | None = None) -> Trained:
@@ -45,7 +45,7 @@ def choose(source: Experiment | Path, *, step: int | None = None) -> Trained:
             folder = Path(best["folder"])
             experiment = experiment.trial(read_json(folder / "values.json"))
     held = folder / "checkpoints"
-    found = checkpoint.newest(held) if step is None else _at(held, step)
+    found = checkpoint_folder.newest(held) if step is None else _at(held, step)
     if found is None:
         raise FileNotFoundError(f"{held}: no checkpoint yet; train or sweep first")
     if not by_folder:
@@ -63,13 +63,14 @@ def manner(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _at(held: Path, step: int) -> checkpoint.Checkpoint | None:
+def _at(held: Path, step: int) -> checkpoint_folder.Checkpoint | None:
     """The checkpoint of a step among those that are held, or None where none are."""
-    paths = {int(path.name.removeprefix("step-")): path for path in held.glob("step-*")}
+    paths = checkpoint_folder.held(held)
     if not paths:
         return None
     there = ", ".join(map(str, sorted(paths)))
     require(step in paths, "checkpoint", step, f"must be one of those in {held}: {there}")
-    fault = checkpoint.find_fault(paths[step])
+    fault = checkpoint_folder.find_fault(paths[step])
     require(not fault, "checkpoint", step, f"is damaged: {fault}; choose another of {there}")
-    return checkpoint.Checkpoint(paths[step], read_json(paths[step] / "manifest.json"))
+    manifest = checkpoint_folder.read_manifest(paths[step])
+    return checkpoint_folder.Checkpoint(paths[step], manifest)

@@ -5,7 +5,7 @@ import json
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dsvl.checkpoint import SCHEMA_VERSION
+from dsvl.checkpoint_folder import write_manifest
 from orchestration import checkpoints
 from orchestration.config import validated
 from orchestration.journal import write_json
@@ -29,13 +29,7 @@ def test_all_ranks_resume_what_rank_0_has_chosen(settings, tmp_path):
         for step in steps:
             folder = tmp_path / f"seen-by-{rank}/checkpoints/step-{step:06d}"
             folder.mkdir(parents=True)
-            manifest = {
-                "schema_version": SCHEMA_VERSION,
-                "step": step,
-                "identity": identity,
-                "files": {},
-            }
-            write_json(folder / "manifest.json", manifest)
+            write_manifest(folder, {"step": step, "identity": identity, "files": {}})
     mp.start_processes(resume_alone, (settings, tmp_path), nprocs=2, start_method="fork")
     chosen = [10, str(tmp_path / "seen-by-0/checkpoints/step-000010")]
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [chosen] * 2

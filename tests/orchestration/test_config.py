@@ -325,6 +325,9 @@ def test_int8_is_not_divided_by_zero_3(settings):
         ({"zero_stage": 3, "offload_parameters": "nvme"}, "nvme_path: None must name a folder for nvme"),
         ({"nvme_path": "d"}, "nvme_path: 'd' must name a folder for nvme, and nothing else"),
         ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "['zero_optimization.stage'] must not be"),
+        ({"deepspeed": {"fp16": {"loss_scale": 128}}}, "['fp16.loss_scale'] must not be set there, but by"),
+        ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}},
+         "['zero_optimization.offload_optimizer.ratio'] must not be set there, but by"),
         ({"deepspeed": {"optimizer": {}}}, "deepspeed: ['optimizer'] must not be set there, but by the"),
     ],
 )  # fmt: skip
