@@ -5,11 +5,13 @@ import random
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -17,7 +19,7 @@ import pytest
 import torch.distributed as dist
 from mlflow import MlflowClient
 
-from orchestration import cli, commands, faults
+from orchestration import cli, commands, faults, trainer
 from orchestration.compose import load
 from orchestration.config import Experiment
 from orchestration.journal import curve, read
@@ -197,6 +199,16 @@ def test_a_worker_that_refuses_what_is_asked_ends_the_training_at_once(
     assert starts(folder) == [0]
     end = read(folder)[0][-1]
     assert (end["state"], end["reason"]) == ("failed", f"ValueError: {told}")
+
+
+def test_a_value_error_of_a_library_refuses_nothing(tmp_path, monkeypatch):
+    worker = SimpleNamespace(work=lambda config: json.loads('{"half'))
+    monkeypatch.setitem(sys.modules, "orchestration.worker", worker)
+    monkeypatch.setitem(sys.modules, "mlflow", sys.modules["mlflow"])  # to have it again after
+    monkeypatch.chdir(tmp_path)
+    cluster = {"gpus_per_worker": 1}
+    with pytest.raises(RuntimeError, match="JSONDecodeError: Unterminated string"):
+        trainer.work({"directory": str(tmp_path), "experiment": {"cluster": cluster}})
 
 
 def test_a_worker_that_holds_the_others_up_is_on_record(storage, cluster, monkeypatch):
