@@ -114,7 +114,7 @@ def test_nodes_that_come_and_go_leave_the_samples_as_they_are(storage, trained_r
 
     def wait_for(holds: Callable[[], bool]) -> None:
         wait_until(lambda: holds() or driver.poll() is not None, seconds=300)
-        assert driver.poll() is None
+        assert driver.poll() is None, driver.stderr.read().decode()
 
     try:
         machines.add(cpus=1)
