@@ -53,11 +53,11 @@ class Guard:
         """Leave an update out from now on.
 
         Raises:
-            RuntimeError: if too many have been.
+            FloatingPointError: if too many have been: the model diverged.
         """
         self.skipped.add(step.number)
         if len(self.skipped) > self.train.max_skipped:
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"update {step.number} diverged: {fault}, and {len(self.skipped) - 1} were skipped before "
                 f"(train.max_skipped); lower optim.lr, or look at what is wrong with the data"
             )

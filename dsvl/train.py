@@ -159,7 +159,7 @@ def rehearse(
     followed by `dsvl.checkpoint.load`, as it leaves moments behind.
 
     Raises:
-        RuntimeError: if the memory of a GPU is too small, or the model's loss is not finite.
+        ValueError: if the memory of a GPU is too small, or the model's loss is not finite.
     """
     samples = blender.epoch(epoch)
     longest = np.argsort(samples.lengths, kind="stable")[-config.micro_batch :]
@@ -172,12 +172,12 @@ def rehearse(
             lr=0.0,
         )
     except torch.OutOfMemoryError as error:
-        raise RuntimeError(
+        raise ValueError(
             f"{what}, the longest of an epoch, need more memory than the GPU has; lower engine.micro_batch "
             f"or data.max_tokens, or set engine.gradient_checkpointing=true: {error}"
         ) from error
     if not math.isfinite(loss):
-        raise RuntimeError(
+        raise ValueError(
             f"the loss of {what} is {loss} before any update; look at the model's checkpoints, "
             "and at train.precision"
         )

@@ -20,7 +20,7 @@ from pydantic_core import to_jsonable_python
 
 from orchestration.compose import load
 from orchestration.config import Experiment
-from orchestration.problems import did_you_mean, harmless
+from orchestration.problems import did_you_mean, harmless, raised_by_us
 from orchestration.verbs import FAULTS_FOUND, OF_A_FOLDER, OPTIONS, VERBS, WITHOUT_EXPERIMENT
 
 QUICKSTART = Path(__file__).parent.parent / "configs/experiment/quickstart.yaml"
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(f"{verb} was interrupted", as_json=as_json, status=1)
     except Exception as error:
-        if isinstance(error, ValueError) and _raised_by_us(error):
+        if isinstance(error, ValueError) and raised_by_us(error):
             return _fail(str(error), as_json=as_json, status=2)
         cause = f"{verb} failed: {type(error).__name__}: {_first_line(error)}"
         return _fail(cause + _log(verb, experiment), as_json=as_json, status=1)
@@ -116,12 +116,6 @@ def _json(document: dict[str, Any]) -> str:
     """Strict JSON: what is no number becomes null; in ASCII, as names of files may be no Unicode."""
     plain = to_jsonable_python(document, inf_nan_mode="null", fallback=str)
     return json.dumps(plain, indent=2, allow_nan=False)
-
-
-def _raised_by_us(error: ValueError) -> bool:
-    """Whether the project refused a request; a library's ValueError tells of failed work."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals["__package__"].partition(".")[0] in ("dsvl", "orchestration")
 
 
 def _log(verb: str, experiment: Experiment | Path | None) -> str:

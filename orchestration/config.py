@@ -63,7 +63,8 @@ class ClusterConfig(Section):
     gpu_hour_price: float | None = Field(default=None, ge=0)
     """What an hour of a worker's GPU costs, in any currency; plans tell money by it."""
     failures: int = Field(default=2, ge=0)
-    """Restarts of a training before it counts as failed."""
+    """Restarts of a training without a new checkpoint in between before it counts as failed. What would go
+    wrong again, as a request that is refused, a model that diverged or a full disk, ends it at once."""
     hang_timeout_s: float = Field(default=1800, gt=0)
     """Seconds after which a worker counts as hanging: loading, a save, an evaluation and an update each must
     take less. It then leaves its stacks in the run's `logs` and the training starts anew."""

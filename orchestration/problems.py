@@ -1,6 +1,7 @@
 """What is wrong with a configuration: where it stands, the rule and the remedy, a line each."""
 
 import re
+import traceback
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -53,6 +54,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` where something known is near, else nothing."""
     near = get_close_matches(name, list(known), 1)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def raised_by_us(error: ValueError) -> bool:
+    """Whether the project refused a request; a library's ValueError tells of failed work."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals.get("__package__") or ""  # code out of a string has none
+    return package.partition(".")[0] in ("dsvl", "orchestration")
 
 
 def harmless(text: str) -> str:

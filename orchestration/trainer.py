@@ -1,20 +1,21 @@
-"""One training: a TorchTrainer made from an Experiment."""
+"""One training: Ray Train's trainer made from an Experiment."""
 
 import math
 import os
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from orchestration import faults
 from orchestration.config import Experiment
-from orchestration.elastic import ElasticTrainer
 from orchestration.journal import Journal
 from orchestration.placement import resources
+from orchestration.problems import raised_by_us
+from orchestration.recovery import Legal, Patience, RecoveringTrainer, first_cause
 
 
 def fit(
@@ -25,11 +26,25 @@ def fit(
     workers: int,
     callbacks: list[UserCallback] | None = None,
 ) -> None:
-    """Run Ray Train to the end of the training; a failure is journaled with its cause and raised."""
+    """Run Ray Train to the end of the training; a failure is journaled with its cause and raised.
+
+    Raises:
+        ValueError: if a worker refuses what is asked for.
+        RuntimeError: if the training fails of anything else.
+    """
     use_gpu = experiment.cluster.gpus_per_worker > 0
     counts = experiment.worker_counts(workers)
-    kind = partial(ElasticTrainer, counts=counts) if len(counts) > 1 else TorchTrainer
-    trainer = kind(
+    failures = FailureConfig(max_failures=experiment.cluster.failures)
+    scaling = ScalingConfig(
+        num_workers=(counts[0], workers) if len(counts) > 1 else workers,
+        use_gpu=use_gpu,
+        resources_per_worker=resources(experiment),
+        label_selector=experiment.cluster.gpu_labels or None,
+    )
+    policies: dict[str, Any] = {"failure_policy": Patience(failures, folder.absolute())}
+    if len(counts) > 1:
+        policies["scaling_policy"] = Legal(scaling, counts)
+    trainer = RecoveringTrainer(
         work,
         train_loop_config={
             "experiment": experiment.as_dict(),
@@ -42,16 +57,12 @@ def fit(
             backend="nccl" if use_gpu else "gloo",
             timeout_s=math.ceil(experiment.cluster.hang_timeout_s),
         ),
-        scaling_config=ScalingConfig(
-            num_workers=(counts[0], workers) if len(counts) > 1 else workers,
-            use_gpu=use_gpu,
-            resources_per_worker=resources(experiment),
-            label_selector=experiment.cluster.gpu_labels or None,
-        ),
+        policies=policies,
+        scaling_config=scaling,
         run_config=RunConfig(
             name="train",
             storage_path=str((folder / "ray").absolute()),
-            failure_config=FailureConfig(max_failures=experiment.cluster.failures),
+            failure_config=failures,
             callbacks=callbacks or [],
         ),
     )
@@ -59,8 +70,11 @@ def fit(
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         cause = first_cause(error)
-        Journal(folder).end("failed", reason=cause)
-        raise RuntimeError(cause) from error
+        reason = f"{type(cause).__name__}: {cause}"
+        Journal(folder).end("failed", reason=reason)
+        if isinstance(cause, ValueError) and isinstance(error, ray.train.WorkerGroupError):
+            raise ValueError(str(cause)) from error
+        raise RuntimeError(reason) from error
 
 
 def work(config: dict) -> None:
@@ -74,14 +88,10 @@ def work(config: dict) -> None:
     sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
     from orchestration.worker import work as run
 
-    run(config)
-
-
-def first_cause(error: BaseException) -> str:
-    """The innermost exception of a chain, as one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or [""]
-    if isinstance(error, ray.train.WorkerGroupError):
-        return lines[-1]  # the end of a worker's traceback
-    return f"{type(error).__name__}: {lines[-1]}"
+    try:
+        run(config)
+    except ValueError as error:
+        if raised_by_us(error):
+            raise
+        # A library's, of a file half read perhaps: no refusal of the request, so it may mend.
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error

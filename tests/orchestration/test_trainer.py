@@ -5,11 +5,13 @@ import random
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -17,11 +19,10 @@ import pytest
 import torch.distributed as dist
 from mlflow import MlflowClient
 
-from orchestration import cli, commands, faults
+from orchestration import cli, commands, faults, trainer
 from orchestration.compose import load
 from orchestration.config import Experiment
 from orchestration.journal import curve, read
-from orchestration.trainer import first_cause
 from tests.orchestration.conftest import digits, histories, run_folder, steps_done
 
 pytestmark = pytest.mark.ray
@@ -185,6 +186,31 @@ def test_updates_that_are_undone_are_on_record(storage, trained_run, monkeypatch
     assert np.isfinite([loss for _, loss in logged(experiment)["train/loss"]]).all()
 
 
+def test_a_worker_that_refuses_what_is_asked_ends_the_training_at_once(
+    storage, cluster, monkeypatch, capsys
+):
+    path = digits(storage, "refused")
+    fault = {"action": "sing", "rank": 1, "step": 3}
+    monkeypatch.setenv(faults.VARIABLE, json.dumps([fault]))
+    assert cli.main(["train", str(path), "--json"]) == 2
+    told = "DSVL_FAULTS: action 'sing' must be kill, raise, hang, slow or corrupt"
+    assert json.loads(capsys.readouterr().out) == {"error": [told]}
+    folder = run_folder(path)
+    assert starts(folder) == [0]
+    end = read(folder)[0][-1]
+    assert (end["state"], end["reason"]) == ("failed", f"ValueError: {told}")
+
+
+def test_a_value_error_of_a_library_refuses_nothing(tmp_path, monkeypatch):
+    worker = SimpleNamespace(work=lambda config: json.loads('{"half'))
+    monkeypatch.setitem(sys.modules, "orchestration.worker", worker)
+    monkeypatch.setitem(sys.modules, "mlflow", sys.modules["mlflow"])  # to have it again after
+    monkeypatch.chdir(tmp_path)
+    cluster = {"gpus_per_worker": 1}
+    with pytest.raises(RuntimeError, match="JSONDecodeError: Unterminated string"):
+        trainer.work({"directory": str(tmp_path), "experiment": {"cluster": cluster}})
+
+
 def test_a_worker_that_holds_the_others_up_is_on_record(storage, cluster, monkeypatch):
     experiment = load(digits(storage, "slow"), ["train.epochs=2"])
     fault = {"action": "slow", "rank": 1, "step": 11}  # for five seconds
@@ -254,10 +280,3 @@ def test_a_checkpoint_of_another_experiment_is_refused_by_the_worker(trained_run
         ValueError, match=r"train\.epochs \(4 before, 8 now\); set these fields back"
     ):
         load_newest(None, other, other.run_folder, frozen={})
-
-
-def test_the_cause_of_a_failure_is_its_innermost_exception_in_one_line():
-    inner, outer = ValueError("several lines\nthe last says it"), RuntimeError("outside")
-    outer.__cause__ = inner
-    assert first_cause(outer) == "ValueError: the last says it"
-    assert first_cause(KeyError()) == "KeyError: "
