@@ -83,7 +83,7 @@ def save(
         OSError: if the disk has no room for it, on every rank and before anything is written.
         RuntimeError: if any of it is not finite, likewise.
     """
-    _require_room(engine, folder)
+    require_room(engine, folder)
     if step == 0:
         _create_optimizer_state(engine, updates=0)
     writers = {MASTER: 0} | {key: n % engine.workers for n, key in enumerate(MOMENTS, start=1)}
@@ -133,14 +133,14 @@ def save(
     return target
 
 
-def _require_room(engine: Engine, folder: Path) -> None:
-    """Raise OSError on every rank unless the disk that rank 0 sees has room for a checkpoint."""
-    needed = 3 * 4 * sum(math.prod(shape) for shape in engine.shapes.values())
+def require_room(engine: Engine, folder: Path, *, checkpoints: int = 1) -> None:
+    """Raise OSError on every rank unless the disk that rank 0 sees has room for so many checkpoints more."""
+    needed = checkpoints * 3 * 4 * sum(math.prod(shape) for shape in engine.shapes.values())
     if (found := from_rank_0(lambda: free_bytes(folder))) < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{folder}: a checkpoint takes {needed / 2**30:.2f} GiB but {found / 2**30:.2f} are free; "
-            "make room or lower checkpoint.keep, and start again: the last checkpoint is whole",
+            f"{folder}: {checkpoints} more checkpoints take {needed / 2**30:.2f} GiB but {found / 2**30:.2f} "
+            "are free; make room or lower checkpoint.keep, and start again: what was saved is whole",
         )
 
 

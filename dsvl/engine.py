@@ -102,9 +102,19 @@ def divided(model: ModelConfig, *, engine: EngineConfig, train: TrainConfig) -> 
 
 
 def from_rank_0(find: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank: a collective, for what is small and must not differ."""
-    found: list[Any] = [find() if dist.get_rank() == 0 else None]
+    """What rank 0 finds, on every rank: a collective, for what is small and must not differ.
+
+    So is an error that it finds: every rank raises it, and none waits for the others.
+    """
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = find()
+        except Exception as error:
+            found[1] = error
     dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
     return found[0]
 
 

@@ -11,6 +11,7 @@ from dsvl.engine import Engine, from_rank_0
 from dsvl.guard import Guard
 from dsvl.train import Plan
 from orchestration.config import Experiment
+from orchestration.cost import checkpoints_kept
 from orchestration.journal import Journal
 from orchestration.results import refuse_another, trunk_of
 
@@ -34,11 +35,17 @@ class Checkpoints:
     def begin(self) -> None:
         """Save the state before the first update unless there is something to go on from.
 
-        It is what to go back to if the first updates go wrong, and a disk that is full shows now.
+        It is what to go back to if the first updates go wrong, and a disk shows now that has no room for all
+        that will be kept.
 
         Raises:
+            OSError: if there is none.
             ValueError: if the run is a branch and no checkpoint of its trunk is early enough.
         """
+        folder = self.folder / "checkpoints"
+        kept = checkpoints_kept(self.experiment) + 1  # the oldest goes when the newest is whole
+        more = max(1, from_rank_0(lambda: kept - len(checkpoint_folder.held(folder))))
+        checkpoint.require_room(self.engine, folder, checkpoints=more)
         if newest(self.folder) is None:
             self.save(self._on_trunk(), {})
 

@@ -70,8 +70,8 @@ class Journal:
         self, *, identity: str, params: Mapping[str, object], step: int, workers: int = 0
     ) -> None:
         """The run begins, or goes on after `step` updates, with so many workers of its own."""
-        entry = {"identity": identity, "params": params, "step": step, "workers": workers}
-        self._append({"kind": "start"} | entry)
+        about = {"identity": identity, "params": params, "step": step, "workers": workers}
+        self._append({"kind": "start", **about})
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """What was measured after update `step`."""

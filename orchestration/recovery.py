@@ -16,6 +16,8 @@ from ray.train.v2._internal.execution.failure_handling import (
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError
 
+from dsvl.checkpoint_folder import held
+
 
 class RecoveringTrainer(TorchTrainer):
     """A TorchTrainer with policies of ours.
@@ -54,8 +56,7 @@ class Patience(FailurePolicy):
         return self._ray.make_decision(training_failed_error)
 
     def _find_newest(self) -> int:
-        names = (path.name for path in self._checkpoints.glob("step-*"))
-        return max((int(name.removeprefix("step-")) for name in names), default=-1)
+        return max(held(self._checkpoints), default=-1)
 
 
 class Legal(ElasticScalingPolicy):

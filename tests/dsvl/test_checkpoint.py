@@ -16,10 +16,12 @@ def test_a_checkpoint_that_has_no_room_is_refused_before_it_is_begun(tmp_path, m
     engine = SimpleNamespace(shapes={"weight": (2**20, 2**8)})
     monkeypatch.setattr(checkpoint, "from_rank_0", lambda find: find())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**31))
-    with pytest.raises(
-        OSError, match=r"takes 3.00 GiB but 2.00 are free; .*the last checkpoint is"
-    ):
-        checkpoint._require_room(engine, tmp_path)
+    with pytest.raises(OSError, match=r"1 more .* 3\.00 GiB but 2\.00 are free; .*saved is whole"):
+        checkpoint.require_room(engine, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**33))
+    checkpoint.require_room(engine, tmp_path, checkpoints=2)
+    with pytest.raises(OSError, match=r"3 more checkpoints take 9\.00 GiB but 8\.00 are free"):
+        checkpoint.require_room(engine, tmp_path, checkpoints=3)
 
 
 def test_what_a_killed_save_has_left_takes_no_room_from_the_next(tmp_path, monkeypatch):
@@ -29,7 +31,7 @@ def test_what_a_killed_save_has_left_takes_no_room_from_the_next(tmp_path, monke
     monkeypatch.setattr(checkpoint, "from_rank_0", lambda find: find())
     disk = lambda _: SimpleNamespace(free=0 if left.exists() else 2**32)  # noqa: E731
     monkeypatch.setattr(shutil, "disk_usage", disk)
-    checkpoint._require_room(engine, tmp_path)
+    checkpoint.require_room(engine, tmp_path)
 
 
 def _saved(rank, folder, value, kind):
@@ -77,3 +79,21 @@ def test_what_is_not_finite_is_refused_by_every_rank_and_nothing_is_written(tmp_
             f"step 7: {kind} of other is not finite, and no checkpoint is written"
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def found_on_one(rank, fails):
+    def find():
+        assert rank == 0, "only rank 0 looks"
+        if fails:
+            raise ValueError("no checkpoint is whole")
+        return "step-000005"
+
+    try:
+        return checkpoint.from_rank_0(find)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("fails", "told"), [(0, "step-000005"), (1, "no checkpoint is whole")])
+def test_what_rank_0_finds_or_fails_to_find_all_ranks_know(fails, told):
+    assert on_ranks(2, found_on_one, fails) == [told, told]

@@ -106,7 +106,7 @@ def test_nodes_that_come_and_go_leave_the_samples_as_they_are(storage, trained_r
     folder = run_folder(path)
     slow = [{"action": "slow", "rank": 0, "step": step} for step in range(1, 30)]
     monkeypatch.setenv(faults.VARIABLE, json.dumps(slow))  # Ray looks for nodes once a minute
-    machines = Machines(cpus=0)
+    machines = Machines(cpus=1)
 
     def starts() -> list[tuple[int, int]]:
         entries = (entry for entry in read(folder)[0] if entry["kind"] == "start")
@@ -117,7 +117,6 @@ def test_nodes_that_come_and_go_leave_the_samples_as_they_are(storage, trained_r
         assert driver.poll() is None, driver.stderr.read().decode()
 
     try:
-        machines.add(cpus=1)
         driver = machines.run(
             TRAIN, path, f"cluster.address={machines.address}", "cluster.min_workers=1",
             "cluster.workers=2", "cluster.cpus_per_worker=1",
