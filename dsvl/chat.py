@@ -1,7 +1,7 @@
 """One conversation with a model: show images, ask, clear."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -158,11 +158,13 @@ def transcript(
     count: int,
     max_tokens: int,
     device: torch.device,
+    alive: Callable[[], object] = lambda: None,
 ) -> list[dict]:
     """The first `count` held-out conversations, with the model's own answers beside the true ones.
 
     The model chats: its later answers follow its own earlier ones. A conversation ends early where there
-    is no room for another answer. Every rank must call it.
+    is no room for another answer. Every rank must call it. `alive` is called after every answer and every
+    piece of one.
 
     Returns:
         A dict a conversation: `id`, `images` (sha256 keys) and `rounds`, each with the indices of the
@@ -178,10 +180,16 @@ def transcript(
                 continue
             shown = [part.image for part in turn.content if part.type == "image"]
             question, answer = text(turn.content), text(following.content)
+            said = ""
             try:
-                said = chat.ask(question, images=[prepared.pixels(keys[k]) for k in shown])
+                for piece in chat.stream(
+                    question, images=[prepared.pixels(keys[k]) for k in shown]
+                ):
+                    said += piece
+                    alive()
             except TooLongError:  # a finished training does not fail for an illustration
                 break
+            alive()
             rounds.append({"images": shown, "question": question, "answer": answer, "model": said})
         transcripts.append({"id": name, "images": list(keys), "rounds": rounds})
     model.train()

@@ -1,6 +1,7 @@
 """Loss and exact-answer accuracy over held-out samples, with images and without."""
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,8 +48,9 @@ def evaluate(
     *,
     batch: int,
     device: torch.device,
+    alive: Callable[[], object] = lambda: None,
 ) -> Tally:
-    """Tally held-out samples, shared among the ranks; a collective.
+    """Tally held-out samples, shared among the ranks, calling `alive` after every batch; a collective.
 
     A round counts as right if every token of its answer, its end included, is the most likely one after the
     true tokens before it. That is what greedy decoding after the true history writes, in one pass a sample.
@@ -62,6 +64,7 @@ def evaluate(
         examples = [samples[i] for i in mine or (0,)]
         part = score(model, to_device(batch_of(prepared, examples), device))
         tally += part if mine else Tally()
+        alive()
     model.train()
     if workers == 1:
         return tally

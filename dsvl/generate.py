@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -77,7 +78,7 @@ def generate(
     """Continue each prompt of a batch, yielding the next token of every sample as soon as it is known.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode. Where ZeRO 3 divides it, every rank must call this, with the same batch.
         batch: prompts; or what follows on those that the cache holds, a row a sample.
         end: the id that closes an answer.
         max_new_tokens: most tokens a sample.
@@ -136,8 +137,12 @@ def generate(
     ended = [False] * samples
     for count in range(max_new_tokens):
         states = model.decoder(text, images, layout, cache=cache, known=shown)
-        logits_BV = model.head.logits(states[layout.wanted_positions.argsort()])
+        logits_BV = model.logits(states[layout.wanted_positions.argsort()])
         next_B = logits_BV.argmax(-1) if sampling is None else _draw(logits_BV, sampling, draws)
+        if hasattr(model.head.weight, "ds_tensor"):
+            # Divided among the ranks (ZeRO 3), all of which take part in every pass. Those that disagreed
+            # on an end, by a bit of rounding, would wait for each other: rank 0 writes for all.
+            dist.broadcast(next_B, 0)
         chosen = next_B.tolist()
         ended = [done or token == end for done, token in zip(ended, chosen, strict=True)]
         if all(ended):

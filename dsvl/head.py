@@ -27,10 +27,6 @@ class Head(nn.Module):
         """
         return _Scores.apply(states, labels, self.weight, self.bias)  # pyright: ignore[reportReturnType]
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """(n, D) states -> (n, V) float32 logits."""
-        return linear(states, self.weight, self.bias).float()
-
 
 class _Scores(torch.autograd.Function):
     """Cross-entropy whose gradient is worked out in the forward pass; weights are frozen."""

@@ -171,6 +171,11 @@ class VisualChat(nn.Module):
         """
         return self.head(self.states(batch), labels(batch))[0]
 
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(n, D) final states -> (n, V) float32 scores of the next token, over the vocabulary of V."""
+        # By the forward of the stock head: ZeRO 3 has the weights of a module at hand in its forward alone.
+        return self.language.lm_head(states).float()
+
 
 def labels(batch: Batch) -> torch.Tensor:
     """(n,) what each wanted position of a batch has to predict: the token after it."""

@@ -1,6 +1,5 @@
 """The training loop, as a generator: the library yields a Step, the caller decides what to do with it."""
 
-import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
@@ -147,39 +146,6 @@ def steps(
             seconds=time.perf_counter() - began,
             skipped=skipped,
             inspected=norms.metrics(grad_norm) | stragglers.metrics() if inspect else {},
-        )
-
-
-def rehearse(
-    engine: Engine, prepared: Prepared, blender: Blender, *, config: EngineConfig, epoch: int
-) -> None:
-    """Pass the longest samples of an epoch through the model, forward and backward, as a first update would.
-
-    Memory that is too small shows now and not weeks later. The update has a rate of zero, and is to be
-    followed by `dsvl.checkpoint.load`, as it leaves moments behind.
-
-    Raises:
-        ValueError: if the memory of a GPU is too small, or the model's loss is not finite.
-    """
-    samples = blender.epoch(epoch)
-    longest = np.argsort(samples.lengths, kind="stable")[-config.micro_batch :]
-    what = f"{len(longest)} samples of up to {samples.lengths[longest].max()} tokens"
-    try:
-        batch = to_device(batch_of(prepared, [samples[i] for i in longest]), engine.device)
-        loss, _ = engine.update(
-            [batch] * engine.accumulation,
-            targets=max(1, int(samples.targets[longest].sum())),
-            lr=0.0,
-        )
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{what}, the longest of an epoch, need more memory than the GPU has; lower engine.micro_batch "
-            f"or data.max_tokens, or set engine.gradient_checkpointing=true: {error}"
-        ) from error
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss of {what} is {loss} before any update; look at the model's checkpoints, "
-            "and at train.precision"
         )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ray.train
@@ -18,7 +19,8 @@ from dsvl.evaluate import evaluate, majority_accuracy
 from dsvl.features import Features
 from dsvl.guard import Guard, guarded
 from dsvl.model import VisualChat
-from dsvl.train import Plan, rehearse
+from dsvl.rehearse import rehearse
+from dsvl.train import Plan
 from orchestration.checkpoints import Checkpoints
 from orchestration.config import Experiment
 from orchestration.faults import inject
@@ -55,7 +57,9 @@ def work(config: dict) -> None:
     engine_config = replace(experiment.engine, gradient_checkpointing=checkpointing)
     with divided(experiment.model, engine=engine_config, train=train):
         model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
+    watchdog.wind("handing the model to DeepSpeed")
     engine = Engine(model, engine=engine_config, train=train, optim_config=experiment.optim)
+    watchdog.wind("hashing the frozen parts")
     frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
     if experiment.engine.stored_features:
         prepared.vision_input = Features(prepared, features_folder(experiment, prepared.folder))
@@ -70,7 +74,11 @@ def work(config: dict) -> None:
     watchdog.wind("saving the untrained model")
     checkpoints.begin()
     watchdog.wind("passing the longest samples")
-    rehearse(engine, prepared, blender, config=engine_config, epoch=0)
+    batch = experiment.evaluation.batch
+    rehearse(
+        engine, prepared, blender, config=engine_config, epoch=0, held_out=samples,
+        evaluation_batch=batch,
+    )  # fmt: skip
     start = checkpoints.resume()
     if journal and start == 0:
         journal.metrics(0, {"data/quarantined": prepared.quarantined})
@@ -83,9 +91,11 @@ def work(config: dict) -> None:
         inject(config["faults"], folder, rank=rank, step=step.number, model=model)
         measured: dict[str, float] = {}
         if step.ends_epoch:
-            watchdog.wind(f"evaluating after update {step.number}")
-            batch = experiment.evaluation.batch
-            tally = evaluate(model, prepared, samples, batch=batch, device=engine.device)
+            alive = partial(watchdog.wind, f"evaluating after update {step.number}")
+            alive()
+            tally = evaluate(
+                model, prepared, samples, batch=batch, device=engine.device, alive=alive
+            )
             measured = tally.metrics() | {"eval/accuracy_majority": majority}
             measured["train/epoch"] = step.epoch + 1
         metrics = step.metrics() | measured
@@ -111,6 +121,7 @@ def work(config: dict) -> None:
     chats = transcript(
         model, tokenizer, prepared, count=experiment.evaluation.chats,
         max_tokens=experiment.data.max_tokens, device=engine.device,
+        alive=partial(watchdog.wind, "answering"),
     )  # fmt: skip
     if journal:
         write_json(folder / "chats.json", chats)

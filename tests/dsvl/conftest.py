@@ -51,6 +51,16 @@ def model_config(checkpoints):
     )
 
 
+@pytest.fixture(scope="module")
+def language(tokenizer, tmp_path_factory):
+    """A tiny decoder that knows every id of the tokenizer."""
+    shape = {**SHAPE, "vocab_size": len(tokenizer)}
+    folder = tmp_path_factory.mktemp("language")
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.2)).save_pretrained(folder)
+    return LanguageConfig(checkpoint=str(folder), **shape)
+
+
 @pytest.fixture
 def model(model_config):
     """The tiny model in float32."""

@@ -5,21 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsvl import chat as chat_module
 from dsvl import template
 from dsvl.attention import SCHEMES
 from dsvl.cache import ImageStore
 from dsvl.chat import Chat, TooLongError
-from dsvl.config import LanguageConfig
 from dsvl.data.collate import collate
 from dsvl.data.encode import Encoder
 from dsvl.data.types import IGNORED, Example, Kind, Part, Turn
 from dsvl.decoder import Interleaved
 from dsvl.generate import Sampling, generate
 from dsvl.model import VisualChat
-from tests.dsvl.conftest import SHAPE, open_gates
+from tests.dsvl.conftest import open_gates
 from tests.dsvl.test_decoder import BrokenOffError, break_off
 from tests.dsvl.test_model import PIXELS, wanting
 
@@ -34,16 +32,6 @@ ROUNDS = [
     ("Why", ""),
 ]
 """Questions, and the images that come with them: some without, one without words, one shown twice."""
-
-
-@pytest.fixture(scope="module")
-def language(tokenizer, tmp_path_factory):
-    """A tiny decoder that knows every id of the tokenizer."""
-    shape = {**SHAPE, "vocab_size": len(tokenizer)}
-    folder = tmp_path_factory.mktemp("language")
-    torch.manual_seed(1)
-    LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.2)).save_pretrained(folder)
-    return LanguageConfig(checkpoint=str(folder), **shape)
 
 
 def talker(model_config, language, scheme):
@@ -97,7 +85,7 @@ def dictate(model, monkeypatch, ids):
         scores[:, next(script)] = 1.0
         return scores
 
-    monkeypatch.setattr(model.head, "logits", logits)
+    monkeypatch.setattr(model, "logits", logits)
 
 
 class Counter:
@@ -163,7 +151,7 @@ def answers_without_cache(model, tokenizer, rounds, *, first=NEW):
             batch = wanting(batch, np.arange(len(row))[None] == len(row) - 1)
             with torch.no_grad():
                 state = decoder(*model.embed(batch), batch.layout)
-            token = int(model.head.logits(state).argmax())
+            token = int(model.logits(state).argmax())
             if token == tokenizer.eos_token_id:
                 break
             answer.append(token)
@@ -190,11 +178,11 @@ def written(monkeypatch):
 def test_a_conversation_writes_the_ids_that_its_whole_text_computed_anew_gives(
     any_model, tokenizer, begin, written, monkeypatch
 ):
-    lengths = []
+    lengths, scores = [], any_model.logits
     for leaning in (0.0, 1.0, 2.0):  # towards an end
         bias = torch.zeros(len(tokenizer), dtype=torch.float64)
         bias[tokenizer.eos_token_id] = leaning
-        monkeypatch.setattr(any_model.head, "bias", bias)
+        monkeypatch.setattr(any_model, "logits", lambda states, bias=bias: scores(states) + bias)
         expected = answers_without_cache(any_model, tokenizer, ROUNDS)
         written.clear()
         answers = ask_all(begin(any_model), ROUNDS)
@@ -329,7 +317,7 @@ def test_every_round_of_a_conversation_has_draws_of_its_own(model, begin, writte
     def logits(states):  # whatever was said
         return torch.zeros(len(states), model.config.language.vocab_size)
 
-    monkeypatch.setattr(model.head, "logits", logits)
+    monkeypatch.setattr(model, "logits", logits)
     ask_all(begin(model, sampling=Sampling(seed=1)), ROUNDS)
     assert len(set(map(tuple, written))) == len(ROUNDS)
 

@@ -1,4 +1,4 @@
-"""Under ZeRO 3 no rank ever holds a whole decoder: LLaMA-2-70B's layout at a small width, from many files."""
+"""Under ZeRO 3 no rank ever holds a whole decoder, and what is divided says what is whole would say."""
 
 import json
 import os
@@ -7,13 +7,20 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dsvl.config import EngineConfig, LanguageConfig, TrainConfig
-from dsvl.engine import divided, join
+from dsvl.chat import transcript
+from dsvl.config import EngineConfig, LanguageConfig, OptimConfig, TrainConfig
+from dsvl.data.types import Part, Turn
+from dsvl.engine import Engine, divided, join
+from dsvl.generate import Sampling, generate
 from dsvl.model import VisualChat
+from tests.dsvl.conftest import open_gates
+from tests.dsvl.ranks import on_ranks
+from tests.dsvl.test_model import PIXELS, batch_of, example
 
 LAYOUT = {
     "vocab_size": 32_000,
@@ -23,7 +30,7 @@ LAYOUT = {
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
 }
-"""Layers and heads of the 70B, at a 32nd of its width."""
+"""Layers and heads of LLaMA-2-70B, at a 32nd of its width."""
 RANKS = 4
 TRAIN = TrainConfig(epochs=1, batch=RANKS, precision="bf16")
 
@@ -89,3 +96,77 @@ def test_no_rank_ever_holds_a_whole_decoder(model_config, tmp_path, monkeypatch)
         assert found["held"] == whole / RANKS
         # Beside its share a rank has the embedding for a moment, twice, and buffers of the process group.
         assert found["most"] < 0.65 * whole
+
+
+class HeldOut:
+    """Two conversations of prepared data, the second with images in both of its rounds."""
+
+    pixels = staticmethod(PIXELS.__getitem__)
+
+    def conversations(self, split, count):
+        def turns(*questions):
+            for question, images in questions:
+                shown = (Part("image", image=k) for k in images)
+                yield Turn("user", (*shown, Part("text", text=question)))
+                yield Turn("assistant", (Part("text", text="True."),))
+
+        assert (split, count) == ("eval", 2)
+        yield "a", (), tuple(turns(("What is here?", ()), ("Why", ())))
+        yield "b", ("3", "0"), tuple(turns(("Which is red?", (0,)), ("And this?", (1,))))
+
+
+def answers(model, tokenizer) -> tuple[list[dict], list, int]:
+    """Chats about held-out images, what is drawn after two prompts, and signs of life meanwhile."""
+    alive: list[None] = []
+    chats = transcript(
+        model,
+        tokenizer,
+        HeldOut(),
+        count=2,
+        max_tokens=400,
+        device=torch.device("cpu"),
+        alive=lambda: alive.append(None),
+    )
+    model.eval()
+    prompts = batch_of(example("tt1ttt"), example("t", seed=3))
+    drawn = generate(model, prompts, end=-1, max_new_tokens=6, sampling=Sampling(seed=3))
+    return chats, list(drawn), len(alive)
+
+
+def built(config) -> VisualChat:
+    return open_gates(VisualChat(config, precision="fp32", seed=0))
+
+
+def answers_of_rank(rank, config, tokenizer):
+    """The same by a model divided among the ranks, after an update; all but rank 0 differ in opinion."""
+    world = torch.distributed.get_world_size()
+    train = TrainConfig(epochs=1, batch=world, precision="fp32")
+    small = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    settings = EngineConfig(zero_stage=3, deepspeed=small)
+    with divided(config, engine=settings, train=train):
+        model = built(config)
+    engine = Engine(model, engine=settings, train=train, optim_config=OptimConfig())
+    sample = batch_of(example("t1tTT"))
+    engine.update([sample], targets=world * sample.targets, lr=0.0)
+    assert all(not p.numel() for p in model.language.parameters()), "divided, down to the last"
+    if rank:
+        right = model.logits
+        model.logits = lambda states: -right(states)
+    return answers(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("world", "scheme"), [(1, "mmca"), (2, "mmca"), (2, "causal"), (2, "gated_cross")]
+)
+def test_a_divided_model_says_what_the_whole_one_says(
+    model_config, language, tokenizer, world, scheme
+):
+    torch.set_num_threads(1)  # as the ranks
+    config = replace(model_config, languages={"tiny": language}, attention=scheme, cross_every=1)
+    expected = answers(built(config), tokenizer)
+    chats, _, alive = expected
+    said = [chat_round["model"] for chat in chats for chat_round in chat["rounds"]]
+    assert len(set(said)) == 4
+    assert alive > len(said)
+    for found in on_ranks(world, answers_of_rank, config, tokenizer):
+        assert found == expected

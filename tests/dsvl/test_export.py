@@ -84,7 +84,7 @@ def trained(config, folder: Path, *, precision="fp32", **settings) -> VisualChat
 def logits(model: VisualChat, batch: Batch | None = None) -> torch.Tensor:
     """What a model says of the answers of a batch, or of one with images and without."""
     with torch.no_grad():
-        return model.head.logits(model.states(batch or mixed()))
+        return model.logits(model.states(batch or mixed()))
 
 
 def exported(source: Path, target: Path, form, *, precision="fp32") -> VisualChat:

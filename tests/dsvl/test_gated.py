@@ -330,7 +330,7 @@ def test_a_new_model_is_its_decoder_without_images_bit_for_bit(model_config):
     is_text = batch.kinds.numpy() == Kind.TEXT
     with torch.no_grad():
         expected = stock(batch.ids[:, is_text[0]]).logits[0]
-        found = model.head.logits(model.states(wanting(batch, is_text)))
+        found = model.logits(model.states(wanting(batch, is_text)))
     assert torch.equal(found, expected)
 
 

@@ -152,7 +152,7 @@ def test_draws_fall_on_the_likeliest_as_often_as_their_shares_say(model):
     last = np.arange(len(prompt.ids))[None] == len(prompt.ids) - 1
     batch = wanting(batch_of(prompt), last)
     with torch.no_grad():
-        shares = (model.head.logits(model.states(batch))[0] / 0.3).softmax(-1)
+        shares = (model.logits(model.states(batch))[0] / 0.3).softmax(-1)
     drawn = [
         next(generate(model, batch_of(prompt), end=-1, max_new_tokens=1, sampling=sampling))[0]
         for seed in range(count)

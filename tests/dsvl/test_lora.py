@@ -38,7 +38,7 @@ def mixed():
 
 def logits(model, batch):
     with torch.no_grad():
-        return model.head.logits(model.states(wanting(batch, True)))
+        return model.logits(model.states(wanting(batch, True)))
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:

@@ -109,7 +109,7 @@ def test_text_alone_equals_the_stock_decoder(model, model_config):
     stock = LlamaForCausalLM.from_pretrained(model_config.language.checkpoint)
     with torch.no_grad():
         expected = stock(batch.ids).logits[0]
-        actual = model.head.logits(model.states(wanting(batch, True)))
+        actual = model.logits(model.states(wanting(batch, True)))
     assert torch.equal(actual, expected)
 
 
@@ -146,7 +146,7 @@ def test_only_projection_and_embedding_are_trained(model):
 
 def test_the_loss_is_the_sum_over_answers_alone(model):
     batch = batch_of(example("t1tTTtT"), example("tTTt1T", seed=1))
-    logits = model.head.logits(hidden(model, batch).flatten(0, 1)).unflatten(0, batch.ids.shape)
+    logits = model.logits(hidden(model, batch).flatten(0, 1)).unflatten(0, batch.ids.shape)
     expected = torch.zeros(())
     for row in range(2):
         for s in range(batch.ids.shape[1] - 1):

@@ -21,7 +21,8 @@ from dsvl.engine import Engine, divided, join
 from dsvl.guard import WINDOW, Guard, guarded
 from dsvl.model import VisualChat
 from dsvl.optim import groups, learning_rate
-from dsvl.train import Plan, Step, rehearse
+from dsvl.rehearse import rehearse
+from dsvl.train import Plan, Step
 from tests.dsvl.test_model import PIXELS, batch_of, example
 
 LAYOUTS = ("t1tTTtT", "tTTT", "t11ttTtTT", "ttT1tT", "tt1TTT", "t1t1tT", "tttTtT", "1TTT", "t1T")
@@ -42,6 +43,10 @@ class Examples(list):
     def epoch(self, _):
         """The samples of any epoch: these, not blended."""
         return self
+
+    def take(self, samples):
+        """Those samples, in that order."""
+        return [self[i] for i in samples]
 
 
 class Prepared:
@@ -96,7 +101,15 @@ def _worker(rank, world, port, config, folder, options):
     if newest(folder) is None:
         save(0)
     # What a rehearsal leaves behind is overwritten by the checkpoint.
-    rehearse(engine, Prepared(), Prepared.train, config=engine_config, epoch=0)
+    rehearse(
+        engine,
+        Prepared(),
+        Prepared.train,
+        config=engine_config,
+        epoch=0,
+        held_out=Prepared.eval,
+        evaluation_batch=4,
+    )
     records = []
     for step in guarded(
         engine,
@@ -394,6 +407,44 @@ def test_what_is_usual_and_what_was_skipped_survives_a_resume(model_config, tmp_
     run(model_config, tmp_path / "broken", **options | {"stop": 9})
     assert run(model_config, tmp_path / "broken", **options | {"corrupt": []}) == unbroken[-4:]
     assert files_of(tmp_path / "unbroken/step-000012") == files_of(tmp_path / "broken/step-000012")
+
+
+class Rehearsed:
+    """An engine on two workers whose updates take no memory."""
+
+    workers, accumulation, device = 2, 1, torch.device("cpu")
+    model = None
+
+    def update(self, *_, **__):
+        return 1.0, 1.0
+
+
+def test_the_longest_held_out_samples_are_evaluated_first_and_must_fit(monkeypatch):
+    seen = {}
+
+    def out_of_memory(model, prepared, samples, *, batch, device):
+        ranks = [samples[: batch * 2][rank::2] for rank in (0, 1)]
+        seen.update({rank: [len(e.ids) for e in part] for rank, part in enumerate(ranks)})
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr("dsvl.rehearse.evaluate", out_of_memory)
+    config = EngineConfig(micro_batch=1)
+    rule = (
+        r"^3 samples of up to 15 tokens, the longest that are evaluated together, need more memory "
+        r"than the GPU has; lower evaluation\.batch: tried"
+    )
+    with pytest.raises(ValueError, match=rule):
+        rehearse(
+            Rehearsed(),
+            Prepared(),
+            Prepared.train,
+            config=config,
+            epoch=0,
+            held_out=Prepared.eval,
+            evaluation_batch=3,
+        )
+    longest = sorted(Prepared.eval.lengths)[-3:]
+    assert seen == {0: longest, 1: longest}
 
 
 def step_of(number, norm, loss=1.0):
