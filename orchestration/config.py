@@ -66,8 +66,9 @@ class ClusterConfig(Section):
     """Restarts of a training without a new checkpoint in between before it counts as failed. What would go
     wrong again, as a request that is refused, a model that diverged or a full disk, ends it at once."""
     hang_timeout_s: float = Field(default=1800, gt=0)
-    """Seconds after which a worker counts as hanging: loading, hashing the frozen parts, a save, an update and
-    a batch of an evaluation each must take less. It then leaves its stacks in the run's `logs` and the training starts anew."""
+    """Seconds after which a worker counts as hanging: loading, hashing the frozen parts, a save, an update or
+    a batch of an evaluation must take less. Its stacks are then in the run's `logs`, and the training starts
+    anew."""
 
     @field_validator("address")
     @classmethod
