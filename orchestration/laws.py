@@ -9,6 +9,7 @@ branches share their trunk's luck, so noise is drawn by run: by point, intervals
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import log
 
 import numpy as np
@@ -63,30 +64,63 @@ class Spreads:
 class Law:
     """A fitted law: the most probable parameters, and samples of what else they may be."""
 
-    ladder: Ladder
     most_probable: np.ndarray
-    samples: np.ndarray
-    """(S, parameters)."""
+    """(parameters,)."""
     spreads: Spreads
-    correlated: float
+    count: int
+    """Of samples."""
+    seed: int
+    problem: "_Problem"
+
+    @property
+    def ladder(self) -> Ladder:
+        """What it was fitted to."""
+        return self.problem.ladder
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        """(S, parameters), drawn when they are first asked for."""
+        random, law = np.random.default_rng(self.seed), self.most_probable
+        drawn, _, _ = self.problem.solve(
+            np.repeat(law[None], self.count, axis=0),
+            self.problem.draw(self.spreads, self.count, random),
+            noise=random.standard_normal((self.count, self.problem.points)),
+            prior=random.standard_normal((self.count, len(law))),
+        )
+        return drawn
 
     def log_loss(self, size: str, horizons: np.ndarray, lrs: np.ndarray) -> np.ndarray:
         """Natural logarithms of the loss at M points for each sample, (S, M)."""
-        place = np.full(len(horizons), self.ladder.place(size))
-        return Points(self.ladder, place, horizons, np.log(lrs)).log_loss(self.samples)
+        return self._points(size, horizons, lrs).log_loss(self.samples)
 
     def loss(self, size: str, horizon: float, lr: float) -> np.ndarray:
         """The loss at one point for each sample, (S,)."""
         return np.exp(self.log_loss(size, np.array([horizon]), np.array([lr]))[:, 0])
 
+    def probable_loss(self, size: str, horizon: float, lr: float) -> float:
+        """The loss at one point under the most probable law."""
+        points = self._points(size, np.array([horizon]), np.array([lr]))
+        return float(np.exp(points.log_loss(self.most_probable)[0]))
+
     def best_rate(self, size: str, horizon: float) -> np.ndarray:
         """The best learning rate for each sample, (S,)."""
-        place = np.array([self.ladder.place(size)])
-        return np.exp(self.samples @ rate_basis(self.ladder, place, np.array([horizon]))[0])
+        return np.exp(self.samples @ self._rate(size, horizon))
 
-    def whiten(self, count: int) -> np.ndarray:
-        """Makes the residuals of so many branches of one run independent and of unit variance."""
-        return Whitening(np.zeros(count), self.correlated)(np.eye(count)) / self.spreads.noise
+    def probable_rate(self, size: str, horizon: float) -> float:
+        """The best learning rate under the most probable law."""
+        return float(np.exp(self.most_probable @ self._rate(size, horizon)))
+
+    def whiten(self, residuals: np.ndarray) -> np.ndarray:
+        """Residuals of the branches of one run, (S, branches), made independent and of unit variance."""
+        one_run = Whitening(np.zeros(residuals.shape[-1]), self.problem.correlated)
+        return one_run(residuals[..., None])[..., 0] / self.spreads.noise
+
+    def _points(self, size: str, horizons: np.ndarray, lrs: np.ndarray) -> Points:
+        place = np.full(len(horizons), self.ladder.place(size))
+        return Points(self.ladder, place, horizons, np.log(lrs))
+
+    def _rate(self, size: str, horizon: float) -> np.ndarray:
+        return rate_basis(self.ladder, np.array([self.ladder.place(size)]), np.array([horizon]))[0]
 
 
 def interval(values: np.ndarray, share: float = 0.9) -> tuple[float, float]:
@@ -116,15 +150,8 @@ def fit(
     for _ in range(ROUNDS):
         law, curvature, residuals = problem.solve(law, spreads)
         spreads = problem.spreads(law[0], curvature[0], residuals[0], spreads)
-    law = problem.solve(law, spreads)[0]
-    random = np.random.default_rng(seed)
-    drawn, _, _ = problem.solve(
-        np.repeat(law, samples, axis=0),
-        problem.draw(spreads, samples, random),
-        noise=random.standard_normal((samples, problem.points)),
-        prior=random.standard_normal((samples, law.shape[-1])),
-    )
-    return Law(ladder, law[0], drawn, spreads, correlated)
+    law, _, _ = problem.solve(law, spreads)
+    return Law(law[0], spreads, samples, seed, problem)
 
 
 class _Problem:
@@ -143,7 +170,7 @@ class _Problem:
         finite = np.isfinite(columns[4])
         if not finite.any():
             raise ValueError("no run has a loss: nothing can be learnt of the law")
-        self.ladder = ladder
+        self.ladder, self.correlated = ladder, correlated
         self.wide = None if wide is None else ladder.place(wide)
         loss = np.where(finite, columns[4], np.inf)
         place, horizon = columns[1].astype(int), columns[2]
