@@ -14,13 +14,11 @@ from math import isfinite
 import numpy as np
 
 from orchestration.laws import Law, fit, interval
-from orchestration.regret import Gate, Surface, chance_to_win, gate, surface
+from orchestration.regret import Choice, Gate, Surface, chance_to_win, gate, surface
 from orchestration.scaling import Ladder, Run, Size, Trunk
 
 FIRST_RATES, RATES, FEWEST = 8, 6, 3
 """Rates at the smallest size, over the whole range; at others at most; at others at least."""
-EXTENSION = 2
-"""Rates beyond an edge on which the best one lies."""
 SWEEP_RATES, SWEEP_STEP = 3, 1.25
 """Of the target, where the law is violated: how many, and octaves between them."""
 OCTAVES = (-1.5, -1, -0.5, 0.5, 1, 1.5)
@@ -29,6 +27,10 @@ WORTH = 1e-4
 """Regret that a trunk at the target has to save, or else the search is over."""
 LOSES = 0.05
 """A trunk goes on unless its chance to win falls below this."""
+BELOW = 4.0
+"""So many times lower than a rate that diverged is one that no other vouches for."""
+BRANCH = 0.001
+"""Standard deviation of what a branch ends with, beside a training of its own."""
 TWICE = 2.0
 """A loss so many times the least one of its size and horizon has diverged."""
 
@@ -42,7 +44,7 @@ class Recommendation:
     horizon: float
     loss: float
     loss_interval: tuple[float, float]
-    """90 % of what the loss may be on average over seeds."""
+    """90 % of what a training of its own may end with, on average over seeds."""
     lr_interval: tuple[float, float]
     """90 % of what the best rate of that horizon may be."""
     regret: float
@@ -116,8 +118,9 @@ class AcrossSizes:
     def recommend(self, trunks: Sequence[Trunk]) -> Recommendation:
         """What to train at the target after all that has been seen."""
         target, law, swept = self.ladder.target.name, self._law(trunks), self._violated(trunks)
-        choice = self.surface(trunks).choose(self.eps)
+        choice = self.choice(trunks)
         loss = law.loss(target, choice.horizon, choice.lr)
+        loss = loss * (1 + BRANCH * np.random.default_rng(self.seed).standard_normal(len(loss)))
         best = interval(law.best_rate(target, choice.horizon))
         reasons = [str(found) for found in [self._gate(trunks)] if found]
         reasons += [
@@ -133,6 +136,14 @@ class AcrossSizes:
         """Losses of the target as all that has been seen foretells them."""
         return surface(self._law(trunks), self.ladder.target.name, self.rates)
 
+    def choice(self, trunks: Sequence[Trunk]) -> Choice:
+        """The rate and horizon of the target: none higher than what is known to train there, once it is."""
+        own = [trunk for trunk in trunks if trunk.run.size == self.ladder.target.name]
+        trained = [trunk.run.lr for trunk in own if not trunk.diverged]
+        failed = [trunk.run.lr / BELOW for trunk in own if trunk.diverged]
+        highest = max(trained, default=min(failed, default=np.inf))
+        return self.surface(trunks).choose(self.eps, highest)
+
     def _upto(self, size: Size, trunks: Sequence[Trunk]) -> list[Trunk]:
         place = self.ladder.place(size.name)
         return [trunk for trunk in trunks if self.ladder.place(trunk.run.size) <= place]
@@ -142,7 +153,8 @@ class AcrossSizes:
         allowed, whole = self.share * self.budget, self.ladder.horizons
         prefixes = [whole[:count] for count in range(len(whole), 0, -1)]
         horizons = next(
-            (p for p in prefixes if FEWEST * self.ladder.cost(size.name, p) <= allowed), prefixes[-1]
+            (p for p in prefixes if FEWEST * self.ladder.cost(size.name, p) <= allowed),
+            prefixes[-1],
         )
         if not smaller:
             low, high = np.log(self.rates)
@@ -158,19 +170,17 @@ class AcrossSizes:
             yield Run(size.name, _round(float(lr)), horizons)
 
     def _extend(self, size: Size, trunks: Sequence[Trunk]) -> list[Run]:
-        """Rates beyond the edge of those tried, where the best one lies there."""
+        """A rate beyond the edge of those tried, where the best of them lies there: laws apart, seen."""
         own = [trunk for trunk in trunks if trunk.run.size == size.name]
-        tried, horizons = [trunk.run.lr for trunk in own], own[0].run.horizons
-        best = self._law(trunks).probable_rate(size.name, float(np.median(horizons)))
-        steps = 2.0 ** np.arange(1, EXTENSION + 1)
-        if best > max(tried):
-            more = max(tried) * steps
-        elif best < min(tried):
-            more = min(tried) / steps
-        else:
-            return []
+        tried, horizons = sorted(trunk.run.lr for trunk in own), own[0].run.horizons
+        common = min((len(trunk.losses) for trunk in own if not trunk.diverged), default=0)
+        losses = {trunk.run.lr: _mean(trunk.losses[:common]) for trunk in own if not trunk.diverged}
+        best = min(losses, key=losses.__getitem__, default=tried[0])
+        beyond = {tried[0]: tried[0] / 2, tried[-1]: tried[-1] * 2}.get(best)
         low, high = self.rates
-        return [Run(size.name, _round(lr), horizons) for lr in more if low <= lr <= high]
+        return (
+            [Run(size.name, _round(beyond), horizons)] if beyond and low <= beyond <= high else []
+        )
 
     def _at_target(self, trunks: Sequence[Trunk]) -> list[Run]:
         target = self.ladder.target.name
@@ -178,11 +188,14 @@ class AcrossSizes:
         left = self.budget - self.ladder.spent(trunks)
         law = self._law(trunks)
         if self._violated(trunks):
-            return [] if own else self._sweep(law, left)
+            if not own:
+                return self._sweep(law, left)
+            more = self._extend(self.ladder.target, trunks)
+            return [run for run in more if self.ladder.cost(target, run.horizons) <= left]
         if len(own) >= self.verify:
             return []
         on = self.surface(trunks)
-        choice = on.choose(self.eps)
+        choice = self.choice(trunks)
         horizons = self.ladder.horizons
         prefixes = [horizons[:count] for count in range(1, len(horizons) + 1)]
         if not own:
@@ -230,7 +243,6 @@ class AcrossSizes:
         return _law(self.ladder, frozenset(trunks), self.samples, self.seed, wide)
 
 
-
 @lru_cache(maxsize=32)
 def _law(
     ladder: Ladder, trunks: frozenset[Trunk], samples: int, seed: int, wide: str | None
@@ -241,6 +253,10 @@ def _law(
 @lru_cache(maxsize=32)
 def _gate(ladder: Ladder, trunks: frozenset[Trunk], size: str) -> Gate:
     return gate(ladder, list(trunks), size)
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / max(len(losses), 1)
 
 
 def _round(lr: float) -> float:

@@ -58,11 +58,15 @@ class Surface:
         """Mean regret of each point."""
         return self.regret.mean(axis=0)
 
-    def choose(self, eps: float) -> Choice:
-        """The shortest horizon whose expected regret is within `eps` of the least, at its best rate."""
-        near = self.expected <= self.expected.min() + eps
-        horizon = self.horizons[near].min()
-        at = np.where(self.horizons == horizon, self.expected, np.inf).argmin()
+    def choose(self, eps: float, highest: float = np.inf) -> Choice:
+        """The shortest horizon whose expected regret is within `eps` of the least, at its best rate.
+
+        `highest` is the greatest rate that may be chosen.
+        """
+        allowed = self.lrs <= max(highest, self.lrs.min())
+        expected = np.where(allowed, self.expected, np.inf)
+        horizon = self.horizons[expected <= expected.min() + eps].min()
+        at = np.where(self.horizons == horizon, expected, np.inf).argmin()
         return Choice(float(self.lrs[at]), float(horizon), float(self.expected[at]))
 
     def worth(self, lr: float, horizons: tuple[float, ...]) -> float:
@@ -93,9 +97,7 @@ def surface(law: Law, size: str, rates: tuple[float, float]) -> Surface:
     return Surface(law, size, grid[0].ravel(), grid[1].ravel())
 
 
-def chance_to_win(
-    law: Law, trunk: Trunk, others: list[tuple[float, float]], eps: float
-) -> float:
+def chance_to_win(law: Law, trunk: Trunk, others: list[tuple[float, float]], eps: float) -> float:
     """Probability that a trunk's further horizons end more than `eps` below all that has been reached.
 
     `others` are rates and horizons of the same size that have been.

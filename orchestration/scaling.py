@@ -15,7 +15,7 @@ Losses are those of annealed runs alone: unfinished ones of another schedule ran
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite, log
+from math import fsum, isfinite, log
 
 import numpy as np
 
@@ -24,7 +24,8 @@ TERMS = (
     "rate", "rate_size_power", "rate_bend", "rate_horizon_power", "rate_embedding_power",
     "low", "high",
 )  # fmt: skip
-"""Parameters of the law, in order; the deviations of each size's rate, then of its loss, follow.
+"""Parameters of the law, in order; deviations of each size follow: of its ln best rate, of the power that
+moves that rate with the horizon, and of its ln loss.
 
 `floor`, `size`, `data`, `repeats`, `overfit`, `rate`, `low` and `high` are logarithms.
 """
@@ -110,11 +111,11 @@ class Ladder:
 
     def spent(self, trunks: Sequence[Trunk]) -> float:
         """Epochs of the target that trunks have cost."""
-        return sum(self.cost(trunk.run.size, trunk.reached) for trunk in trunks)
+        return fsum(self.cost(trunk.run.size, trunk.reached) for trunk in trunks)
 
     @cached_property
     def log_size(self) -> np.ndarray:
-        """ln N of each size, relative to their geometric mean."""
+        """Logarithm of N of each size, relative to their geometric mean."""
         logs = np.log([size.parameters for size in self.sizes])
         return logs - logs.mean()
 
@@ -135,19 +136,26 @@ class Ladder:
         return slice(len(TERMS), len(TERMS) + len(self.sizes))
 
     @property
+    def powers(self) -> slice:
+        """Where it has those of the power of the horizon."""
+        return slice(self.rates.stop, self.rates.stop + len(self.sizes))
+
+    @property
     def offsets(self) -> slice:
         """Where it has those of each size's ln loss."""
-        return slice(self.rates.stop, self.rates.stop + len(self.sizes))
+        return slice(self.powers.stop, self.powers.stop + len(self.sizes))
 
 
 def rate_basis(ladder: Ladder, place: np.ndarray, horizon: np.ndarray) -> np.ndarray:
     """What the parameters are multiplied with for ln of the best rate at M points, (M, parameters)."""
-    basis = np.zeros((len(place), len(TERMS) + 2 * len(ladder.sizes)))
+    basis = np.zeros((len(place), ladder.offsets.stop))
     size = ladder.log_size[place]
     basis[:, RATE], basis[:, RATE_SIZE], basis[:, BEND] = 1, -size, size**2
-    basis[:, RATE_HORIZON] = -np.log(horizon / ladder.middle)
+    points, epochs = np.arange(len(place)), np.log(horizon / ladder.middle)
+    basis[:, RATE_HORIZON] = -epochs
     basis[:, EMBEDDING] = ladder.log_embedding[place]
-    basis[np.arange(len(place)), ladder.rates.start + place] = 1
+    basis[points, ladder.rates.start + place] = 1
+    basis[points, ladder.powers.start + place] = -epochs
     return basis
 
 

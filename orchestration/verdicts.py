@@ -74,15 +74,14 @@ def still_falling(losses: Sequence[float], epochs: Sequence[float]) -> Verdict:
     # Residual blocks are exchangeable: drawn anew about the line, they tell how sure its slope is.
     rest = y - y.mean() * slope * (x - x.mean())
     random = np.random.default_rng(0)
-    drawn = [
-        np.median(_slopes(x, random.permutation(rest))) / y.mean() + slope for _ in range(200)
-    ]
+    drawn = [np.median(_slopes(x, random.permutation(rest))) / y.mean() + slope for _ in range(200)]
     bound = float(np.quantile(drawn, 0.95))
     return Verdict(
         "still falling",
         bound < 0 and slope < -FALLS,
         -slope,
-        f"the loss changes by {slope:+.2%} an epoch over the last {count} values (at most {bound:+.2%}, 95 %)",
+        f"the loss changes by {slope:+.2%} an epoch over the last {count} values "
+        f"(at most {bound:+.2%}, 95 %)",
         "anneal now and at twice the epochs, from the same trunk, and compare",
     )
 
@@ -99,17 +98,15 @@ def overfit(train: Sequence[float], held_out: Sequence[float], noise: float) -> 
         "overfit",
         bool(rise > 2 * noise and falls),
         rise / noise,
-        f"held-out loss {held_out[least]:.4g} at {least + 1} of {len(held_out)}, {held_out[-1]:.4g} at the end "
-        f"({rise:+.2%}, {rise / noise:.1f} standard deviations), training loss {train[least]:.4g}, then "
-        f"{train[-1]:.4g}",
+        f"held-out loss {held_out[least]:.4g} at {least + 1} of {len(held_out)}, {held_out[-1]:.4g} at "
+        f"the end ({rise:+.2%}, {rise / noise:.1f} standard deviations), training loss {train[least]:.4g}, "
+        f"then {train[-1]:.4g}",
         f"train for {least + 1} of {len(held_out)} as long, and compare answers as well as losses: "
         "the paper's best models look overfitted (section 4.3)",
     )
 
 
-def rate_too_high(
-    *, skipped: float, gradient_norms: Sequence[float], moved: float
-) -> Verdict:
+def rate_too_high(*, skipped: float, gradient_norms: Sequence[float], moved: float) -> Verdict:
     """Whether updates fail or are wild.
 
     `skipped` is the share of updates without effect, `moved` the size of an update of the embedding as a
@@ -174,7 +171,8 @@ def above_the_law(law: Law, size: str, horizon: float, loss: float) -> Verdict:
         "above the law",
         loss > bound,
         loss / bound - 1,
-        f"loss {loss:.4g}, where {horizon:g} epochs reach {np.median(reached):.4g} (at most {bound:.4g}, 95 %)",
+        f"loss {loss:.4g}, where {horizon:g} epochs reach {np.median(reached):.4g} "
+        f"(at most {bound:.4g}, 95 %)",
         f"the best rate, {low:.2g} to {high:.2g}; and if it is there already, bf16 and a rate of its own "
         "for the embedding",
     )
@@ -188,7 +186,9 @@ def violated(gate: Gate) -> Verdict:
         not gate.passed,
         score,
         str(gate),
-        "sweep the target itself" if not gate.passed else "a trunk at the target where the law chooses",
+        "sweep the target itself"
+        if not gate.passed
+        else "a trunk at the target where the law chooses",
     )
 
 

@@ -2,8 +2,9 @@
 
 A world is drawn from a seed. Its losses have an optimum in rate and in epochs that moves with size, by a
 law and by deviations of each size from it. What a wrong rate costs is a table measured on the 1,911 runs of
-Step Law (arXiv:2503.04715), interpolated, and no formula. In hard worlds the deviations are thrice as large;
-in shifting ones, sizes also disagree about how the best rate moves with epochs, which no law here knows.
+Step Law (arXiv:2503.04715), interpolated, and no formula. In hard worlds deviations are thrice as large, and
+sizes overfit to different degrees by another power, which the law does not know. In shifting ones, sizes
+disagree about how the best rate moves with epochs, so that short runs mislead about long ones.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ LADDER = Ladder(
     horizons=(2, 5, 10, 15, 20, 30),
 )  # fmt: skip
 RATES = (5e-5, 5e-2)
-"""Learning rates that a ladder is searched in: seven octaves about the best of any size of any world."""
+"""Learning rates that a ladder is searched in: nearly all sizes of all worlds have their best one there."""
 OCTAVES = (-3, -2, -1, 0, 1, 2, 3)
 EXCESS = (0.0176, 0.0116, 0.0036, 0, 0.0052, 0.0231, 1.42)
 """Median excess of the loss so many octaves from the best rate."""
@@ -46,11 +47,13 @@ class Kind:
     """Of a run's loss; half of its variance is its trunk's."""
     horizon: float = 0.0
     """Of each size's power of the horizon in the best rate."""
+    overfit: float = 0.0
+    """Of ln of each size's overfitting; half of it, of the power of the horizon that this grows with."""
 
 
 KINDS = {
     "standard": Kind(),
-    "hard": Kind(rate=0.5, loss=0.004, bend=0.05, noise=0.004),
+    "hard": Kind(rate=0.5, loss=0.004, bend=0.05, noise=0.004, overfit=0.4),
     "shifting": Kind(horizon=0.15),
 }
 BIAS = 0.001
@@ -83,6 +86,8 @@ class World:
         self.bias = BIAS * draw.standard_normal((sizes, horizons))
         self.curvature = np.exp(CURVATURE * draw.standard_normal())
         self.own_power = self.kind.horizon * draw.standard_normal(sizes)
+        self.own_overfit = self.overfit * np.exp(self.kind.overfit * draw.standard_normal(sizes))
+        self.overfit_power = 2 + self.kind.overfit / 2 * draw.standard_normal()
         self.log_size = np.log([size.parameters / 7e9 for size in self.ladder.sizes])
 
     def octaves(self, size: str, lr: np.ndarray | float, horizon: np.ndarray | float) -> np.ndarray:
@@ -107,7 +112,7 @@ class World:
             self.floor
             + self.size * np.exp(-self.size_power * log_size)
             + self.data * np.exp(self.data_size_power * log_size) * worth**-self.data_power
-            + self.overfit * (np.asarray(horizon) / 10) ** 2
+            + self.own_overfit[place] * (np.asarray(horizon) / 10) ** self.overfit_power
         )
         penalty = self.curvature * _table(self.octaves(size, lr, horizon)) ** 2
         return best * (1 + self.own_loss[place]) * (1 + penalty)
@@ -161,7 +166,8 @@ class World:
 
 
 def _table(octaves: np.ndarray) -> np.ndarray:
-    """Signed root of the excess; straight on beyond the table."""
+    """Signed root of the excess; beyond the table it goes on as between its last two octaves."""
     within = np.clip(octaves, OCTAVES[0], OCTAVES[-1])
     beyond = octaves - within
-    return TABLE(within) + beyond * np.where(beyond > 0, TABLE(3) - TABLE(2), 0.25)
+    slopes = TABLE(OCTAVES[1]) - TABLE(OCTAVES[0]), TABLE(OCTAVES[-1]) - TABLE(OCTAVES[-2])
+    return TABLE(within) + beyond * np.where(beyond < 0, *slopes)
