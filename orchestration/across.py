@@ -16,6 +16,7 @@ import numpy as np
 from orchestration.laws import Law, fit, interval
 from orchestration.regret import Choice, Gate, Surface, chance_to_win, gate, surface
 from orchestration.scaling import Ladder, Run, Size, Trunk
+from orchestration.verdicts import at_the_edge
 
 FIRST_RATES, RATES, FEWEST = 8, 6, 3
 """Rates at the smallest size, over the whole range; at others at most; at others at least."""
@@ -98,7 +99,7 @@ class AcrossSizes:
             for horizon, loss in zip(other.reached, other.losses, strict=True)
             if horizon == reached and isfinite(loss)
         ]
-        if trunk.diverged or trunk.losses[-1] > TWICE * min(peers):
+        if trunk.diverged or trunk.losses[-1] > TWICE * min(peers, default=np.inf):
             return f"{run.size} diverges at a learning rate of {run.lr:.2g}"
         if run.size != self.ladder.target.name or len(trunk.losses) == len(run.horizons):
             return None
@@ -123,10 +124,13 @@ class AcrossSizes:
         loss = loss * (1 + BRANCH * np.random.default_rng(self.seed).standard_normal(len(loss)))
         best = interval(law.best_rate(target, choice.horizon))
         reasons = [str(found) for found in [self._gate(trunks)] if found]
-        reasons += [
+        reasons.append(
             f"the best rate of {target} for {choice.horizon:g} epochs is between {best[0]:.2g} and "
-            f"{best[1]:.2g} (90 %); {choice.lr:.2g} has the least expected regret, {choice.regret:.2%}",
-        ]
+            f"{best[1]:.2g} (90 %); {choice.lr:.2g} has the least expected regret, {choice.regret:.2%}"
+        )
+        if tried := [trunk.run.lr for trunk in trunks if trunk.run.size == target]:
+            edge = at_the_edge(tried, law.probable_rate(target, choice.horizon))
+            reasons += [f"{edge.evidence}: try {edge.experiment}"] * edge.holds
         return Recommendation(
             target, choice.lr, choice.horizon, float(np.median(loss)), interval(loss), best,
             choice.regret, self.ladder.spent(trunks), swept, tuple(reasons),

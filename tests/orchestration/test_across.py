@@ -8,7 +8,7 @@ import pytest
 
 from orchestration.across import AcrossSizes
 from orchestration.laws import interval
-from orchestration.scaling import Run, Trunk
+from orchestration.scaling import Ladder, Run, Trunk
 from tests.orchestration.ladders import LADDER, best_rate, law, trunk
 
 SEARCH = AcrossSizes(LADDER, rates=(1e-5, 0.1), budget=80.0, samples=60)
@@ -137,6 +137,26 @@ def test_a_trunk_that_diverges_or_cannot_win_is_stopped(lawful):
     hopeful = trunk("target", best_rate("target", 20))
     hopeful = Trunk(hopeful.run, hopeful.losses[:2], ended=False)
     assert SEARCH.stop([*before, hopeful], hopeful) is None
+
+
+def test_an_edge_is_told_where_the_budget_ends_at_it(lawful):
+    before = next(step for step in reversed(lawful) if not at_target(step))
+    low = trunk("target", best_rate("target", 20) / 8)
+    assert "were tried" in SEARCH.recommend([*before, low]).reasons[-1]
+    assert "were tried" not in SEARCH.recommend(lawful[-1]).reasons[-1]
+
+
+def test_two_sizes_are_a_ladder():
+    """Nothing can be left out of one size, so that no gate stands before the target."""
+    pair = Ladder(LADDER.sizes[:1] + LADDER.sizes[-1:], LADDER.horizons)
+    seen: list[Trunk] = []
+    search = replace(SEARCH, ladder=pair)
+    while runs := search.propose(seen):
+        seen += [train(run, seen, search, LAWFUL) for run in runs]
+    told = search.recommend(seen)
+    assert not told.swept
+    least = trunk("target", best_rate("target", 20), (20,)).losses[0]
+    assert trunk("target", told.lr, (told.horizon,)).losses[0] < 1.01 * least
 
 
 def test_intervals_narrow_as_the_target_is_trained(lawful):
