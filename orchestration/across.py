@@ -130,7 +130,8 @@ class AcrossSizes:
         )
         if tried := [trunk.run.lr for trunk in trunks if trunk.run.size == target]:
             edge = at_the_edge(tried, law.probable_rate(target, choice.horizon))
-            reasons += [f"{edge.evidence}: try {edge.experiment}"] * edge.holds
+            if edge.holds:
+                reasons.append(f"{edge.evidence}: try {edge.experiment}")
         return Recommendation(
             target, choice.lr, choice.horizon, float(np.median(loss)), interval(loss), best,
             choice.regret, self.ladder.spent(trunks), swept, tuple(reasons),

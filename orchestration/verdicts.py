@@ -11,7 +11,7 @@ from math import isfinite
 import numpy as np
 
 from orchestration.laws import Law, interval
-from orchestration.regret import Gate, Surface
+from orchestration.regret import GATE_LOSS, GATE_OCTAVES, Gate, Surface
 
 EPS = 0.005
 """Share of the loss that further epochs have to promise."""
@@ -180,7 +180,7 @@ def above_the_law(law: Law, size: str, horizon: float, loss: float) -> Verdict:
 
 def violated(gate: Gate) -> Verdict:
     """Whether the smaller sizes foretell the largest one below the target too badly."""
-    score = max(abs(gate.octaves) / 0.5, abs(gate.loss) / 0.01)
+    score = max(abs(gate.octaves) / GATE_OCTAVES, abs(gate.loss) / GATE_LOSS)
     return Verdict(
         "law violated",
         not gate.passed,
