@@ -22,6 +22,9 @@ PLANNING = ("problems", "settings", "space", "config", "compose", "parameters", 
             "flops", "cost", "planned", "plan")  # fmt: skip
 """Modules of the orchestration that load nothing heavy."""
 
+LAWS = ("scaling", "fitting", "laws", "regret", "across", "verdicts")
+"""Arithmetic on what searches have seen."""
+
 NEVER: list[tuple[str, set[str]]] = [
     ("dsvl/*", ABOVE_DSVL),
     ("dsvl/data/*", {"deepspeed"} | MODEL),
@@ -43,6 +46,10 @@ ONLY: list[tuple[str, set[str]]] = [
             {"pydantic", "pydantic_core", "yaml", "dsvl.config", "orchestration"},
         )
         for name in PLANNING
+    ),
+    *(
+        (f"orchestration/{name}.py", {"numpy", *(f"orchestration.{law}" for law in LAWS)})
+        for name in LAWS
     ),
     ("orchestration/cli.py", {"pydantic_core", "orchestration"}),
     ("orchestration/verbs.py", {"orchestration"}),
@@ -128,6 +135,7 @@ def test_a_file_imports_only_what_its_layer_may(file):
         ("dsvl/data/readers/coco.py", "from PIL import Image"),
         ("dsvl/config.py", "import torch"),
         ("orchestration/plan.py", "from dsvl.train import Plan"),
+        ("orchestration/across.py", "from orchestration.search import search"),
         ("orchestration/trainer.py", "from mlflow import log_metric"),
         ("orchestration/cli.py", "def f():\n    import torch"),
         ("jobs/train.py", "import dsvl.config"),
