@@ -508,8 +508,8 @@ class EngineConfig:
     stored_features: bool = False
     """Have `prepare` keep what the frozen tower makes of each image, and train on that instead of running the
     tower in every step: 2 MiB of disk an image with Qwen-VL's."""
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where master values and moments lie between updates, if not on the GPU; nvme needs ZeRO stage 3."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where master values and moments lie between updates, if not on the GPU."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where weights lie that no layer is using; needs ZeRO stage 3."""
     nvme_path: str | None = None
@@ -523,12 +523,11 @@ class EngineConfig:
         stage, offloads = self.zero_stage, (self.offload_optimizer, self.offload_parameters)
         rule = "must be none unless zero_stage is 3"
         require(stage == 3 or offloads[1] == "none", "offload_parameters", offloads[1], rule)
-        rule = "must be none or cpu unless zero_stage is 3"
-        require(stage == 3 or offloads[0] != "nvme", "offload_optimizer", offloads[0], rule)
         rule = "must be none without zero_stage 1, 2 or 3"
         require(stage > 0 or offloads[0] == "none", "offload_optimizer", offloads[0], rule)
         rule = "must name a folder for nvme, and nothing else"
-        require(("nvme" in offloads) == bool(self.nvme_path), "nvme_path", self.nvme_path, rule)
+        on_disk = offloads[1] == "nvme"
+        require(on_disk == bool(self.nvme_path), "nvme_path", self.nvme_path, rule)
         ours = sorted(name for name in DEEPSPEED_OURS if _has(self.deepspeed, name.split(".")))
         rule = "must not be set there, but by the fields of this file, if at all"
         require(not ours, "deepspeed", ours, rule)

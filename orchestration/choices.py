@@ -12,7 +12,7 @@ OFFLOADS = (("none", "none"), ("cpu", "none"), ("none", "cpu"), ("cpu", "cpu"))
 CHOICES = (
     *((stage, "none", "none") for stage in (0, 1, 2, 3)),
     *((stage, "cpu", "none") for stage in (1, 2, 3)),
-    *((3, optimizer, device) for device in ("cpu", "nvme") for optimizer in ("none", device)),
+    *((3, optimizer, device) for device in ("cpu", "nvme") for optimizer in ("none", "cpu")),
 )
 """ZeRO stage, and where optimizer and parameters lie, from the fastest."""
 
@@ -48,7 +48,7 @@ def choices(experiment: Experiment) -> Iterator[Choice]:
             zero_stage=stage,
             offload_optimizer=optimizer,
             offload_parameters=parameters,
-            nvme_path="nvme" if "nvme" in (optimizer, parameters) else None,
+            nvme_path="nvme" if parameters == "nvme" else None,
         )
         counts = legal_workers(experiment.train.batch, engine.micro_batch) if limited else []
         yield Choice(

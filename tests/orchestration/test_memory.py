@@ -88,7 +88,7 @@ def test_what_is_offloaded_leaves_the_device_for_its_machine(settings):
     moved = sum(memory(here)[name] for name in gone)
     assert host_memory(here) == 0
     assert host_memory(there) == moved + trained // 4 * (4 + 2)  # with gradients and a copy to send
-    on_disk = {name: "nvme" for name in away} | {"engine.nvme_path": "disk"}
+    on_disk = {"engine.offload_parameters": "nvme", "engine.nvme_path": "disk"}
     assert host_memory(here.with_overrides(on_disk)) == 0
 
 

@@ -91,6 +91,23 @@ def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
     assert result["metrics"]["eval/loss"] == found["eval/loss"][-1][1] < found["eval/loss"][0][1]
 
 
+def test_a_training_whose_weights_are_all_divided_ends_with_chats(storage, cluster):
+    """As those of 70B are: DeepSpeed keeps weights as small as these whole unless it is told not to."""
+    divide = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    engine = {"zero_stage": 3, "micro_batch": 4, "deepspeed": divide}
+    experiment = load(
+        digits(storage, "divided", engine=engine), ["train.epochs=1", "optim.lr=1e-3"]
+    )
+    commands.train(experiment)
+    (chat,) = json.loads((experiment.run_folder / "chats.json").read_text())
+    assert all(turn["model"] for turn in chat["rounds"])
+    whole = load(digits(storage, "whole"), ["train.epochs=1", "optim.lr=1e-3"])
+    commands.train(whole)
+    assert json.loads((whole.run_folder / "chats.json").read_text()) == [chat]
+    losses = [curve(run.run_folder, "train/loss") for run in (whole, experiment)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
 def test_features_from_the_store_train_to_the_same_bits_as_those_computed_in_the_step(
     storage, trained_run
 ):
