@@ -13,7 +13,10 @@ from orchestration.parameters import parameters
 
 @dataclass(frozen=True)
 class Cost:
-    """At most, every sample being full; None where something is not stated or not known yet."""
+    """Of updates, at most, every sample being full; None where something is not stated or not known yet.
+
+    Evaluations come on top.
+    """
 
     steps: int | None
     """Optimizer updates, of all trials together."""
