@@ -74,7 +74,7 @@ def test_a_run_is_held_to_the_content_of_its_data_wherever_they_lie(run, prepare
     folder = experiment.run_folder
     require_same_data(experiment, folder, prepared("chats-1", "aa"))
     require_same_data(experiment, folder, prepared("moved", "aa"))
-    with pytest.raises(ValueError, match=r"run: trained on .*moved; the raw data.*chats-2 holds"):
+    with pytest.raises(ValueError, match=r"run: trained on .*moved; the raw data.*chats-2\)"):
         require_same_data(experiment, folder, prepared("chats-2", "bb"))
     branch = run("branch", WSD, 1, trunk=str(folder))
     with pytest.raises(ValueError, match=r"run: trained on .*moved"):
