@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -154,10 +155,10 @@ def test_a_repaired_image_is_noticed_and_its_record_used(experiment, llava_set, 
     assert prepare(experiment(BOTH))["reused"]
 
 
-@pytest.mark.usefixtures("cluster", "with_copies")
+@pytest.mark.usefixtures("with_copies")
 def test_of_two_that_prepare_at_once_the_second_uses_what_the_first_has_made(experiment):
     both = experiment(BOTH)
-    with ThreadPoolExecutor() as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         results = [made.result() for made in [pool.submit(prepare, both) for _ in range(2)]]
     assert sorted(result["reused"] for result in results) == [False, True]
     folder = Path(results[0]["folder"])
