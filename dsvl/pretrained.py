@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -166,6 +167,22 @@ def digest(checkpoint: str) -> str:
         total.update(path.name.encode())
         total.update(sha256(path).encode())
     return total.hexdigest()
+
+
+def embedding_rms(checkpoint: str) -> float:
+    """Root mean square of a decoder's token embedding, read alone from its files.
+
+    Raises:
+        ValueError: if there is none in them.
+        OSError: if the checkpoint cannot be found.
+    """
+    for path in _weights(checkpoint):
+        with safe_open(path, "pt") as opened:
+            names: list[str] = opened.keys()
+            for name in names:
+                if name.endswith("embed_tokens.weight"):
+                    return opened.get_tensor(name).float().square().mean().sqrt().item()
+    raise ValueError(f"{checkpoint}: has no embed_tokens.weight; name a decoder that has")
 
 
 def _telling(stated: dict[str, Any]) -> dict[str, Any]:

@@ -111,19 +111,19 @@ class AcrossSizes:
             for horizon, loss in zip(other.reached, other.losses, strict=True)
             if isfinite(loss)
         ]
-        chance = chance_to_win(self._law(ended), trunk, others, self.eps)
+        chance = chance_to_win(self.law(ended), trunk, others, self.eps)
         if chance < LOSES:
             return f"{chance:.1%} chance that more than {reached:g} epochs at {run.lr:.2g} are the best"
         return None
 
     def recommend(self, trunks: Sequence[Trunk]) -> Recommendation:
         """What to train at the target after all that has been seen."""
-        target, law, swept = self.ladder.target.name, self._law(trunks), self._violated(trunks)
+        target, law, swept = self.ladder.target.name, self.law(trunks), self._violated(trunks)
         choice = self.choice(trunks)
         loss = law.loss(target, choice.horizon, choice.lr)
         loss = loss * (1 + BRANCH * np.random.default_rng(self.seed).standard_normal(len(loss)))
         best = interval(law.best_rate(target, choice.horizon))
-        reasons = [str(found) for found in [self._gate(trunks)] if found]
+        reasons = [str(found) for found in [self.gate(trunks)] if found]
         reasons.append(
             f"the best rate of {target} for {choice.horizon:g} epochs is between {best[0]:.2g} and "
             f"{best[1]:.2g} (90 %); {choice.lr:.2g} has the least expected regret, {choice.regret:.2%}"
@@ -139,7 +139,7 @@ class AcrossSizes:
 
     def surface(self, trunks: Sequence[Trunk]) -> Surface:
         """Losses of the target as all that has been seen foretells them."""
-        return surface(self._law(trunks), self.ladder.target.name, self.rates)
+        return surface(self.law(trunks), self.ladder.target.name, self.rates)
 
     def choice(self, trunks: Sequence[Trunk]) -> Choice:
         """The rate and horizon of the target: none higher than what is known to train there, once it is."""
@@ -169,7 +169,7 @@ class AcrossSizes:
         else:
             room = int(allowed / self.ladder.cost(size.name, horizons))
             count = min(max(room, FEWEST), RATES)
-            best = self._law(smaller).probable_rate(size.name, float(np.median(horizons)))
+            best = self.law(smaller).probable_rate(size.name, float(np.median(horizons)))
             lrs = best * np.exp2(np.arange(count) - (count - 1) / 2)
         for lr in lrs:
             yield Run(size.name, _round(float(lr)), horizons)
@@ -178,8 +178,9 @@ class AcrossSizes:
         """A rate beyond the edge of those tried, where the best of them lies there: laws apart, seen."""
         own = [trunk for trunk in trunks if trunk.run.size == size.name]
         tried, horizons = sorted(trunk.run.lr for trunk in own), own[0].run.horizons
-        common = min((len(trunk.losses) for trunk in own if not trunk.diverged), default=0)
-        losses = {trunk.run.lr: _mean(trunk.losses[:common]) for trunk in own if not trunk.diverged}
+        seen = [trunk for trunk in own if trunk.losses and not trunk.diverged]
+        common = min((len(trunk.losses) for trunk in seen), default=0)
+        losses = {trunk.run.lr: _mean(trunk.losses[:common]) for trunk in seen}
         best = min(losses, key=losses.__getitem__, default=tried[0])
         beyond = {tried[0]: tried[0] / 2, tried[-1]: tried[-1] * 2}.get(best)
         low, high = self.rates
@@ -191,7 +192,7 @@ class AcrossSizes:
         target = self.ladder.target.name
         own = [trunk for trunk in trunks if trunk.run.size == target]
         left = self.budget - self.ladder.spent(trunks)
-        law = self._law(trunks)
+        law = self.law(trunks)
         if self._violated(trunks):
             if not own:
                 return self._sweep(law, left)
@@ -212,6 +213,7 @@ class AcrossSizes:
             (on.worth(lr, upto), self.ladder.cost(target, upto), Run(target, lr, upto))
             for octave in OCTAVES
             for lr in [_round(choice.lr * 2.0**octave)]
+            if all(lr != trunk.run.lr for trunk in own)
             for upto in prefixes
             if self.ladder.cost(target, upto) <= left
         ]
@@ -230,20 +232,21 @@ class AcrossSizes:
         return [Run(target, _round(best * 2.0**octave), upto) for octave in octaves]
 
     def _violated(self, trunks: Sequence[Trunk]) -> bool:
-        found = self._gate(trunks)
+        found = self.gate(trunks)
         return found is not None and not found.passed
 
-    def _gate(self, trunks: Sequence[Trunk]) -> Gate | None:
+    def gate(self, trunks: Sequence[Trunk]) -> Gate | None:
         """Of the largest size below the target; none where nothing is below that, or it is not observed."""
         if len(self.ladder.sizes) < 3:
             return None
         last = self.ladder.sizes[-2]
         below = self._upto(last, trunks)
-        if not any(trunk.run.size == last.name for trunk in below):
+        if not any(trunk.run.size == last.name and trunk.losses for trunk in below):
             return None
         return _gate(self.ladder, frozenset(below), last.name)
 
-    def _law(self, trunks: Sequence[Trunk]) -> Law:
+    def law(self, trunks: Sequence[Trunk]) -> Law:
+        """What all that has been seen says of losses."""
         wide = self.ladder.target.name if self._violated(trunks) else None
         return _law(self.ladder, frozenset(trunks), self.samples, self.seed, wide)
 

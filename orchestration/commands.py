@@ -6,7 +6,7 @@ Each can be interrupted and typed again: what is done is not done again.
 import logging
 from pathlib import Path
 
-from orchestration import search
+from orchestration import evidence, search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.journal import sole
@@ -60,6 +60,8 @@ def sweep(experiment: Experiment) -> dict:
         prepared = Path(prepare(experiment)["folder"])
         shipper.follow_sweep(folder, name=f"{experiment.name} sweep")
         search.search(experiment, prepared)
+    if experiment.search and experiment.search.across:
+        evidence.write(experiment)
     summary = search.summarize(experiment)
     for failure in summary["failed"]:
         log.warning("trial %s", failure)

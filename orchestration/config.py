@@ -26,7 +26,7 @@ from dsvl.config import (
 )
 from orchestration.problems import ConfigError, Problem, explain
 from orchestration.settings import Section, path_keys, place
-from orchestration.space import WHAT, SearchConfig, search_problems
+from orchestration.space import WHAT, SearchConfig, across_problems, search_problems
 
 BLENDING = ("blends", "temperature", "max_rounds")
 """Settings of `data` that change no prepared data."""
@@ -217,6 +217,8 @@ class Experiment(Section):
         cls, search: SearchConfig | None, info: ValidationInfo
     ) -> SearchConfig | None:
         problems = search_problems(cls, search, info.data) if search else []
+        if search and search.across and not problems:
+            problems = across_problems(search, info.data)
         checkpoint = info.data.get("checkpoint")
         for field in ("trunk", "branch_epochs"):
             if search and checkpoint and getattr(checkpoint, field):

@@ -1,6 +1,6 @@
 """Time, money and disk of a run or a sweep, where what decides them is known."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,9 @@ from orchestration.config import Experiment
 from orchestration.flops import fullest, step_flops
 from orchestration.memory import STATE_BYTES, gradient_checkpointing, weight_bytes
 from orchestration.parameters import parameters
+
+GRID_RATES = 8
+"""Learning rates of a grid over the two or three orders of magnitude that a search across sizes covers."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ def sweep_cost(experiment: Experiment, samples: int | None) -> Cost:
     """
     search = experiment.search
     assert search is not None
+    if search.across:
+        longest = search.space["train.epochs"].probes()[-1]
+        confirmed = search.confirm * (experiment.train.epochs + longest)
+        return _of_the_target(experiment, samples, search.target_epochs + confirmed)
+    assert search.trials is not None
     deciding = {
         path: domain
         for path, domain in search.space.items()
@@ -91,6 +99,25 @@ def sweep_cost(experiment: Experiment, samples: int | None) -> Cost:
         total([cost.gpu_hours for cost in points]),
         total([cost.money for cost in points]),
     )
+
+
+def exhaustive_cost(experiment: Experiment, samples: int | None) -> Cost | None:
+    """What a search across sizes stands for: a grid at the last size, every point a training of its own."""
+    search = experiment.search
+    if search is None or not search.across:
+        return None
+    epochs = GRID_RATES * sum(search.space["train.epochs"].probes())
+    return _of_the_target(experiment, samples, epochs)
+
+
+def _of_the_target(experiment: Experiment, samples: int | None, epochs: float) -> Cost:
+    """So many epochs of the experiment's trials at its own size."""
+    assert experiment.search is not None
+    one = run_cost(experiment.trial({"train.epochs": 1}), samples)
+    steps, *others = (None if of_one is None else of_one * epochs for of_one in astuple(one))
+    whole = Cost(None if steps is None else round(steps), *others)
+    hours = None if whole.hours is None else whole.hours / experiment.search.concurrent
+    return replace(whole, hours=hours)
 
 
 def flops_of_a_step(experiment: Experiment) -> dict[str, float]:

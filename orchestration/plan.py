@@ -11,6 +11,7 @@ from orchestration.config import Experiment
 from orchestration.cost import (
     checkpoints_kept,
     disk,
+    exhaustive_cost,
     flops_of_a_step,
     run_cost,
     seconds_of_a_step,
@@ -63,13 +64,16 @@ def plan(experiment: Experiment) -> Plan:
         lengths=fullest(experiment),
         run=run_cost(experiment, samples),
         sweep=sweep_cost(experiment, samples) if search else None,
+        exhaustive=exhaustive_cost(experiment, samples),
         gpu_tflops=experiment.cluster.gpu_tflops,
         utilisation=experiment.cluster.utilisation,
         gpu_hour_price=experiment.cluster.gpu_hour_price,
         disk=disk(experiment, prepared_folder(experiment)),
         checkpoints_kept=checkpoints_kept(experiment),
         trials=search.trials if search else None,
-        trials_at_once=min(search.concurrent, search.trials) if search else None,
+        trials_at_once=min(search.concurrent, search.trials or search.concurrent)
+        if search
+        else None,
         sizes=tuple(sizes),
     )
 

@@ -64,6 +64,8 @@ class Plan:
     run: Cost
     sweep: Cost | None
     """All trials, none stopped early."""
+    exhaustive: Cost | None
+    """The grid that a search across sizes stands for."""
     gpu_tflops: float | None
     utilisation: float
     gpu_hour_price: float | None
@@ -101,8 +103,11 @@ class Plan:
         ]
         rows += self._cost("cost of the run", self.run)
         if self.sweep is not None:
-            rows.append(("trials", f"{_count(self.trials)}, {self.trials_at_once} at once"))
+            count = "as their results ask for" if self.trials is None else f"{self.trials:,}"
+            rows.append(("trials", f"{count}, {self.trials_at_once} at once"))
             rows += self._cost("cost of the sweep", self.sweep)
+        if self.exhaustive is not None:
+            rows += self._cost("in place of a grid", self.exhaustive)
         tables = [_table(self.sizes), _choices(self.sizes[0].choices)]
         texts = [_aligned(rows, str.ljust), *(_aligned(table, str.rjust) for table in tables)]
         return "\n\n".join("\n".join(lines) for lines in texts)

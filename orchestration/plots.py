@@ -61,13 +61,14 @@ def chart(
     *,
     title: str,
     x: str,
+    log_x: bool = False,
     shares: bool = False,
     frame: Sequence[Point] = (),
 ) -> str:
     """A chart as inline SVG; its y axis is logarithmic where the values span an order of magnitude.
 
-    `shares` runs the y axis over 0..1 in percent; `frame` holds points that the axes cover as well.
-    Values that are not finite are left out.
+    `log_x` makes the x axis so too, whatever it spans; `shares` runs the y axis over 0..1 in percent; `frame`
+    holds points that the axes cover as well. Values that are not finite are left out.
     """
     drawn = [[p for p in one.points if math.isfinite(p[1])] for one in series]
     flat = [point for points in drawn for point in points]
@@ -79,16 +80,13 @@ def chart(
     log = low > 0 and high / low > 10
     if high == low:
         low, high = low - 0.5, high + 0.5
-    left, right = min(xs), max(max(xs), min(xs) + 1)
+    left, right = min(xs), max(max(xs), 2 * min(xs) if log_x else min(xs) + 1)
 
     def across(value: float) -> float:
-        return LEFT + (value - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+        return LEFT + _position(value, left, right, log=log_x) * (WIDTH - LEFT - RIGHT)
 
     def up(value: float) -> float:
-        position = (
-            math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
-        )
-        return HEIGHT - BOTTOM - position * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - _position(value, low, high, log=log) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<text class="title" x="4" y="14">{escape(title)}</text>']
     written = "{:.0%}".format if shares else short
@@ -96,7 +94,7 @@ def chart(
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" '
                      f'y2="{up(tick):.1f}"/><text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" '
                      f'text-anchor="end">{written(tick)}</text>')  # fmt: skip
-    for tick in _ticks(left, right, least=1):
+    for tick in _ticks(left, right, log=True) if log_x else _ticks(left, right, least=1):
         parts.append(f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" '
                      f'text-anchor="middle">{short(tick)}</text>')  # fmt: skip
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x)}</text>')
@@ -192,6 +190,11 @@ def _drawn(one: Series, places: Sequence[Point]) -> str:
         "cross": '<path class="cross" d="M{x:.1f} {y:.1f}m-4-4l8 8m0-8l-8 8"/>',
     }
     return "".join(shapes[one.mark].format(x=x, y=y) for x, y in places)
+
+
+def _position(value: float, low: float, high: float, *, log: bool) -> float:
+    """Where a value is on an axis, of which `low` is 0 and `high` is 1."""
+    return math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
 
 
 def _ticks(low: float, high: float, *, log: bool = False, least: float = 0) -> list[float]:

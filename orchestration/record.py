@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from orchestration import journal
 from orchestration.config import Experiment
 from orchestration.plan import prepared_folder
-from orchestration.results import refuse_another
+from orchestration.results import EVIDENCE, refuse_another
 
 SIZE = "model.size"
 
@@ -124,6 +124,8 @@ class Record:
         """The best run that has chatted."""
         tried = {trial.size for trial in self.trials}
         self.sizes = [size for size in experiment.model.languages if size in tried]
+        self.evidence = read_if_there(folder / EVIDENCE)
+        """What a search across sizes has found, if there was one: see `evidence`."""
         self.prepared = prepared_folder(experiment)
 
     def best_of(self, size: str) -> Run | None:

@@ -121,20 +121,24 @@ class Gate:
     size: str
     octaves: float
     """By which their best rate is off."""
-    loss: float
-    """Share by which their least loss is off."""
+    loss: float | None
+    """Share by which their least loss is off; none where there is one such size: it does not say how losses
+    move with size."""
 
     @property
     def passed(self) -> bool:
         """Whether the law may be trusted for larger sizes."""
-        return abs(self.octaves) <= GATE_OCTAVES and abs(self.loss) <= GATE_LOSS
+        return abs(self.octaves) <= GATE_OCTAVES and abs(self.loss or 0.0) <= GATE_LOSS
 
     def __str__(self) -> str:
         verdict = "holds" if self.passed else "is violated"
-        return (
-            f"the law {verdict}: smaller sizes miss the best rate of {self.size} by {self.octaves:+.2f} "
-            f"octaves (at most {GATE_OCTAVES}) and its loss by {self.loss:+.2%} (at most {GATE_LOSS:.0%})"
+        rate = (
+            f"the best rate of {self.size} by {self.octaves:+.2f} octaves (at most {GATE_OCTAVES})"
         )
+        if self.loss is None:
+            return f"the law {verdict}: the smaller size misses {rate}"
+        loss = f"its loss by {self.loss:+.2%} (at most {GATE_LOSS:.0%})"
+        return f"the law {verdict}: smaller sizes miss {rate} and {loss}"
 
 
 def gate(ladder: Ladder, trunks: list[Trunk], size: str) -> Gate:
@@ -147,8 +151,11 @@ def gate(ladder: Ladder, trunks: list[Trunk], size: str) -> Gate:
     without, known = fit(ladder, others), fit(ladder, others + own)
     horizon = max(h for trunk in own for h in trunk.reached)
     foretold, best = (law.probable_rate(size, horizon) for law in (without, known))
+    octaves = float(np.log2(foretold / best))
+    if len({trunk.run.size for trunk in others}) < 2:
+        return Gate(size, octaves, None)
     loss = without.probable_loss(size, horizon, best) / known.probable_loss(size, horizon, best)
-    return Gate(size, float(np.log2(foretold / best)), loss - 1)
+    return Gate(size, octaves, loss - 1)
 
 
 def _normalised(log_weights: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from orchestration import data_report, sweep_report
+from orchestration import across_report, data_report, sweep_report
 from orchestration.config import Experiment
 from orchestration.journal import write_whole
 from orchestration.page import cards, chat, document, duration, facts, grid, note, number, percent
@@ -59,6 +59,7 @@ def page(record: Record) -> str:
     """The whole page; each section is a function below."""
     sections = [headline, asked, data_report.data]
     sections += [curves] if record.training else []
+    sections += across_report.SECTIONS if record.evidence else []
     sections += sweep_report.SECTIONS if record.trials else []
     sections += [chats, again]
     return document(record.experiment.name, [section(record) for section in sections])
@@ -73,7 +74,7 @@ def headline(record: Record) -> str:
         lines.append(f"{of} is {best.name}. {_found(best)}")
     if record.trials:
         states = Counter(trial.state for trial in record.trials)
-        if search := record.experiment.search:
+        if (search := record.experiment.search) and search.trials is not None:
             states["not begun"] = max(0, search.trials - len(record.trials))
         states["stopped early"] = states.pop("stopped", 0)
         names = ("finished", "stopped early", "failed", "unfinished", "not begun")

@@ -5,6 +5,9 @@ from pathlib import Path
 from orchestration.config import Experiment, StorageConfig, digest, validated
 from orchestration.journal import points, read, read_json, write_json
 
+EVIDENCE = "evidence.json"
+"""What a search across sizes has found, in the run folder of its experiment."""
+
 
 def experiment_of(folder: Path) -> Experiment:
     """The experiment of a run or a trial, whose run folder is this one wherever it lies now.

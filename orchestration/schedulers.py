@@ -1,11 +1,13 @@
 """Who competes with whom: Tune's schedulers, among trials that can be compared."""
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
+from orchestration.across import TWICE
 from orchestration.config import Experiment
 
 
@@ -13,6 +15,8 @@ def scheduler(experiment: Experiment) -> TrialScheduler:
     """What decides which trials of a search go on."""
     assert experiment.search is not None
     chosen = experiment.search.scheduler
+    if experiment.search.across:
+        return Diverging()
     if chosen.kind == "none":
         return FIFOScheduler()
     return Peers(
@@ -24,6 +28,24 @@ def scheduler(experiment: Experiment) -> TrialScheduler:
         ),
         epochs=experiment.train.epochs,
     )
+
+
+class Diverging(FIFOScheduler):
+    """Stops a trial whose loss is no number, or twice the least that it has had.
+
+    It is held to nothing but itself, so that what is stopped does not depend on which trial was faster.
+    """
+
+    def __init__(self) -> None:
+        """No trial has a loss yet."""
+        super().__init__()
+        self._least: dict[str, float] = {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
+        """Compare with what the trial has reported before."""
+        loss = result["eval/loss"]
+        least = self._least[trial.trial_id] = min(loss, self._least.get(trial.trial_id, inf))
+        return TrialScheduler.CONTINUE if loss <= TWICE * least else TrialScheduler.STOP
 
 
 class Peers(FIFOScheduler):

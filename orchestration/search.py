@@ -2,16 +2,20 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from ray import tune
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.search import ConcurrencyLimiter
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
+from orchestration.climb import Climb, proposal
 from orchestration.config import Experiment
 from orchestration.journal import Journal, read, read_json, write_json
 from orchestration.placement import require_room
@@ -23,6 +27,7 @@ from orchestration.trainer import fit
 
 TRIAL_CPUS = 0.1
 """What a trial takes beside its workers: it only waits for them."""
+ProposalOf = Callable[[Mapping[str, Any]], Proposal]
 log = logging.getLogger(__name__)
 
 # Where several Ray clusters share a machine, Train's clean-up after a stopped trial finds its own by this.
@@ -38,17 +43,18 @@ def search(experiment: Experiment, prepared: Path) -> None:
     root, settings = trials_folder(experiment), _settings(experiment)
     space = {path: str(domain) for path, domain in settings.space.items()}
     Journal(root).start(identity=experiment.identity(), params=space, step=0)
-    ledger, listed = Ledger(experiment, root), proposals(experiment)
+    ledger, decides = Ledger(experiment, root), scheduler(experiment)
+    searcher, proposal_of = _searcher(experiment)
     tuner = tune.Tuner(
-        tune.with_resources(trainable(experiment, root, prepared, listed), {"CPU": TRIAL_CPUS}),
+        tune.with_resources(trainable(experiment, prepared, proposal_of), {"CPU": TRIAL_CPUS}),
         tune_config=tune.TuneConfig(
             metric=settings.metric,
             mode=settings.mode,
-            num_samples=len(listed),
-            search_alg=ConcurrencyLimiter(Listed(listed), max_concurrent=settings.concurrent),
-            scheduler=scheduler(experiment),
+            num_samples=settings.trials or -1,  # as many as the searcher suggests
+            search_alg=ConcurrencyLimiter(searcher, max_concurrent=settings.concurrent),
+            scheduler=decides,
             # The process of a stopped trial still waits for its training: only its end ends that.
-            reuse_actors=settings.scheduler.kind == "none",
+            reuse_actors=type(decides) is FIFOScheduler,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -83,7 +89,7 @@ def trials_folder(experiment: Experiment) -> Path:
     return experiment.run_folder / "trials"
 
 
-def trial_name(values: dict[str, object]) -> str:
+def trial_name(values: Mapping[str, object]) -> str:
     """A trial's name and folder, from its values alone: `size=small,lr=0.01,epochs=2`."""
     return ",".join(
         f"{path.rpartition('.')[2]}={quote(str(value), safe=' +')}"
@@ -91,13 +97,32 @@ def trial_name(values: dict[str, object]) -> str:
     )
 
 
+def _searcher(experiment: Experiment) -> tuple[Searcher, ProposalOf]:
+    """What suggests the values of trials, and what else belongs to such values."""
+    if _settings(experiment).across:
+        return Climb(experiment, partial(ended_with, experiment)), partial(proposal, experiment)
+    listed = proposals(experiment)
+    by_name = {trial_name(one.values): one for one in listed}
+    return Listed(listed), lambda values: by_name[trial_name(values)]
+
+
+def ended_with(experiment: Experiment, values: Mapping[str, Any]) -> float | None:
+    """The held-out loss of a trial: infinite, if it diverged or was stopped; none, if it is to be trained."""
+    folder = trials_folder(experiment) / trial_name(values)
+    if result := finished(experiment.trial(values), folder):
+        loss = result["metrics"]["eval/loss"]
+        return loss if result["state"] == "finished" and math.isfinite(loss) else math.inf
+    state, reason = _ended(folder)
+    diverged = state == "failed" and reason.startswith(FloatingPointError.__name__)
+    return math.inf if diverged else None
+
+
 def trainable(
-    experiment: Experiment, root: Path, prepared: Path, listed: Sequence[Proposal]
+    experiment: Experiment, prepared: Path, proposal_of: ProposalOf
 ) -> Callable[[dict], None]:
     """The function that Tune calls with the values of a trial."""
     workers = _settings(experiment).workers
-    root, prepared = root.absolute(), prepared.absolute()
-    by_name = {trial_name(proposal.values): proposal for proposal in listed}
+    root, prepared = trials_folder(experiment).absolute(), prepared.absolute()
 
     def trial(values: dict) -> None:
         chosen = experiment.trial(values)
@@ -107,11 +132,11 @@ def trainable(
             for metrics in evaluations(folder):
                 tune.report(metrics | {"epoch": int(metrics["train/epoch"])})
             return
-        proposal = by_name[folder.name]
-        trunk = root / trial_name(proposal.trunk) if proposal.trunk else None
+        proposed = proposal_of(values)
+        trunk = root / trial_name(proposed.trunk) if proposed.trunk else None
         if trunk is not None and _ended(trunk)[0] in ("failed", "stopped"):
             trunk = None  # then it trains by itself what they would have shared
-        chosen = chosen.with_overrides(proposal.settings(trunk))
+        chosen = chosen.with_overrides(proposed.settings(trunk))
         begin(chosen, folder)
         require_same_data(chosen, folder, prepared)
         write_json(folder / "values.json", values)
@@ -162,7 +187,8 @@ class Ledger(tune.Callback):
         Journal(self.root).metrics(
             self.done, {f"best/{name}": best[name] for name in ("eval/loss", "eval/accuracy")}
         )
-        log.info("trial %d of %d: %s: %s", self.done, self.total, folder.name, describe(folder))
+        of_all = f" of {self.total}" if self.total else ""
+        log.info("trial %d%s: %s: %s", self.done, of_all, folder.name, describe(folder))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
         """A failed trial has written its cause; the search goes on."""

@@ -15,6 +15,10 @@ from orchestration.settings import Section, path_keys, place
 WHAT = ("model", "data", "optim", "train")
 """The sections that say what is trained; the others say where, and how it is watched."""
 
+EPOCHS, SEED = "train.epochs", "train.seed"
+ACROSS = {"model.size": "grid", "optim.lr": "loguniform", EPOCHS: "grid"}
+"""What a search across sizes searches, and over what kind of domain."""
+
 
 class _Listed(Section):
     values: tuple[Any, ...] = Field(min_length=1)
@@ -95,9 +99,22 @@ class Asha(Section):
     """One trial in so many goes on."""
 
 
+ONLY_ACROSS = ("target_epochs", "verify", "confirm")
+"""Fields of a search across sizes alone."""
+
+
 class SearchConfig(Section):
     """Which experiments a sweep tries."""
 
+    across: Literal["model.size"] | None = None
+    """Choose rate and epochs of the last size of `model.size` by what the smaller ones foretell, instead
+    of trying the whole space."""
+    target_epochs: float = Field(default=60, gt=0)
+    """What a search across sizes may cost: so many epochs of the last size."""
+    verify: int = Field(default=3, gt=0)
+    """Trunks that it trains at the last size."""
+    confirm: int = Field(default=0, ge=0)
+    """Seeds with which it trains at last both the experiment as it stands and what it recommends."""
     space: dict[str, Domain] = Field(min_length=1)
     """Dotted field -> the values to try."""
     samples: int = Field(default=1, gt=0)
@@ -117,6 +134,43 @@ class SearchConfig(Section):
             require(self.samples == 1, "samples", self.samples, text)
         return self
 
+    @model_validator(mode="after")
+    def _searches_across(self) -> Self:
+        if self.across is None:
+            for name in ONLY_ACROSS:
+                value, default = getattr(self, name), SearchConfig.model_fields[name].default
+                require(
+                    value == default,
+                    name,
+                    value,
+                    "needs search.across; set that, or leave this out",
+                )
+            return self
+        kinds = {path: domain.kind for path, domain in self.space.items()}
+        for path, kind in ACROSS.items():
+            rule = f"across={self.across} needs {path} as a {kind}"
+            require(kinds.get(path) == kind, "space", sorted(kinds), rule)
+        sizes, epochs = (list(self.space[path].probes()) for path in ("model.size", EPOCHS))
+        require(len(sizes) > 1, "space", sizes, "across needs two sizes or more in model.size")
+        require(epochs == sorted(set(epochs)), "space", epochs, f"{EPOCHS} must ascend")
+        others = {path: d for path, d in self.space.items() if path not in ACROSS}
+        for path, domain in others.items():
+            rule = "beside size, rate and epochs takes one value, as a grid of one"
+            require(domain.kind == "grid" and len(domain.values) == 1, "space", path, rule)
+        require(
+            SEED not in others, "space", SEED, "across has seeds of its own: see search.confirm"
+        )
+        require(self.metric == "eval/loss", "metric", self.metric, "across foretells eval/loss")
+        require(self.samples == 1, "samples", self.samples, "must be 1 with across")
+        rule = "must be none with across, which stops trials itself"
+        require(self.scheduler.kind == "none", "scheduler", self.scheduler.kind, rule)
+        return self
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What every trial of a search across sizes has beside its size, rate and epochs."""
+        return {path: d.probes()[0] for path, d in self.space.items() if path not in ACROSS}
+
     @property
     def mode(self) -> Literal["min", "max"]:
         """Whether less or more of the metric is better."""
@@ -124,13 +178,17 @@ class SearchConfig(Section):
 
     def proposes(self, values: Mapping[str, object]) -> bool:
         """Whether these values of the searched fields are of this space."""
+        if self.across and SEED in values:  # confirms what was found, and what the experiment is
+            return values.keys() == self.space.keys() | {SEED}
         return values.keys() == self.space.keys() and all(
             domain.holds(values[path]) for path, domain in self.space.items()
         )
 
     @property
-    def trials(self) -> int:
-        """How many trials the sweep has."""
+    def trials(self) -> int | None:
+        """How many trials the sweep has; not known of a search across sizes."""
+        if self.across:
+            return None
         return self.samples * prod(
             len(domain.values) for domain in self.space.values() if domain.kind == "grid"
         )
@@ -176,6 +234,28 @@ def search_problems(
                 for value in domain.probes()
                 for problem in compose(place(base, keys, value))
             ]
+    return problems
+
+
+def across_problems(search: SearchConfig, sections: Mapping[str, Any]) -> list[Problem]:
+    """Why an experiment is none that a search across sizes could mend, or none whose trials branch."""
+    problems = []
+    model, optim, train = (sections.get(name) for name in ("model", "optim", "train"))
+    target, epochs = search.space["model.size"].probes()[-1], search.space[EPOCHS].probes()
+    if model and model.size != target:
+        text = f"{model.size!r} must be the last of search.space.model.size, {target!r}"
+        problems.append(Problem(("model", "size"), text))
+    if train and train.epochs not in epochs:
+        text = f"{train.epochs} must be one of search.space.{EPOCHS}, {list(epochs)}, to be judged"
+        problems.append(Problem(("train", "epochs"), text))
+    fixed = {
+        keys[1]: v for p, v in search.constants.items() if (keys := path_keys(p))[0] == "optim"
+    }
+    if optim and not replace(optim, **fixed).branching:
+        text = (
+            "a search across sizes shares trunks: give optim.schedule wsd, and optim.warmup_steps"
+        )
+        problems.append(Problem(("search", "space"), f"{text}, as grids of one value"))
     return problems
 
 

@@ -180,7 +180,7 @@ def above_the_law(law: Law, size: str, horizon: float, loss: float) -> Verdict:
 
 def violated(gate: Gate) -> Verdict:
     """Whether the smaller sizes foretell the largest one below the target too badly."""
-    score = max(abs(gate.octaves) / GATE_OCTAVES, abs(gate.loss) / GATE_LOSS)
+    score = max(abs(gate.octaves) / GATE_OCTAVES, abs(gate.loss or 0.0) / GATE_LOSS)
     return Verdict(
         "law violated",
         not gate.passed,

@@ -1,0 +1,196 @@
+"""The search across sizes as trials of Tune: which come next, and what those that ended have shown.
+
+A run of `across` is a chain of trials: each begins where the plateau of the one before ended, and anneals at
+its own horizon. Trials come in rounds, and the next round is decided when one has ended whole: so that it
+follows from the results alone, whatever machine was faster, and whatever was killed in between.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from math import inf, isfinite
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from dsvl.pretrained import embedding_rms
+from orchestration.across import AcrossSizes, Recommendation
+from orchestration.config import Experiment
+from orchestration.cost import flops_of_a_step
+from orchestration.parameters import parameters
+from orchestration.proposals import Proposal
+from orchestration.scaling import Ladder, Size, Trunk
+from orchestration.settings import path_keys
+from orchestration.space import EPOCHS, SEED, LogUniform
+
+log = logging.getLogger(__name__)
+Known = Callable[[Mapping[str, Any]], float | None]
+"""The held-out loss that a trial with these values has ended with: infinite if it diverged or was stopped,
+none if it has not ended."""
+
+
+def policy(experiment: Experiment) -> AcrossSizes:
+    """The search that the experiment asks for.
+
+    Raises:
+        ValueError: if its sizes do not ascend.
+        OSError: if a decoder's weights are not there.
+    """
+    search = experiment.search
+    assert search is not None
+    rates = search.space["optim.lr"]
+    assert isinstance(rates, LogUniform)
+    epochs = search.space[EPOCHS].probes()
+    sizes = []
+    for name in search.space["model.size"].probes():
+        trial = experiment.trial({"model.size": name} | search.constants)
+        sizes.append(
+            Size(
+                name,
+                parameters=sum(part.total for part in parameters(trial.model).values()),
+                cost=sum(flops_of_a_step(trial).values()),
+                embedding_rms=embedding_rms(trial.model.language.checkpoint),
+            )
+        )
+    decay = experiment.trial(search.constants).optim.decay_fraction
+    return AcrossSizes(
+        Ladder(tuple(sizes), epochs, decay=decay),
+        (rates.low, rates.high),
+        budget=search.target_epochs,
+        verify=search.verify,
+        seed=search.seed,
+    )
+
+
+def values_of(experiment: Experiment, size: str, lr: float, horizon: float) -> dict[str, Any]:
+    """The values of the trial that anneals a run at a horizon."""
+    search = experiment.search
+    assert search is not None
+    chosen = {"model.size": size, "optim.lr": lr, EPOCHS: horizon} | search.constants
+    return {path: chosen[path] for path in search.space}
+
+
+def proposal(experiment: Experiment, values: Mapping[str, Any]) -> Proposal:
+    """A trial of the search, beginning where the one of the next shorter horizon branched off."""
+    search = experiment.search
+    assert search is not None
+    shorter = [n for n in search.space[EPOCHS].probes() if n < values[EPOCHS]]
+    if not shorter or SEED in values:
+        return Proposal(dict(values))
+    return Proposal(dict(values), trunk=dict(values) | {EPOCHS: shorter[-1]})
+
+
+def confirmations(experiment: Experiment, found: Recommendation) -> list[dict[str, Any]]:
+    """Trials of the experiment as it stands, and of what is recommended, with the same seeds each."""
+    search = experiment.search
+    assert search is not None
+    settings, own = experiment.as_dict(), {}
+    for path in search.space:
+        value: Any = settings
+        for key in path_keys(path):
+            value = value[key]
+        own[path] = value
+    first = experiment.train.seed + 1  # what was found was found with the experiment's own
+    return [
+        values | {SEED: seed}
+        for seed in range(first, first + search.confirm)
+        for values in (own, values_of(experiment, found.size, found.lr, found.horizon))
+    ]
+
+
+class Climb(Searcher):
+    """Suggests trials round by round, up the sizes, and then those that confirm what was found."""
+
+    def __init__(self, experiment: Experiment, known: Known) -> None:
+        """Nothing has been tried yet, but what is known need not be tried again."""
+        super().__init__()
+        self.experiment, self.search = experiment, policy(experiment)
+        self.trunks: list[Trunk] = []
+        self._known = known
+        self._queue: list[dict[str, Any]] = []
+        self._running: dict[str, dict[str, Any]] = {}
+        self._confirming = False
+
+    def suggest(self, trial_id: str) -> Any:
+        """The values of the next trial; none while a round has not ended, `FINISHED` when all is done."""
+        while True:
+            if not self._queue:
+                if self._running:
+                    return None
+                self._queue = self._next_round()
+            if not self._queue:
+                return Searcher.FINISHED
+            values = self._queue.pop(0)
+            if (loss := self._known(values)) is None:
+                self._running[trial_id] = values
+                return dict(values)
+            self._learn(values, loss)
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        """Nothing: only annealed losses count."""
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
+        """A trial has ended, one way or another."""
+        values = self._running.pop(trial_id)
+        stopped = not error and result is not None and result["epoch"] < values[EPOCHS]
+        self._learn(values, inf if stopped else self._known(values))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: what is known is in the trials' folders."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as nothing was saved."""
+
+    def recommended(self) -> Recommendation | None:
+        """What to train at the target, if there is anything to judge by."""
+        if not any(isfinite(loss) for trunk in self.trunks for loss in trunk.losses):
+            return None
+        return self.search.recommend(self.trunks)
+
+    def _next_round(self) -> list[dict[str, Any]]:
+        self.trunks = [self._judged(trunk) for trunk in self.trunks]
+        if all(trunk.ended for trunk in self.trunks) and not self._confirming:
+            found = self.recommended()
+            if self.trunks and (found is None or self._nothing_of_a_size()):
+                return []
+            runs = self.search.propose(self.trunks)
+            self.trunks += [Trunk(run, (), ended=False) for run in runs]
+            if not runs and found is not None:
+                self._confirming = True
+                return confirmations(self.experiment, found)
+        going = [(trunk.run, len(trunk.losses)) for trunk in self.trunks if not trunk.ended]
+        return [
+            values_of(self.experiment, run.size, run.lr, run.horizons[done]) for run, done in going
+        ]
+
+    def _nothing_of_a_size(self) -> bool:
+        """Whether every trial of a size has failed, of something else than its rate."""
+        seen = {trunk.run.size: False for trunk in self.trunks}
+        for trunk in self.trunks:
+            seen[trunk.run.size] |= bool(trunk.losses)
+        return not all(seen.values())
+
+    def _judged(self, trunk: Trunk) -> Trunk:
+        """The trunk, ended if it is at its end or should not go on."""
+        if trunk.ended or not trunk.losses:
+            return trunk
+        whole = len(trunk.losses) == len(trunk.run.horizons)
+        why = None if whole else self.search.stop(self.trunks, trunk)
+        if why:
+            log.info("no longer run of %s at %g: %s", trunk.run.size, trunk.run.lr, why)
+        return Trunk(trunk.run, trunk.losses, ended=whole or why is not None)
+
+    def _learn(self, values: Mapping[str, Any], loss: float | None) -> None:
+        """Add what a trial ended with to its run; of one that failed nothing more is asked."""
+        if SEED in values:
+            return
+        at = next(
+            place
+            for place, trunk in enumerate(self.trunks)
+            if (trunk.run.size, trunk.run.lr) == (values["model.size"], values["optim.lr"])
+        )
+        run, losses = self.trunks[at].run, self.trunks[at].losses
+        self.trunks[at] = (
+            Trunk(run, losses) if loss is None else Trunk(run, (*losses, loss), ended=False)
+        )
