@@ -101,7 +101,7 @@ def test_a_training_whose_weights_are_all_divided_ends_with_chats(storage, clust
     commands.train(experiment)
     (chat,) = json.loads((experiment.run_folder / "chats.json").read_text())
     assert all(turn["model"] for turn in chat["rounds"])
-    whole = load(digits(storage, "whole"), ["train.epochs=1", "optim.lr=1e-3"])
+    whole = load(digits(storage, "undivided"), ["train.epochs=1", "optim.lr=1e-3"])
     commands.train(whole)
     assert json.loads((whole.run_folder / "chats.json").read_text()) == [chat]
     losses = [curve(run.run_folder, "train/loss") for run in (whole, experiment)]
