@@ -133,7 +133,7 @@ class AcrossSizes:
             if edge.holds:
                 reasons.append(f"{edge.evidence}: try {edge.experiment}")
         return Recommendation(
-            target, choice.lr, choice.horizon, float(np.median(loss)), interval(loss), best,
+            target, _round(choice.lr), choice.horizon, float(np.median(loss)), interval(loss), best,
             choice.regret, self.ladder.spent(trunks), swept, tuple(reasons),
         )  # fmt: skip
 

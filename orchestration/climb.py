@@ -23,6 +23,7 @@ from orchestration.settings import path_keys
 from orchestration.space import EPOCHS, SEED, LogUniform
 
 log = logging.getLogger(__name__)
+Progress = Callable[[str], None]
 Known = Callable[[Mapping[str, Any]], float | None]
 """The held-out loss that a trial with these values has ended with: infinite if it diverged or was stopped,
 none if it has not ended."""
@@ -65,7 +66,8 @@ def values_of(experiment: Experiment, size: str, lr: float, horizon: float) -> d
     """The values of the trial that anneals a run at a horizon."""
     search = experiment.search
     assert search is not None
-    chosen = {"model.size": size, "optim.lr": lr, EPOCHS: horizon} | search.constants
+    epochs = next(n for n in search.space[EPOCHS].probes() if n == horizon)  # a whole number
+    chosen = {"model.size": size, "optim.lr": lr, EPOCHS: epochs} | search.constants
     return {path: chosen[path] for path in search.space}
 
 
@@ -100,12 +102,14 @@ def confirmations(experiment: Experiment, found: Recommendation) -> list[dict[st
 class Climb(Searcher):
     """Suggests trials round by round, up the sizes, and then those that confirm what was found."""
 
-    def __init__(self, experiment: Experiment, known: Known) -> None:
+    def __init__(
+        self, experiment: Experiment, known: Known, *, progress: Progress = log.info
+    ) -> None:
         """Nothing has been tried yet, but what is known need not be tried again."""
         super().__init__()
         self.experiment, self.search = experiment, policy(experiment)
         self.trunks: list[Trunk] = []
-        self._known = known
+        self._known, self._progress = known, progress
         self._queue: list[dict[str, Any]] = []
         self._running: dict[str, dict[str, Any]] = {}
         self._confirming = False
@@ -178,7 +182,7 @@ class Climb(Searcher):
         whole = len(trunk.losses) == len(trunk.run.horizons)
         why = None if whole else self.search.stop(self.trunks, trunk)
         if why:
-            log.info("no longer run of %s at %g: %s", trunk.run.size, trunk.run.lr, why)
+            self._progress(f"{trunk.run.size} at {trunk.run.lr:g} trains no longer: {why}")
         return Trunk(trunk.run, trunk.losses, ended=whole or why is not None)
 
     def _learn(self, values: Mapping[str, Any], loss: float | None) -> None:

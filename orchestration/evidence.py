@@ -1,5 +1,6 @@
 """What a search across sizes has found, as files: the numbers behind it, and an experiment to train."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from orchestration.scaling import Trunk
 from orchestration.search import ended_with, trial_name, trials_folder
 from orchestration.verdicts import Verdict, above_the_law, at_the_edge, undertrained, violated
 
+log = logging.getLogger(__name__)
 RECOMMENDED = "recommended.yaml"
 CONFIRMED = ("eval/loss", "eval/accuracy")
 """What the experiment as it stands and what is recommended are compared by."""
@@ -71,7 +73,7 @@ def write(experiment: Experiment) -> None:
 
 def seen(experiment: Experiment) -> Climb:
     """The search as far as its trials have ended."""
-    climb = Climb(experiment, partial(ended_with, experiment))
+    climb = Climb(experiment, partial(ended_with, experiment), progress=log.debug)
     unknown = 0
     while climb.suggest(str(unknown)) not in (None, Searcher.FINISHED):
         unknown += 1

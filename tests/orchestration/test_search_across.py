@@ -49,7 +49,7 @@ def test_a_search_across_sizes_that_is_killed_trains_nothing_twice_and_recommend
         search=SEARCH,
     )
     experiment = load(path)
-    root, moment = trials_folder(experiment), random.randint(1, 12)
+    root, moment = trials_folder(experiment), random.randint(1, 8)
     driver = dsvl("sweep", path)
     while len(list(root.glob("*/result.json"))) < moment:
         assert driver.poll() is None
