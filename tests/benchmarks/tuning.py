@@ -2,19 +2,20 @@
 
 They are the classes of `ray.tune.search` and `ray.tune.schedulers`; `Controller` stands for Tune's, with no
 Ray running and in no time: it calls them when and as Tune does for a function that reports once an epoch.
-Four trials run at once, and every epoch takes as long. A trial is a cosine run of the target; a stopped one
-has cost the epochs it ran. A search recommends the least loss of a finished run, or of a stopped one if none
-has finished.
+Four trials run at once (in brackets one), and every epoch takes as long. A trial is a cosine run of the
+target; a stopped one has cost the epochs it ran. A search recommends the least loss of a finished run, or of
+a stopped one if none has finished.
 
 As a longer schedule has annealed less at the same epoch, schedulers compare trials at equal shares of their
 horizons, never at equal epochs. Where that still drops the longer ones, all trials have one horizon, itself
-the best one of the ladder in worlds of development, a favour. Each rival has whichever of the two had the
+the best one of the ladder in worlds of development, a favour. Each but PB2 has whichever of the two had the
 least median regret in worlds 1000 to 1011, standard and hard; a scheduler for each horizon, as
 `orchestration.schedulers.Peers` has, was no better for any, as 60 epochs are a handful of trials.
 
 That is also why HyperBand, whose first bracket stops nobody, and median stopping, which needs three trials
 to compare with, do little more here than draw at random. PB2, whose horizon cannot be searched, gets a
-population of four. BOHB is Ray's `TuneBOHB` over hpbandster 0.7.4, which still works with ConfigSpace 1.2.
+population of four, with 15 epochs each. BOHB is Ray's `TuneBOHB` over hpbandster 0.7.4, which still works
+with ConfigSpace 1.2.
 """
 
 import logging
@@ -84,11 +85,11 @@ class Controller:
     """
 
     def __init__(
-        self, world: World, searcher: Searcher, scheduler: TrialScheduler, *, reserve: bool
+        self, world: World, searcher: Searcher, scheduler: TrialScheduler, *, brackets: bool
     ) -> None:
         self.world, self.searcher = world, searcher
         self.scheduler: Any = scheduler
-        self.reserve = reserve
+        self.brackets = brackets
         self.search_alg = SimpleNamespace(searcher=searcher)
         self.trials: list[Trial] = []
         self.waiting: Trial | None = None
@@ -132,7 +133,8 @@ class Controller:
 
     def _started(self) -> list[Trial]:
         """The trials that run, after as many have been started as can be."""
-        while len(running := [t for t in self.trials if t.status == Trial.RUNNING]) < AT_ONCE:
+        at_once = 1 if self.brackets else AT_ONCE
+        while len(running := [t for t in self.trials if t.status == Trial.RUNNING]) < at_once:
             if not any(trial.status == Trial.PENDING for trial in self.trials):
                 self._add()
             chosen = self.scheduler.choose_trial_to_run(self)
@@ -154,7 +156,7 @@ class Controller:
             trial.config["horizon"] - _epochs(trial)
             for trial in (*self.get_live_trials(), self.waiting)
         )
-        if self.spent + (needed if self.reserve else 1) <= BUDGET:
+        if self.spent + (1 if self.brackets else needed) <= BUDGET:
             self.trials.append(self.waiting)
             self.scheduler.on_trial_add(self, self.waiting)
             self.waiting = None
@@ -243,8 +245,9 @@ class Tuned:
     searcher: Callable[[dict, int], Searcher] = Random
     scheduler: Callable[[], TrialScheduler] = FIFOScheduler
     horizons: tuple[float, ...] = LADDER.horizons
-    reserve: bool = True
-    """Start no trial that could not be finished with all others; the brackets of HyperBand are larger."""
+    brackets: bool = False
+    """Trials run one by one, or no bracket of HyperBand ends within the budget; elsewhere four at once, and
+    none starts that could not be finished with all others, of which brackets have more."""
 
     def __call__(self, world: World) -> Found:
         space = {"lr": tune.loguniform(*USUAL), "horizon": tune.choice(self.horizons)}
@@ -255,16 +258,16 @@ class Tuned:
         np.random.seed(world.seed)
         with warnings.catch_warnings(action="ignore"):
             searcher = self.searcher(space, world.seed)
-            return Controller(world, searcher, scheduler, reserve=self.reserve).search()
+            return Controller(world, searcher, scheduler, brackets=self.brackets).search()
 
 
 TUNED: dict[str, Callable[[World], Found]] = {
     "random + ASHA": Tuned(scheduler=asha),
     "random + median stopping, 20 epochs": Tuned(scheduler=median, horizons=(20,)),
-    "HyperBand, 20 epochs": Tuned(scheduler=hyperband, horizons=(20,), reserve=False),
+    "HyperBand, 20 epochs": Tuned(scheduler=hyperband, horizons=(20,), brackets=True),
     "TPE": Tuned(optuna),
     "TPE + ASHA": Tuned(optuna, asha),
-    "BOHB, 15 epochs": Tuned(bohb, hyperband_for_bohb, horizons=(15,), reserve=False),
+    "BOHB, 15 epochs": Tuned(bohb, hyperband_for_bohb, horizons=(15,), brackets=True),
     "PB2, 15 epochs": Tuned(scheduler=pb2, horizons=(15,)),
 }
 """Searches that Ray Tune has."""
