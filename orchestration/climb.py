@@ -1,16 +1,14 @@
-"""The search across sizes as trials of Tune: which come next, and what those that ended have shown.
+"""The search across sizes as trials: which come next, and what those that ended have shown.
 
 A run of `across` is a chain of trials: each begins where the plateau of the one before ended, and anneals at
-its own horizon. Trials come in rounds, and the next round is decided when one has ended whole: so that it
-follows from the results alone, whatever machine was faster, and whatever was killed in between.
+its own horizon.
 """
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import inf, isfinite
 from typing import Any
-
-from ray.tune.search import Searcher
 
 from dsvl.pretrained import embedding_rms
 from orchestration.across import AcrossSizes, Recommendation
@@ -18,15 +16,13 @@ from orchestration.config import Experiment
 from orchestration.cost import flops_of_a_step
 from orchestration.parameters import parameters
 from orchestration.proposals import Proposal
+from orchestration.rounds import Outcome
 from orchestration.scaling import Ladder, Size, Trunk
 from orchestration.settings import path_keys
 from orchestration.space import EPOCHS, SEED, LogUniform
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
-Known = Callable[[Mapping[str, Any]], float | None]
-"""The held-out loss that a trial with these values has ended with: infinite if it diverged or was stopped,
-none if it has not ended."""
 
 
 def policy(experiment: Experiment) -> AcrossSizes:
@@ -99,52 +95,15 @@ def confirmations(experiment: Experiment, found: Recommendation) -> list[dict[st
     ]
 
 
-class Climb(Searcher):
-    """Suggests trials round by round, up the sizes, and then those that confirm what was found."""
+class Climb:
+    """A strategy: up the sizes, and then the trials that confirm what was found."""
 
-    def __init__(
-        self, experiment: Experiment, known: Known, *, progress: Progress = log.info
-    ) -> None:
-        """Nothing has been tried yet, but what is known need not be tried again."""
-        super().__init__()
+    def __init__(self, experiment: Experiment, *, progress: Progress = log.info) -> None:
+        """Nothing has been tried yet."""
         self.experiment, self.search = experiment, policy(experiment)
         self.trunks: list[Trunk] = []
-        self._known, self._progress = known, progress
-        self._queue: list[dict[str, Any]] = []
-        self._running: dict[str, dict[str, Any]] = {}
+        self._progress = progress
         self._confirming = False
-
-    def suggest(self, trial_id: str) -> Any:
-        """The values of the next trial; none while a round has not ended, `FINISHED` when all is done."""
-        while True:
-            if not self._queue:
-                if self._running:
-                    return None
-                self._queue = self._next_round()
-            if not self._queue:
-                return Searcher.FINISHED
-            values = self._queue.pop(0)
-            if (loss := self._known(values)) is None:
-                self._running[trial_id] = values
-                return dict(values)
-            self._learn(values, loss)
-
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
-        """Nothing: only annealed losses count."""
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict | None = None, error: bool = False
-    ) -> None:
-        """A trial has ended, one way or another."""
-        values = self._running.pop(trial_id)
-        stopped = not error and result is not None and result["epoch"] < values[EPOCHS]
-        self._learn(values, inf if stopped else self._known(values))
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: what is known is in the trials' folders."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as nothing was saved."""
 
     def recommended(self) -> Recommendation | None:
         """What to train at the target, if there is anything to judge by."""
@@ -152,7 +111,8 @@ class Climb(Searcher):
             return None
         return self.search.recommend(self.trunks)
 
-    def _next_round(self) -> list[dict[str, Any]]:
+    def next_round(self) -> list[dict[str, Any]]:
+        """Trials of one size, or those that confirm; none when all is done."""
         self.trunks = [self._judged(trunk) for trunk in self.trunks]
         if all(trunk.ended for trunk in self.trunks) and not self._confirming:
             found = self.recommended()
@@ -183,9 +143,9 @@ class Climb(Searcher):
         why = None if whole else self.search.stop(self.trunks, trunk)
         if why:
             self._progress(f"{trunk.run.size} at {trunk.run.lr:g} trains no longer: {why}")
-        return Trunk(trunk.run, trunk.losses, ended=whole or why is not None)
+        return replace(trunk, ended=whole or why is not None)
 
-    def _learn(self, values: Mapping[str, Any], loss: float | None) -> None:
+    def learn(self, values: Mapping[str, Any], outcome: Outcome) -> None:
         """Add what a trial ended with to its run; of one that failed nothing more is asked."""
         if SEED in values:
             return
@@ -194,7 +154,10 @@ class Climb(Searcher):
             for place, trunk in enumerate(self.trunks)
             if (trunk.run.size, trunk.run.lr) == (values["model.size"], values["optim.lr"])
         )
-        run, losses = self.trunks[at].run, self.trunks[at].losses
-        self.trunks[at] = (
-            Trunk(run, losses) if loss is None else Trunk(run, (*losses, loss), ended=False)
-        )
+        trunk = self.trunks[at]
+        if outcome.state == "failed":
+            self.trunks[at] = replace(trunk, ended=True)
+            return
+        loss = outcome.metrics["eval/loss"] if outcome.state == "finished" else inf
+        loss = loss if isfinite(loss) else inf
+        self.trunks[at] = replace(trunk, losses=(*trunk.losses, loss))

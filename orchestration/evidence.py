@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from ray.tune.search import Searcher
 from scipy import stats
 
 from orchestration.across import AcrossSizes, Recommendation
@@ -19,8 +18,9 @@ from orchestration.cost import GRID_RATES
 from orchestration.journal import write_json, write_whole
 from orchestration.laws import interval
 from orchestration.results import EVIDENCE, finished
+from orchestration.rounds import Rounds
 from orchestration.scaling import Trunk
-from orchestration.search import ended_with, trial_name, trials_folder
+from orchestration.search import outcome, trial_name, trials_folder
 from orchestration.verdicts import Verdict, above_the_law, at_the_edge, undertrained, violated
 
 log = logging.getLogger(__name__)
@@ -73,10 +73,8 @@ def write(experiment: Experiment) -> None:
 
 def seen(experiment: Experiment) -> Climb:
     """The search as far as its trials have ended."""
-    climb = Climb(experiment, partial(ended_with, experiment), progress=log.debug)
-    unknown = 0
-    while climb.suggest(str(unknown)) not in (None, Searcher.FINISHED):
-        unknown += 1
+    climb = Climb(experiment, progress=log.debug)
+    Rounds(climb, partial(outcome, experiment)).suggest("next")
     return climb
 
 

@@ -20,9 +20,9 @@ EPOCHS = "train.epochs"
 class Proposal:
     """A trial to come."""
 
-    values: dict[str, Any]
+    values: Mapping[str, Any]
     """Dotted field -> value."""
-    trunk: dict[str, Any] | None = None
+    trunk: Mapping[str, Any] | None = None
     """The values of the trial whose plateau it shares."""
     branches: tuple[int, ...] = ()
     """Epochs of the trials that share its own."""

@@ -18,9 +18,11 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from orchestration.climb import Climb, proposal
 from orchestration.config import Experiment
 from orchestration.journal import Journal, read, read_json, write_json
+from orchestration.parzen import Parzen
 from orchestration.placement import require_room
 from orchestration.proposals import Listed, Proposal, proposals
 from orchestration.results import begin, evaluations, finished, require_same_data, write_result
+from orchestration.rounds import Outcome, Rounds
 from orchestration.schedulers import scheduler
 from orchestration.space import SearchConfig
 from orchestration.trainer import fit
@@ -100,21 +102,23 @@ def trial_name(values: Mapping[str, object]) -> str:
 def _searcher(experiment: Experiment) -> tuple[Searcher, ProposalOf]:
     """What suggests the values of trials, and what else belongs to such values."""
     if _settings(experiment).across:
-        return Climb(experiment, partial(ended_with, experiment)), partial(proposal, experiment)
+        rounds = Rounds(Climb(experiment), partial(outcome, experiment))
+        return rounds, partial(proposal, experiment)
+    if _settings(experiment).sampler == "tpe":
+        return Rounds(Parzen(experiment), partial(outcome, experiment)), Proposal
     listed = proposals(experiment)
     by_name = {trial_name(one.values): one for one in listed}
     return Listed(listed), lambda values: by_name[trial_name(values)]
 
 
-def ended_with(experiment: Experiment, values: Mapping[str, Any]) -> float | None:
-    """The held-out loss of a trial: infinite, if it diverged or was stopped; none, if it is to be trained."""
+def outcome(experiment: Experiment, values: Mapping[str, Any]) -> Outcome | None:
+    """How the trial with these values has ended, unless it is to be trained, once more perhaps."""
     folder = trials_folder(experiment) / trial_name(values)
     if result := finished(experiment.trial(values), folder):
-        loss = result["metrics"]["eval/loss"]
-        return loss if result["state"] == "finished" and math.isfinite(loss) else math.inf
+        return Outcome(result["state"], result["metrics"])
     state, reason = _ended(folder)
     diverged = state == "failed" and reason.startswith(FloatingPointError.__name__)
-    return math.inf if diverged else None
+    return Outcome("diverged", {}) if diverged else None
 
 
 def trainable(

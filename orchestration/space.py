@@ -121,6 +121,9 @@ class SearchConfig(Section):
     """Draws from the space; a grid is tried whole at each."""
     seed: int = Field(0, ge=0)
     metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
+    sampler: Literal["random", "tpe"] = "random"
+    """What draws from domains that are no grid: chance, or Optuna's tree-structured Parzen estimator, which
+    learns from the trials that have ended, `concurrent` at a time."""
     scheduler: Annotated[NoScheduler | Asha, Field(discriminator="kind")] = NoScheduler(kind="none")
     concurrent: int = Field(default=1, gt=0)
     """Trials at the same time."""
@@ -164,6 +167,15 @@ class SearchConfig(Section):
         require(self.samples == 1, "samples", self.samples, "must be 1 with across")
         rule = "must be none with across, which stops trials itself"
         require(self.scheduler.kind == "none", "scheduler", self.scheduler.kind, rule)
+        return self
+
+    @model_validator(mode="after")
+    def _sampler_draws(self) -> Self:
+        if self.sampler != "random":
+            require(self.across is None, "sampler", self.sampler, "must be random with across")
+            grids = [path for path, domain in self.space.items() if domain.kind == "grid"]
+            rule = f"draws every value, and would try {', '.join(grids)} whole: make it a choice"
+            require(not grids, "sampler", self.sampler, rule)
         return self
 
     @property

@@ -1,8 +1,8 @@
 """The search across sizes as trials, on losses that a law gives at once."""
 
 import random
-from collections.abc import Mapping
-from math import inf, log2
+from collections.abc import Callable, Mapping
+from math import inf, isfinite, log2
 from typing import Any
 
 import pytest
@@ -13,16 +13,21 @@ from orchestration.climb import Climb, confirmations, proposal
 from orchestration.compose import load
 from orchestration.config import Experiment
 from orchestration.problems import ConfigError
+from orchestration.rounds import Outcome, Rounds, Strategy
 from orchestration.schedulers import scheduler
 from orchestration.space import EPOCHS, SEED
 from tests.orchestration.conftest import CONFIGS
 
 BEST = {"small": 0.04, "medium": 0.03, "large": 0.02}
 SIZES = list(BEST)
+Known = dict[str, Outcome]
 
 
 def repair(*overrides: str) -> Experiment:
-    return load(CONFIGS / "experiment/digits_repair.yaml", overrides)
+    """One epoch at a tenth of the best rate, to be repaired."""
+    epochs = "search.space={train.epochs: {kind: grid, values: [1, 2, 4]}}"
+    own = ("optim.lr=2e-3", "train.epochs=1", "search.target_epochs=40", epochs)
+    return load(CONFIGS / "experiment/digits_repair.yaml", (*own, *overrides))
 
 
 def loss(values: Mapping[str, Any]) -> float:
@@ -37,15 +42,18 @@ def loss(values: Mapping[str, Any]) -> float:
 class Cluster:
     """Ends the trials that a search suggests, in an order of its own, and dies after so many."""
 
-    def __init__(self, seed: int, known: dict[str, float | None]) -> None:
-        self.draw, self.known = random.Random(seed), known
+    def __init__(
+        self, seed: int, known: Known, loss: Callable[[Mapping[str, Any]], float] = loss
+    ) -> None:
+        self.draw, self.known, self.loss = random.Random(seed), known, loss
         self.trained: list[dict[str, Any]] = []
 
-    def run(self, climb: Climb, *, trials: float = inf, failing: str = "-") -> None:
+    def run(self, strategy: Strategy, *, trials: float = inf, failing: str = "none") -> None:
+        rounds = Rounds(strategy, lambda values: self.known.get(str(dict(values))))
         running: dict[str, dict[str, Any]] = {}
         while len(self.trained) < trials:
             while len(running) < 4 and isinstance(
-                values := climb.suggest(name := f"{len(self.trained)}-{len(running)}"), dict
+                values := rounds.suggest(name := f"{len(self.trained)}-{len(running)}"), dict
             ):
                 running[name] = values
                 if self.draw.random() < 0.3:
@@ -57,18 +65,15 @@ class Cluster:
             values = running.pop(name)
             failed = failing in str(values)
             if not failed:
-                self.known[str(values)] = loss(values)
+                found = self.loss(values)
+                state = "finished" if isfinite(found) else "diverged"
+                self.known[str(values)] = Outcome(state, {"eval/loss": found})
             self.trained.append(values)
-            climb.on_trial_complete(name, {"epoch": values[EPOCHS]}, error=failed)
-
-
-def climb(experiment: Experiment, known: dict[str, float | None]) -> Climb:
-    return Climb(experiment, lambda values: known.get(str(dict(values))))
+            rounds.on_trial_complete(name, error=failed)
 
 
 def climbed(experiment: Experiment, seed: int = 0, **how: Any) -> tuple[Climb, list[dict]]:
-    known: dict[str, float | None] = {}
-    cluster, search = Cluster(seed, known), climb(experiment, known)
+    cluster, search = Cluster(seed, {}), Climb(experiment)
     cluster.run(search, **how)
     return search, cluster.trained
 
@@ -125,11 +130,10 @@ def test_what_is_tried_does_not_depend_on_which_trial_was_faster(whole):
 def test_a_search_that_is_killed_and_begun_again_tries_what_is_left_and_nothing_twice(whole):
     draw = random.Random(0)
     for _ in range(3):
-        known: dict[str, float | None] = {}
-        first = Cluster(0, known)
-        first.run(climb(repair(), known), trials=draw.randrange(1, len(whole[1])))
-        again = Cluster(1, known)
-        again.run(climb(repair(), known))
+        known: Known = {}
+        first, again = Cluster(0, known), Cluster(1, known)
+        first.run(Climb(repair()), trials=draw.randrange(1, len(whole[1])))
+        again.run(Climb(repair()))
         assert unordered(first.trained + again.trained) == unordered(whole[1])
 
 
@@ -145,7 +149,7 @@ def test_a_search_of_which_a_size_always_fails_ends():
     search, trials = climbed(repair(), failing="'medium'")
     assert {values["model.size"] for values in trials} == {"small", "medium"}
     assert len([v for v in trials if v["model.size"] == "medium"]) <= 6
-    assert search.suggest("more") == Searcher.FINISHED
+    assert search.next_round() == []
 
 
 def test_a_rate_that_diverged_gets_no_longer_run(whole):

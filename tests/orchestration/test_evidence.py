@@ -17,8 +17,7 @@ from orchestration.report import write
 from orchestration.results import begin, write_result
 from orchestration.search import trial_name, trials_folder
 from orchestration.space import EPOCHS, SEED
-from tests.orchestration.conftest import CONFIGS
-from tests.orchestration.test_climb import Cluster, loss
+from tests.orchestration.test_climb import Cluster, loss, repair
 
 
 def end(experiment: Experiment, values: dict, ended: float) -> None:
@@ -44,10 +43,8 @@ def luck(values: dict) -> float:
 @pytest.fixture
 def searched(tmp_path: Path) -> tuple[Experiment, Climb]:
     """A search across sizes, all of whose trials have ended."""
-    experiment = load(CONFIGS / "experiment/digits_repair.yaml", [f"storage.path={tmp_path}"])
-    known: dict[str, float | None] = {}
-    climb = Climb(experiment, lambda values: known.get(str(dict(values))))
-    cluster = Cluster(0, known)
+    experiment = repair(f"storage.path={tmp_path}")
+    climb, cluster = Climb(experiment), Cluster(0, {})
     cluster.run(climb)
     for values in cluster.trained:
         end(experiment, values, loss(values) * luck(values))
@@ -115,7 +112,7 @@ def test_a_search_that_has_not_ended_tells_what_it_has_seen(searched):
 
 
 def test_nothing_is_written_while_no_trial_has_ended(tmp_path):
-    experiment = load(CONFIGS / "experiment/digits_repair.yaml", [f"storage.path={tmp_path}"])
+    experiment = repair(f"storage.path={tmp_path}")
     evidence.write(experiment)
     assert not experiment.run_folder.exists()
 
