@@ -99,8 +99,10 @@ class AcrossSizes:
             for horizon, loss in zip(other.reached, other.losses, strict=True)
             if horizon == reached and isfinite(loss)
         ]
-        if trunk.diverged or trunk.losses[-1] > TWICE * min(peers, default=np.inf):
-            return f"{run.size} diverges at a learning rate of {run.lr:.2g}"
+        if trunk.diverged:
+            return "it diverges"
+        if trunk.losses[-1] > TWICE * (least := min(peers)):
+            return f"a loss of {trunk.losses[-1]:.3g} after {reached:g} epochs, where others have {least:.3g}"
         if run.size != self.ladder.target.name or len(trunk.losses) == len(run.horizons):
             return None
         ended = [other for other in trunks if other.ended and other.run != run]
@@ -165,14 +167,14 @@ class AcrossSizes:
             low, high = np.log(self.rates)
             step = (high - low) / FIRST_RATES
             offset = np.random.default_rng(self.seed).uniform(0.25, 0.75)
-            lrs = np.exp(low + step * (np.arange(FIRST_RATES) + offset))
+            lrs = [_round(lr) for lr in np.exp(low + step * (np.arange(FIRST_RATES) + offset))]
         else:
             room = int(allowed / self.ladder.cost(size.name, horizons))
             count = min(max(room, FEWEST), RATES)
             best = self.law(smaller).probable_rate(size.name, float(np.median(horizons)))
-            lrs = best * np.exp2(np.arange(count) - (count - 1) / 2)
+            lrs = self._about(best, np.arange(count) - (count - 1) / 2)
         for lr in lrs:
-            yield Run(size.name, _round(float(lr)), horizons)
+            yield Run(size.name, lr, horizons)
 
     def _extend(self, size: Size, trunks: Sequence[Trunk]) -> list[Run]:
         """A rate beyond the edge of those tried, where the best of them lies there: laws apart, seen."""
@@ -213,7 +215,7 @@ class AcrossSizes:
             (on.worth(lr, upto), self.ladder.cost(target, upto), Run(target, lr, upto))
             for octave in OCTAVES
             for lr in [_round(choice.lr * 2.0**octave)]
-            if all(lr != trunk.run.lr for trunk in own)
+            if self.rates[0] <= lr <= self.rates[1] and all(lr != seen.run.lr for seen in own)
             for upto in prefixes
             if self.ladder.cost(target, upto) <= left
         ]
@@ -229,7 +231,13 @@ class AcrossSizes:
         )
         best = law.probable_rate(target, float(np.median(upto)))
         octaves = SWEEP_STEP * (np.arange(SWEEP_RATES) - (SWEEP_RATES - 1) / 2)
-        return [Run(target, _round(best * 2.0**octave), upto) for octave in octaves]
+        return [Run(target, lr, upto) for lr in self._about(best, octaves)]
+
+    def _about(self, best: float, octaves: np.ndarray) -> list[float]:
+        """Rates so far from the best one, together moved into the range of rates."""
+        low, high = np.log2(self.rates) - np.log2(best)
+        moved = octaves + np.clip(0, low - octaves.min(), high - octaves.max())
+        return sorted({_round(best * 2.0**octave) for octave in np.clip(moved, low, high)})
 
     def _violated(self, trunks: Sequence[Trunk]) -> bool:
         found = self.gate(trunks)

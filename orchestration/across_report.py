@@ -54,7 +54,8 @@ def confirmed(record: Record) -> str:
     pairs = record.evidence["confirmed"]
     if not pairs:
         return note("No pair of trainings has been run to confirm it: see search.confirm.")
-    rows = []
+    search = record.experiment.search
+    rows, asked = [], search.confirm if search else 0
     for metric, (name, written) in TOLD.items():
         measured = pairs[metric]
         means = [sum(measured[side]) / len(measured[side]) for side in ("before", "after")]
@@ -62,9 +63,16 @@ def confirmed(record: Record) -> str:
         if measured["difference"]:
             middle, low, high = (f"{value:+.4f}" for value in measured["difference"])
             difference = f"{middle} ({low} to {high}, 95 %)"
-        cells = (name, *map(written, means), difference, str(len(measured["before"])))
+        count = f"{len(measured['before'])} of {asked}"
+        cells = (name, *map(written, means), difference, count)
         rows.append(({"data-metric": metric}, cells))
-    head = ("mean over seeds", "as it stands", "as recommended", "difference of pairs", "pairs")
+    head = (
+        "mean over seeds",
+        "as it stands",
+        "as recommended",
+        "difference of pairs",
+        "pairs finished",
+    )
     return f"<h3>Held to one another, with the same seeds</h3>{table(head, rows)}"
 
 

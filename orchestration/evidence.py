@@ -119,7 +119,7 @@ def _confirmed(experiment: Experiment, found: Recommendation) -> dict[str, Any] 
     pairs = [
         (before["metrics"], after["metrics"])
         for before, after in zip(results[::2], results[1::2], strict=True)
-        if before and after
+        if before and after and before["state"] == after["state"] == "finished"
     ]
     if not pairs:
         return None

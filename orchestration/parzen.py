@@ -22,8 +22,9 @@ class Parzen:
         assert experiment.search is not None
         self._search = experiment.search
         sampler = optuna.samplers.TPESampler(seed=self._search.seed, constant_liar=True)
-        directions = {"min": "minimize", "max": "maximize"}
-        self._study = optuna.create_study(sampler=sampler, direction=directions[self._search.mode])
+        self._study = optuna.create_study(
+            sampler=sampler, direction="minimize" if self._search.mode == "min" else "maximize"
+        )
         self._asked: dict[str, list[optuna.Trial]] = {}
         self._known: dict[str, Outcome] = {}
 

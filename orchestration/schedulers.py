@@ -1,7 +1,6 @@
 """Who competes with whom: Tune's schedulers, among trials that can be compared."""
 
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -9,6 +8,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from orchestration.across import TWICE
 from orchestration.config import Experiment
+from orchestration.space import SEED
 
 
 def scheduler(experiment: Experiment) -> TrialScheduler:
@@ -31,21 +31,23 @@ def scheduler(experiment: Experiment) -> TrialScheduler:
 
 
 class Diverging(FIFOScheduler):
-    """Stops a trial whose loss is no number, or twice the least that it has had.
+    """Stops a trial whose loss is no number, or twice what it was when it was first measured.
 
-    It is held to nothing but itself, so that what is stopped does not depend on which trial was faster.
+    It is held to nothing but itself, so that what is stopped does not depend on which trial was faster; and
+    to its first loss, not its least: on a plateau losses rise and fall, and annealing mends that. What
+    confirms a recommendation runs to its end, whatever comes of it.
     """
 
     def __init__(self) -> None:
         """No trial has a loss yet."""
         super().__init__()
-        self._least: dict[str, float] = {}
+        self._first: dict[str, float] = {}
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
-        """Compare with what the trial has reported before."""
+        """Compare with what the trial has reported at first."""
         loss = result["eval/loss"]
-        least = self._least[trial.trial_id] = min(loss, self._least.get(trial.trial_id, inf))
-        return TrialScheduler.CONTINUE if loss <= TWICE * least else TrialScheduler.STOP
+        falls = loss <= TWICE * self._first.setdefault(trial.trial_id, loss)
+        return TrialScheduler.CONTINUE if falls or SEED in trial.config else TrialScheduler.STOP
 
 
 class Peers(FIFOScheduler):

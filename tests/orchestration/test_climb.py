@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable, Mapping
-from math import inf, isfinite, log2
+from math import inf, isfinite, log2, nan
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +123,16 @@ def test_the_recommendation_is_near_the_best_and_within_the_budget(whole):
     assert found.cost <= 40
 
 
+def test_rates_stay_within_what_the_search_goes_over():
+    narrow = "search.space={optim.lr: {kind: loguniform, low: 5e-3, high: 3.1e-2}}"
+    search, trials = climbed(repair(narrow))
+    rates = {values["optim.lr"] for values in trials if SEED not in values}
+    assert min(rates) >= 5e-3
+    assert max(rates) <= 3.1e-2
+    assert repair(narrow).search.proposes(trials[-1])
+    assert 0.01 < search.recommended().lr <= 3.1e-2
+
+
 def test_what_is_tried_does_not_depend_on_which_trial_was_faster(whole):
     for seed in (1, 2):
         assert unordered(climbed(repair(), seed)[1]) == unordered(whole[1])
@@ -172,18 +183,17 @@ def test_confirming_pairs_hold_the_experiment_as_it_stands_to_what_was_found(who
         assert trained.optim.schedule == "wsd"
 
 
-def test_a_trial_whose_loss_doubles_or_is_none_is_stopped_and_no_other():
-    class Named:
-        def __init__(self, name: str) -> None:
-            self.trial_id = name
-
+def test_a_trial_whose_first_loss_doubles_or_is_none_is_stopped_but_none_that_confirms():
     decides = scheduler(repair())
-    told = [
-        decides.on_trial_result(None, Named(name), {"eval/loss": value})
-        for name, value in [("a", 1.0), ("a", 1.9), ("b", 5.0), ("a", 2.1), ("b", float("nan"))]
-    ]
+
+    def told(name: str, value: float, **config: Any) -> str:
+        trial: Any = SimpleNamespace(trial_id=name, config=config)
+        return decides.on_trial_result(None, trial, {"eval/loss": value})
+
     go_on, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP
-    assert told == [go_on, go_on, go_on, stop, stop]
+    losses = [("a", 1.0), ("a", 0.2), ("a", 1.9), ("b", 5.0), ("a", 2.1), ("b", nan)]
+    assert [told(*seen) for seen in losses] == [go_on, go_on, go_on, go_on, stop, stop]
+    assert [told("c", value, **{SEED: 1}) for value in (1.0, 9.0, nan)] == [go_on, go_on, go_on]
 
 
 @pytest.mark.parametrize(
