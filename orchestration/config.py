@@ -238,6 +238,14 @@ class Experiment(Section):
         """The tracking store in use."""
         return self.tracking.uri or f"sqlite:///{Path(self.storage.path) / 'mlflow.db'}"
 
+    @property
+    def trials_at_once(self) -> int:
+        """How many trials of the search run at the same time."""
+        assert self.search is not None
+        search, room = self.search, self.cluster.workers // self.search.workers
+        at_once = search.concurrent or max(1, room)
+        return min(at_once, search.trials or at_once)
+
     def worker_counts(self, workers: int) -> list[int]:
         """The numbers of workers that a training meant for `workers` may have, fewest first."""
         fewest = self.cluster.min_workers or workers

@@ -95,7 +95,7 @@ def sweep_cost(experiment: Experiment, samples: int | None) -> Cost:
     return Cost(
         steps if steps is None else round(steps),
         total([cost.flops for cost in points]),
-        None if hours is None else hours / min(search.concurrent, search.trials),
+        None if hours is None else hours / experiment.trials_at_once,
         total([cost.gpu_hours for cost in points]),
         total([cost.money for cost in points]),
     )
@@ -116,7 +116,7 @@ def _of_the_target(experiment: Experiment, samples: int | None, epochs: float) -
     one = run_cost(experiment.trial({"train.epochs": 1}), samples)
     steps, *others = (None if of_one is None else of_one * epochs for of_one in astuple(one))
     whole = Cost(None if steps is None else round(steps), *others)
-    hours = None if whole.hours is None else whole.hours / experiment.search.concurrent
+    hours = None if whole.hours is None else whole.hours / experiment.trials_at_once
     return replace(whole, hours=hours)
 
 

@@ -15,12 +15,12 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Parzen:
-    """A strategy: rounds of `search.concurrent` draws, each from what those before have come to."""
+    """A strategy: rounds of as many draws as run at once, each from what those before have come to."""
 
     def __init__(self, experiment: Experiment) -> None:
         """Nothing has been tried yet."""
         assert experiment.search is not None
-        self._search = experiment.search
+        self._search, self._at_once = experiment.search, experiment.trials_at_once
         sampler = optuna.samplers.TPESampler(seed=self._search.seed, constant_liar=True)
         self._study = optuna.create_study(
             sampler=sampler, direction="minimize" if self._search.mode == "min" else "maximize"
@@ -32,7 +32,7 @@ class Parzen:
         """Values that have not been tried; what is drawn again is known at once."""
         fresh: dict[str, dict[str, Any]] = {}
         while not fresh and (left := self._search.samples - len(self._study.trials)) > 0:
-            for _ in range(min(left, self._search.concurrent)):
+            for _ in range(min(left, self._at_once)):
                 trial = self._study.ask(self._distributions)
                 values = {
                     path: _value(domain, trial.params[path])

@@ -71,9 +71,7 @@ def plan(experiment: Experiment) -> Plan:
         disk=disk(experiment, prepared_folder(experiment)),
         checkpoints_kept=checkpoints_kept(experiment),
         trials=search.trials if search else None,
-        trials_at_once=min(search.concurrent, search.trials or search.concurrent)
-        if search
-        else None,
+        trials_at_once=experiment.trials_at_once if search else None,
         sizes=tuple(sizes),
     )
 

@@ -53,7 +53,7 @@ def search(experiment: Experiment, prepared: Path) -> None:
             metric=settings.metric,
             mode=settings.mode,
             num_samples=settings.trials or -1,  # as many as the searcher suggests
-            search_alg=ConcurrencyLimiter(searcher, max_concurrent=settings.concurrent),
+            search_alg=ConcurrencyLimiter(searcher, max_concurrent=experiment.trials_at_once),
             scheduler=decides,
             # The process of a stopped trial still waits for its training: only its end ends that.
             reuse_actors=type(decides) is FIFOScheduler,

@@ -123,10 +123,10 @@ class SearchConfig(Section):
     metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
     sampler: Literal["random", "tpe"] = "random"
     """What draws from domains that are no grid: chance, or Optuna's tree-structured Parzen estimator, which
-    learns from the trials that have ended, `concurrent` at a time."""
+    learns from the trials that have ended, as many at a time as run at once."""
     scheduler: Annotated[NoScheduler | Asha, Field(discriminator="kind")] = NoScheduler(kind="none")
-    concurrent: int = Field(default=1, gt=0)
-    """Trials at the same time."""
+    concurrent: int | None = Field(default=None, gt=0)
+    """Trials at the same time; when empty, as many as `cluster.workers` are enough for."""
     workers: int = Field(default=1, gt=0)
     """Workers of a trial."""
 

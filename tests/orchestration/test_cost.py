@@ -47,6 +47,25 @@ def test_a_sweep_costs_what_its_trials_cost_to_their_ends(settings):
     assert cost.money == pytest.approx(3 * cost.gpu_hours)
 
 
+@pytest.mark.parametrize(
+    ("search", "at_once"),
+    [
+        ({"workers": 1}, 12),
+        ({"workers": 4}, 3),
+        ({"workers": 12}, 1),
+        ({"workers": 4, "concurrent": 2}, 2),
+        ({"workers": 1, "samples": 5}, 5),
+    ],
+)
+def test_as_many_trials_run_at_once_as_there_are_workers_for(settings, search, at_once):
+    space = {"optim.lr": {"kind": "uniform", "low": 1e-4, "high": 1e-2}}
+    cluster = {"cluster": CLUSTER | {"workers": 12}, "engine": {"micro_batch": 1}}
+    experiment = validated(
+        settings | cluster | {"search": {"space": space, "samples": 30} | search}
+    )
+    assert experiment.trials_at_once == at_once
+
+
 def test_a_branch_costs_its_decay(settings):
     space = {"train.epochs": {"kind": "grid", "values": [1, 3, 2]}}
     optim = {"schedule": "wsd", "warmup_steps": 1, "decay_fraction": 0.3}
