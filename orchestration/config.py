@@ -224,6 +224,10 @@ class Experiment(Section):
             if search and checkpoint and getattr(checkpoint, field):
                 text = "a search says itself which trial branches off which; leave it out"
                 problems.append(Problem(("checkpoint", field), text))
+        cluster = info.data.get("cluster")
+        if search and search.budget.money and cluster and cluster.gpu_hour_price is None:
+            text = f"{search.budget.money:g} needs cluster.gpu_hour_price; set that, or gpu_hours"
+            problems.append(Problem(("search", "budget", "money"), text))
         if problems:
             raise ConfigError(problems)
         return search

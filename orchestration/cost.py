@@ -1,6 +1,6 @@
 """Time, money and disk of a run or a sweep, where what decides them is known."""
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def sweep_cost(experiment: Experiment, samples: int | None) -> Cost:
     if search.across:
         longest = search.space["train.epochs"].probes()[-1]
         confirmed = search.confirm * (experiment.train.epochs + longest)
-        return _of_the_target(experiment, samples, search.target_epochs + confirmed)
+        whole = _of_the_target(experiment, samples, search.target_epochs + confirmed)
+        return _times(whole, _affordable(experiment, whole))
     assert search.trials is not None
     deciding = {
         path: domain
@@ -92,13 +93,14 @@ def sweep_cost(experiment: Experiment, samples: int | None) -> Cost:
 
     steps = total([cost.steps for cost in points])
     hours = total([cost.hours for cost in points])
-    return Cost(
+    whole = Cost(
         steps if steps is None else round(steps),
         total([cost.flops for cost in points]),
         None if hours is None else hours / experiment.trials_at_once,
         total([cost.gpu_hours for cost in points]),
         total([cost.money for cost in points]),
     )
+    return _times(whole, _affordable(experiment, whole))
 
 
 def exhaustive_cost(experiment: Experiment, samples: int | None) -> Cost | None:
@@ -114,10 +116,24 @@ def _of_the_target(experiment: Experiment, samples: int | None, epochs: float) -
     """So many epochs of the experiment's trials at its own size."""
     assert experiment.search is not None
     one = run_cost(experiment.trial({"train.epochs": 1}), samples)
-    steps, *others = (None if of_one is None else of_one * epochs for of_one in astuple(one))
-    whole = Cost(None if steps is None else round(steps), *others)
+    whole = _times(one, epochs)
     hours = None if whole.hours is None else whole.hours / experiment.trials_at_once
     return replace(whole, hours=hours)
+
+
+def _affordable(experiment: Experiment, cost: Cost) -> float:
+    """The share of a search that `search.budget` has room for."""
+    assert experiment.search is not None
+    needed = asdict(cost) | {"trials": experiment.search.trials}
+    budget = experiment.search.budget.model_dump(exclude_none=True)
+    shares = [most / needed[name] for name, most in budget.items() if needed[name]]
+    return min([1.0, *shares])
+
+
+def _times(cost: Cost, factor: float) -> Cost:
+    """So many times as much of all."""
+    steps, *others = (None if one is None else one * factor for one in astuple(cost))
+    return Cost(None if steps is None else round(steps), *others)
 
 
 def flops_of_a_step(experiment: Experiment) -> dict[str, float]:

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,11 @@ def points(entries: list[dict]) -> Iterator[tuple[str, int, float, float]]:
     }
     for (key, step), (value, moment) in sorted(latest.items(), key=lambda item: item[0]):
         yield key, step, value, moment
+
+
+def seconds(entries: list[dict]) -> float:
+    """For how long there was work, without the time between an interruption and the next start."""
+    return sum(b["time"] - a["time"] for a, b in pairwise(entries) if b["kind"] != "start")
 
 
 def curve(folder: Path, metric: str) -> list[tuple[int, float]]:

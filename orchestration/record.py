@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def read(folder: Path, *, name: str) -> Run:
         state=result.get("state") or last.get("state") or ("unfinished" if entries else "waiting"),
         reason=last.get("reason", ""),
         curves=curves,
-        seconds=sum(b["time"] - a["time"] for a, b in pairwise(entries) if b["kind"] != "start"),
+        seconds=journal.seconds(entries),
         ended=entries[-1]["time"] if entries else inf,
     )
 

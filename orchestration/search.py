@@ -15,6 +15,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
+from orchestration.budget import Budgeted, spent
 from orchestration.climb import Climb, proposal
 from orchestration.config import Experiment
 from orchestration.journal import Journal, read, read_json, write_json
@@ -47,13 +48,19 @@ def search(experiment: Experiment, prepared: Path) -> None:
     Journal(root).start(identity=experiment.identity(), params=space, step=0)
     ledger, decides = Ledger(experiment, root), scheduler(experiment)
     searcher, proposal_of = _searcher(experiment)
+    held = Budgeted(
+        searcher,
+        settings.budget,
+        spent=lambda: spent(experiment, root),
+        begun=lambda values: (root / trial_name(values)).exists(),
+    )
     tuner = tune.Tuner(
         tune.with_resources(trainable(experiment, prepared, proposal_of), {"CPU": TRIAL_CPUS}),
         tune_config=tune.TuneConfig(
             metric=settings.metric,
             mode=settings.mode,
             num_samples=settings.trials or -1,  # as many as the searcher suggests
-            search_alg=ConcurrencyLimiter(searcher, max_concurrent=experiment.trials_at_once),
+            search_alg=ConcurrencyLimiter(held, max_concurrent=experiment.trials_at_once),
             scheduler=decides,
             # The process of a stopped trial still waits for its training: only its end ends that.
             reuse_actors=type(decides) is FIFOScheduler,

@@ -103,6 +103,18 @@ ONLY_ACROSS = ("target_epochs", "verify", "confirm")
 """Fields of a search across sizes alone."""
 
 
+class Budget(Section):
+    """What a search may take; trials that have begun are not cut short, but none begins after that."""
+
+    trials: int | None = Field(default=None, gt=0)
+    hours: float | None = Field(default=None, gt=0)
+    """By the clock, while the search runs."""
+    gpu_hours: float | None = Field(default=None, gt=0)
+    """Of all trials together; hours of workers, where those have no GPU."""
+    money: float | None = Field(default=None, gt=0)
+    """In the currency of `cluster.gpu_hour_price`."""
+
+
 class SearchConfig(Section):
     """Which experiments a sweep tries."""
 
@@ -129,6 +141,7 @@ class SearchConfig(Section):
     """Trials at the same time; when empty, as many as `cluster.workers` are enough for."""
     workers: int = Field(default=1, gt=0)
     """Workers of a trial."""
+    budget: Budget = Budget()
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:
