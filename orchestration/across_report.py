@@ -6,7 +6,7 @@ All of it comes from the file that `evidence` writes.
 from html import escape
 from typing import Any
 
-from orchestration.page import grid, note, number, percent, table
+from orchestration.page import facts, grid, note, number, percent, table
 from orchestration.plots import COLOURS, Mark, Series, chart, figure
 from orchestration.record import Record
 
@@ -38,15 +38,14 @@ def verdicts(record: Record) -> str:
     """What holds of the experiment as it stands and of the search, by which numbers."""
     rows = [
         (
-            {"data-verdict": one["name"], "data-holds": str(one["holds"]).lower()},
-            (one["name"], "yes" if one["holds"] else "no", one["evidence"], one["experiment"]),
+            f"{one['name']}: {'yes' if one['holds'] else 'no'}",
+            f"{one['evidence']}. What would settle it: {one['experiment']}.",
         )
         for one in record.evidence["verdicts"]
     ]
     recipe = record.evidence["recipe"]
     title = f"The experiment as it stands: {recipe['epochs']} epochs at {recipe['lr']:.3g}"
-    head = ("verdict", "holds", "by", "what would settle it")
-    return f"<h3>{escape(title)}</h3>{table(head, rows)}"
+    return f"<h3>{escape(title)}</h3>{facts(rows)}"
 
 
 def confirmed(record: Record) -> str:
@@ -97,7 +96,7 @@ def _target(evidence: dict[str, Any]) -> str:
                 seen = [(trunk["lr"], trunk["losses"][at])]
                 label = f"{epochs:g} epochs at {trunk['lr']:.3g}: {trunk['losses'][at]:.4f}"
                 series.append(Series(seen, label, f"c{place}", "circle"))
-    title = f"{target}: held-out loss, foretold (lines) and seen (marks)"
+    title = f"{target}: loss, foretold (lines) and seen (marks)"
     return figure(chart(series, title=title, x="learning rate", log_x=True), names)
 
 
