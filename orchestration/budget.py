@@ -25,8 +25,8 @@ def spent(experiment: Experiment, root: Path) -> Spent:
     return {
         "trials": len(folders),
         "hours": seconds(read(root)[0]) / 3600,
-        "gpu_hours": hours * max(1, experiment.cluster.gpus_per_worker),
-        "money": hours * max(1, experiment.cluster.gpus_per_worker) * (price or 0.0),
+        "gpu_hours": hours,
+        "money": hours * (price or 0.0),
     }
 
 

@@ -11,9 +11,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from orchestration.config import Experiment
-from orchestration.space import Choice, Domain, Grid, LogUniform, Uniform
-
-EPOCHS = "train.epochs"
+from orchestration.space import EPOCHS, Choice, Domain, Grid, LogUniform, Uniform
 
 
 @dataclass(frozen=True)
