@@ -138,20 +138,21 @@ def trainable(
     def trial(values: dict) -> None:
         chosen = experiment.trial(values)
         folder = root / trial_name(values)
-        if finished(chosen, folder):
-            # The scheduler learns what it would have learnt had the trial run now.
-            for metrics in evaluations(folder):
-                tune.report(metrics | {"epoch": int(metrics["train/epoch"])})
-            return
-        proposed = proposal_of(values)
-        trunk = root / trial_name(proposed.trunk) if proposed.trunk else None
-        if trunk is not None and _ended(trunk)[0] in ("failed", "stopped"):
-            trunk = None  # then it trains by itself what they would have shared
-        chosen = chosen.with_overrides(proposed.settings(trunk))
-        begin(chosen, folder)
-        require_same_data(chosen, folder, prepared)
-        write_json(folder / "values.json", values)
-        fit(chosen, folder, prepared, workers=workers, callbacks=[TuneReportCallback()])
+        done = finished(chosen, folder) is not None
+        if not done:
+            proposed = proposal_of(values)
+            trunk = root / trial_name(proposed.trunk) if proposed.trunk else None
+            if trunk is not None and _ended(trunk)[0] in ("failed", "stopped"):
+                trunk = None  # then it trains by itself what they would have shared
+            chosen = chosen.with_overrides(proposed.settings(trunk))
+            begin(chosen, folder)
+            require_same_data(chosen, folder, prepared)
+            write_json(folder / "values.json", values)
+        # The scheduler learns what it would have learnt had all of the trial run now.
+        for metrics in evaluations(folder):
+            tune.report(metrics | {"epoch": int(metrics["train/epoch"])})
+        if not done:
+            fit(chosen, folder, prepared, workers=workers, callbacks=[TuneReportCallback()])
 
     return trial
 
