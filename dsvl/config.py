@@ -583,7 +583,8 @@ class EvaluationConfig:
     samples: int | None = None
     """How many held-out samples are used, from the first; all when empty."""
     chats: int = 4
-    """Held-out conversations that the finished model answers, for its report."""
+    """Held-out conversations that the finished model answers, for its report; the first of them it answers
+    after every epoch."""
     inspect_every: int = 50
     """Updates between two looks at the norms of each trained part, and at workers that hold the others up."""
 

@@ -91,8 +91,15 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
     return request, {option.dest: getattr(request, option.dest) for option in added}
 
 
-def _experiment(request: argparse.Namespace) -> Experiment | Path:
+def _experiment(request: argparse.Namespace) -> Experiment | Path | list[Path]:
     path, overrides = request.experiment, request.overrides
+    more = [word for word in overrides if Path(word).exists()] if request.verb == "report" else []
+    if more:
+        if settings := [word for word in overrides if word not in more]:
+            raise ValueError(
+                f"runs are compared as they were trained; leave out {' '.join(settings)}"
+            )
+        return [Path(word) for word in (path, *more)]
     if request.verb == "quickstart" and (path is None or "=" in path):
         path, overrides = QUICKSTART, [*([path] if path else []), *overrides]
     if path is None and request.verb == "status":
@@ -120,7 +127,7 @@ def _json(document: dict[str, Any]) -> str:
     return json.dumps(plain, indent=2, allow_nan=False)
 
 
-def _log(verb: str, experiment: Experiment | Path | None) -> str:
+def _log(verb: str, experiment: Experiment | Path | list[Path] | None) -> str:
     """Write the traceback of the current exception beside the run, or at least somewhere; tell where."""
     own = experiment.run_folder if isinstance(experiment, Experiment) else None
     for folder in (own, None):

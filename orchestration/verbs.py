@@ -92,11 +92,14 @@ def _sweep(experiment: Experiment) -> Result:
     return result, render(result)
 
 
-def _report(experiment: Experiment) -> Result:
-    """Write the page of a run or a sweep."""
-    from orchestration.report import write
+def _report(source: Experiment | Path | list[Path], *, html: Path | None) -> Result:
+    """Write the page of a run or a sweep, or of a comparison of several."""
+    from orchestration import comparison, report
 
-    return described(write(experiment))
+    if isinstance(source, list):
+        result = comparison.write(source, html or Path("comparison.html"))
+        return result, comparison.render(result)
+    return described(report.write(source, html))
 
 
 def _status(source: Experiment | Path, *, watch: bool) -> Result:
@@ -200,6 +203,13 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--epoch": {"type": int, "default": 0, "metavar": "E", "help": "as drawn for this epoch"},
         "--html": {"type": Path, "metavar": "FILE", "help": "write a page with the pictures"},
     },
+    "report": {
+        "--html": {
+            "type": Path,
+            "metavar": "FILE",
+            "help": "write it there; report.html in the run's folder if not given, or comparison.html here",
+        },
+    },
     "status": {
         "--watch": {"action": "store_true", "help": "show it anew until Ctrl-C"},
     },
@@ -249,6 +259,7 @@ WITHOUT_EXPERIMENT = ("convert",)
 OF_A_FOLDER = {
     "chat": ", or the folder of a run or of an exported model",
     "export": ", or the folder of a run",
+    "report": ", or the folder of a run, sweep or trial; several of them are compared",
     "status": ", the folder of a run, or one of many; the storage's own if not given",
 }
 """What verbs take in place of an experiment."""

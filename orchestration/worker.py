@@ -84,6 +84,11 @@ def work(config: dict) -> None:
         journal.metrics(0, {"data/quarantined": prepared.quarantined})
     majority = majority_accuracy(blender.epoch(0), samples) if rank == 0 else 0.0
 
+    answers = partial(
+        transcript, model, tokenizer, prepared, max_tokens=experiment.data.max_tokens,
+        device=engine.device, alive=partial(watchdog.wind, "answering"),
+    )  # fmt: skip
+
     for step in guarded(
         engine, prepared, blender, train=train, config=engine_config, start=start,
         guard=guard, back=checkpoints.go_back, inspect_every=experiment.evaluation.inspect_every,
@@ -108,8 +113,13 @@ def work(config: dict) -> None:
                 seconds=step.seconds,
                 workers=engine.workers,
             )
+        chats = []
+        if step.ends_epoch and step.number < plan.steps:
+            chats = answers(count=min(1, experiment.evaluation.chats))
         if journal:
             journal.metrics(step.number, metrics)
+            if chats:
+                journal.chats(step.number, chats)
         if checkpoints.due(step.number, ends_epoch=step.ends_epoch):
             watchdog.wind(f"saving update {step.number}")
             checkpoints.save(step.number, measured)
@@ -118,11 +128,7 @@ def work(config: dict) -> None:
         watchdog.wind(f"update {step.number + 1}")
 
     watchdog.wind("answering")
-    chats = transcript(
-        model, tokenizer, prepared, count=experiment.evaluation.chats,
-        max_tokens=experiment.data.max_tokens, device=engine.device,
-        alive=partial(watchdog.wind, "answering"),
-    )  # fmt: skip
+    chats = answers(count=experiment.evaluation.chats)
     if journal:
         write_json(folder / "chats.json", chats)
         journal.end("finished")
