@@ -52,7 +52,8 @@ def search(experiment: Experiment, prepared: Path) -> None:
     """
     root, settings = trials_folder(experiment), _settings(experiment)
     space = {path: str(domain) for path, domain in settings.space.items()}
-    Journal(root).start(identity=experiment.identity(), params=space, step=0)
+    trials = settings.trials or 0
+    Journal(root).start(identity=experiment.identity(), params=space, step=0, steps=trials)
     ledger, decides = Ledger(experiment, root), scheduler(experiment)
     searcher, proposal_of = _searcher(experiment)
     held = Budgeted(

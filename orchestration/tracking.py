@@ -137,7 +137,7 @@ class Store:
         return found[0] if found else None
 
     def ship(self, run: Run, *, over: bool) -> None:
-        """Bring the store up to date with a run's journal; if all is `over`, one without an end was killed."""
+        """Bring the store up to date with a run's journal; if all is `over`, without an end it was killed."""
         entries, offset = journal.read(run.folder, run.offset)
         for entry in entries:
             if entry["kind"] in ("start", "end"):
