@@ -18,8 +18,9 @@ from orchestration.compose import load
 from orchestration.config import validated
 from orchestration.journal import Journal, read, write_json
 from orchestration.proposals import Listed, Proposal, proposals
+from orchestration.results import trials_folder
 from orchestration.schedulers import scheduler
-from orchestration.search import summarize, trial_name, trials_folder
+from orchestration.search import summarize, trial_name
 from tests.orchestration.conftest import SEARCH, SETTINGS, digits, histories
 
 ASHA = validated(SETTINGS | {"search": SEARCH | {"scheduler": {"kind": "asha"}}})
