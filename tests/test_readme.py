@@ -23,6 +23,7 @@ RUN_HERE = ("dsvl --help", "dsvl plan")
 ELSEWHERE = {
     "make quickstart": ("tests/orchestration/test_quickstart.py", "quickstart"),
     "make test": (".ci/run", "make test"),
+    "make slow": ("Makefile", "slow"),
     "python -m tests.benchmarks.mmca": ("tests/benchmarks/test_mmca.py", "mmca"),
     ". .venv/bin/activate": ("Makefile", "venv"),
     "mlflow ui": ("tests/orchestration/test_tracking.py", "mlflow"),
