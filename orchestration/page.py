@@ -89,8 +89,8 @@ font-size:.9rem;max-width:30rem;margin-top:.4rem}
 .chat dl{margin:.3rem 0 .9rem;display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem}
 .chat dt{color:var(--soft)}.chat dd{margin:0;min-width:0}
 .images{display:flex;flex-wrap:wrap;gap:.6rem}
-.chat img{display:block;max-width:100%;max-height:18rem;border:1px solid var(--line)}
-.chat .small{image-rendering:pixelated;width:6rem;height:auto}
+.images img,.chat img{display:block;max-width:100%;max-height:18rem;border:1px solid var(--line)}
+.images .small,.chat .small{image-rendering:pixelated;width:6rem;height:auto}
 .sample{margin-top:1rem}.sample h3{margin:0}.sample div{white-space:pre-wrap}
 .sample figure{display:inline-block;white-space:normal;margin:.2rem .6rem .2rem 0;max-width:100%}
 .sample mark{background:color-mix(in srgb,var(--c2) 22%,transparent);color:inherit;

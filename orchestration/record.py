@@ -4,6 +4,7 @@ A file of its own because it changes with what workers and sweeps write down, an
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,6 +128,9 @@ class Record:
             if before := read_if_there(path):
                 refuse_another(experiment, before, where=path)
         self.experiment = experiment
+        self.is_trial = (folder / "values.json").is_file()
+        self.whole = _of_its_own(experiment) if self.is_trial else experiment
+        """The experiment, fit for a file: a trial as a run of its own beside its sweep."""
         self.metric = search.metric if search else "eval/loss"
         self.sign = -1 if search and search.mode == "max" else 1
         training = read(folder, name=experiment.name)
@@ -193,6 +197,13 @@ class Record:
     def _order(self, run: Run) -> tuple[bool, float, str]:
         value = self.sign * run.last(self.metric)
         return not self._comparable(run), value if isfinite(value) else inf, run.name
+
+
+def _of_its_own(trial: Experiment) -> Experiment:
+    folder = trial.run_folder.absolute()
+    storage = trial.storage.model_copy(update={"path": str(folder.parents[2])})
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{folder.parents[1].name}-{folder.name}")[:100]
+    return trial.model_copy(update={"name": name, "storage": storage})
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def write(source: Experiment | Path, html: Path | None = None) -> dict[str, Any]
     experiment = source if isinstance(source, Experiment) else stored(source)
     folder, record = experiment.run_folder, Record(experiment)
     html = html or folder / "report.html"
-    settings = yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(record.whole.as_dict(), sort_keys=False, allow_unicode=True)
     write_whole(folder / "experiment.yaml", settings)
     write_whole(html, page(record))
     best = record.best
@@ -132,14 +132,19 @@ def asked(record: Record) -> str:
 
 def again(record: Record) -> str:
     """The commands to go on with, and the software that was there."""
-    it = record.experiment
-    path, new = shlex.quote(str(it.run_folder / "experiment.yaml")), f"name={it.name}-again"
+    folder, it = record.experiment.run_folder, record.whole
+    path, new = shlex.quote(str(folder / "experiment.yaml")), f"name={it.name}-again"
     verbs = (["train"] if record.training else []) + (["sweep"] if record.trials else [])
-    lines = [
-        *("# talk to the best model", f"dsvl chat {path}", ""),
-        "# go on where it stopped; what is done is not done again",
-        *(f"dsvl {verb} {path}" for verb in verbs),
-        *("", "# all of it again, from nothing"),
+    subject = shlex.quote(str(folder)) if record.is_trial else path
+    lines = ["# talk to the best model", f"dsvl chat {subject}", ""]
+    if not record.is_trial:
+        lines += [
+            "# go on where it stopped; what is done is not done again",
+            *(f"dsvl {verb} {path}" for verb in verbs),
+            "",
+        ]
+    lines += [
+        "# all of it again, from nothing",
         *(f"dsvl {verb} {path} {shlex.quote(new)}" for verb in verbs),
         *("", "# every run, curve and setting"),
         f"mlflow ui --backend-store-uri {shlex.quote(it.tracking_uri)}",

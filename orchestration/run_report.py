@@ -11,6 +11,7 @@ from orchestration.plan import PlanError, plan
 from orchestration.plots import SHARES, Mark, Series, chart, figure, short, thin
 from orchestration.record import Record, Run, read_if_there, read_images
 
+UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 EVENTS: dict[str, tuple[Mark, str]] = {
     "start": ("square", "a start"),
     "undone": ("cross", "an update undone"),
@@ -21,7 +22,7 @@ EVENTS: dict[str, tuple[Mark, str]] = {
 def cost(record: Record) -> str:
     """Updates, time and money, as planned and as they were."""
     try:
-        planned = plan(record.experiment)
+        planned = plan(record.whole)
     except PlanError as error:  # it was trained elsewhere than where its settings say now
         return f"<h2>What it cost</h2>{note(f'There is no plan to compare with: {error}')}"
     columns: list[tuple[str, list[str]]] = []
@@ -103,24 +104,25 @@ def course(record: Record) -> str:
     if not run.course.turns:
         return ""
     began = run.course.turns[0]["time"]
-    unit, name = (3600, "hours") if entries[-1]["time"] - began > 3 * 3600 else (60, "minutes")
+    passed = entries[-1]["time"] - began
+    unit, name = next(one for one in UNITS if passed >= 3 * one[0] or one[0] == 1)
     way: list[tuple[float, float]] = []
     marks: dict[str, list[tuple[float, float]]] = {kind: [] for kind in EVENTS}
-    rows, step = [], 0
+    rows, step, before = [], 0, ""
     for entry in entries:
         at = (entry["time"] - began) / unit
         if entry["kind"] in TOLD:
             told = TOLD[entry["kind"]](entry, step)
             rows.append(({}, (duration(entry["time"] - began), told, f"{step:,}")))
-        if entry["kind"] in marks:
+        if entry["kind"] in marks and not (entry["kind"] == "start" and before == "undone"):
             marks[entry["kind"]].append((at, float(step)))
-        step = entry.get("step", step)
+        step, before = entry.get("step", step), entry["kind"]
         way.append((at, float(step)))
     series = [Series(way[:: max(1, len(way) // 800)], "updates")]
     series += [Series(marks[kind], name, "c1", mark) for kind, (mark, name) in EVENTS.items()]
     drawn = chart(series, title="updates over time", x=name)
     names = [("c1 mark", "■ a start, ✕ an update undone")]
-    lost = f"{run.course.restarts} restarts, {run.course.undone} updates undone."
+    lost = f"Restarts: {run.course.restarts}; updates undone: {run.course.undone}."
     told = table(("after", "what happened", "at update"), rows)
     return f"<h2>Course</h2>{note(lost)}{grid([figure(drawn, names)])}{told}"
 

@@ -102,15 +102,22 @@ def _report(source: Experiment | Path | list[Path], *, html: Path | None) -> Res
     return described(report.write(source, html))
 
 
-def _status(source: Experiment | Path, *, watch: bool) -> Result:
+def _status(source: Experiment | Path, *, watch: bool, sync: bool) -> Result:
     """Say where runs and sweeps stand: state, progress, faults, losses, cost."""
     from orchestration import standings
     from orchestration.status import Watch
 
-    seen = Watch(source)
+    seen, synced = Watch(source), []
+    if sync:
+        from orchestration.record import stored
+        from orchestration.shipping import catch_up
+
+        owners = [source] if isinstance(source, Experiment) else map(stored, seen.owners())
+        synced = [catch_up(experiment) for experiment in owners]
     found = standings.watch(seen) if watch else seen.look()
     told = standings.render(found, terminal=_on_a_terminal()) if found else "no runs yet"
-    return {"runs": list(map(asdict, found))}, told
+    told += "".join(map(standings.shipped, synced))
+    return {"runs": list(map(asdict, found))} | ({"synced": synced} if sync else {}), told
 
 
 def _doctor(experiment: Experiment) -> Result:
@@ -212,6 +219,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "status": {
         "--watch": {"action": "store_true", "help": "show it anew until Ctrl-C"},
+        "--sync": {"action": "store_true", "help": "bring to MLflow what it has missed"},
     },
     "export": {
         "--to": {
