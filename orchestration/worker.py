@@ -28,6 +28,7 @@ from orchestration.features import features_folder
 from orchestration.flops import flop_utilisation
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
+from orchestration.meters import Meters
 from orchestration.results import write_result
 from orchestration.watchdog import Watchdog
 
@@ -80,6 +81,9 @@ def work(config: dict) -> None:
         evaluation_batch=batch,
     )  # fmt: skip
     start = checkpoints.resume()
+    meters = Meters(folder) if journal else None
+    if meters:
+        meters.begin(quarantined=prepared.quarantined)
     if journal and start == 0:
         journal.metrics(0, {"data/quarantined": prepared.quarantined})
     majority = majority_accuracy(blender.epoch(0), samples) if rank == 0 else 0.0
@@ -116,7 +120,8 @@ def work(config: dict) -> None:
         chats = []
         if step.ends_epoch and step.number < plan.steps:
             chats = answers(count=min(1, experiment.evaluation.chats))
-        if journal:
+        if journal and meters:
+            meters.update(step, metrics)
             journal.metrics(step.number, metrics)
             if chats:
                 journal.chats(step.number, chats)
