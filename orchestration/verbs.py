@@ -96,6 +96,16 @@ def _report(experiment: Experiment) -> Result:
     return described(write(experiment))
 
 
+def _evaluate(
+    experiment: Experiment | Path, *, suites: list[Path], step: int | None, against: Path | None
+) -> Result:
+    """Measure the best model on held-out samples and question suites."""
+    from orchestration.evaluation import evaluate, render
+
+    result = evaluate(experiment, suites=suites, step=step, against=against)
+    return result, harmless(render(result))
+
+
 def _doctor(experiment: Experiment) -> Result:
     """Examine this machine and the cluster."""
     from orchestration.doctor import examine, render
@@ -166,6 +176,7 @@ VERBS: dict[str, Callable[..., Result]] = {
     "train": _train,
     "sweep": _sweep,
     "report": _report,
+    "evaluate": _evaluate,
     "chat": _chat,
     "export": _export,
     "doctor": _doctor,
@@ -178,6 +189,27 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--blend": {"metavar": "NAME", "help": "of this blend, instead of all in turn"},
         "--epoch": {"type": int, "default": 0, "metavar": "E", "help": "as drawn for this epoch"},
         "--html": {"type": Path, "metavar": "FILE", "help": "write a page with the pictures"},
+    },
+    "evaluate": {
+        "--suite": {
+            "dest": "suites",
+            "type": Path,
+            "action": "append",
+            "default": [],
+            "metavar": "FILE",
+            "help": "also ask these questions: YAML that describes a suite, JSON lines, the original's JSON",
+        },
+        "--checkpoint": {
+            "dest": "step",
+            "type": int,
+            "metavar": "STEP",
+            "help": "as of this update; the newest if not given",
+        },
+        "--against": {
+            "type": Path,
+            "metavar": "FOLDER",
+            "help": "compare with this run, which has been evaluated",
+        },
     },
     "export": {
         "--to": {
@@ -223,6 +255,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 WITHOUT_EXPERIMENT = ("convert",)
 
 OF_A_FOLDER = {
+    "evaluate": ", or the folder of a run",
     "chat": ", or the folder of a run or of an exported model",
     "export": ", or the folder of a run",
 }
