@@ -24,6 +24,7 @@ from dsvl.data.types import Example, Kind, Part, Turn
 from dsvl.metrics import Objects, images_named
 from dsvl.suites import Dialogue, SuiteConfig, dialogues, vocabulary
 from dsvl.template import ANSWER, QUESTION
+from orchestration import tracking
 from orchestration.asking import BLANK, Sample, answers_folder, ask, encoder, held_out
 from orchestration.config import Experiment
 from orchestration.journal import sole, write_json, write_whole
@@ -100,6 +101,17 @@ def evaluate(
             result["against"] = compared
         write_whole(folder / "rounds.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_json(folder / "evaluation.json", result)
+    tracking.measured(
+        experiment,
+        chosen.folder,
+        {
+            f"evaluation/{name.replace(' ', '_')}/{figure}": of["value"]
+            for name, told in sets.items()
+            for figure, of in told["figures"].items()
+        },
+        step=chosen.checkpoint.step,
+        path=folder / "evaluation.json",
+    )
     return result
 
 

@@ -7,6 +7,8 @@ same experiment ships the rest into the same MLflow run.
 import logging
 import os
 import threading
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -153,6 +155,23 @@ def attach(experiment: Experiment, folder: Path, path: Path) -> None:
     """Keep a file with the MLflow run of a folder; without the store, the file is there all the same."""
     try:
         Store(experiment).attach(folder, path)
+    except Exception as error:  # as in Shipper
+        log.warning("tracking store %s: %s; %s is not in it", experiment.tracking_uri, error, path)
+
+
+def measured(
+    experiment: Experiment, folder: Path, metrics: Mapping[str, float], *, step: int, path: Path
+) -> None:
+    """Keep what was measured of a trained model, and its file, with the MLflow run of its folder, if any."""
+    if not (folder / RECORD).exists():
+        return
+    try:
+        store, now = Store(experiment), int(1000 * time.time())
+        run_id = journal.read_json(folder / RECORD)["run_id"]
+        points = [Metric(name, value, now, step) for name, value in metrics.items()]
+        for first in range(0, len(points), BATCH):
+            store.client.log_batch(run_id, metrics=points[first : first + BATCH])
+        store.attach(folder, path)
     except Exception as error:  # as in Shipper
         log.warning("tracking store %s: %s; %s is not in it", experiment.tracking_uri, error, path)
 

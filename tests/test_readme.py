@@ -36,6 +36,7 @@ ELSEWHERE = {
     "dsvl convert": ("tests/orchestration/test_convert.py", "convert"),
     "dsvl train": ("tests/orchestration/test_trainer.py", "train"),
     "dsvl sweep": ("tests/orchestration/test_search.py", "sweep"),
+    "dsvl evaluate": ("tests/orchestration/test_evaluation.py", "evaluate"),
     "dsvl report": ("tests/orchestration/test_report.py", "report"),
 }
 """How a longer command begins -> the file that tries it out, and a word that stands in it."""
