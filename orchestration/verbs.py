@@ -1,6 +1,9 @@
 """What `dsvl` can do: for each verb what it takes, does, and tells programs and people."""
 
+import os
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -63,11 +66,11 @@ def _preview(
 ) -> Result:
     """Show training samples as the model sees them: images, and which tokens are trained."""
     from orchestration.journal import write_whole
-    from orchestration.preview import in_colour, page, preview, render
+    from orchestration.preview import page, preview, render
 
     result = preview(experiment, count=count, blend=blend, epoch=epoch)
     if html is None:
-        return result, render(result, colour=in_colour())
+        return result, render(result, colour=_on_a_terminal() and not os.environ.get("NO_COLOR"))
     write_whole(html, page(experiment, result))
     return {"page": str(html), **result}, f"page: {html}"
 
@@ -104,6 +107,17 @@ def _evaluate(
 
     result = evaluate(experiment, suites=suites, step=step, against=against)
     return result, harmless(render(result))
+
+
+def _status(source: Experiment | Path, *, watch: bool) -> Result:
+    """Say where runs and sweeps stand: state, progress, faults, losses, cost."""
+    from orchestration import standings
+    from orchestration.status import Watch
+
+    seen = Watch(source)
+    found = standings.watch(seen) if watch else seen.look()
+    told = standings.render(found, terminal=_on_a_terminal()) if found else "no runs yet"
+    return {"runs": list(map(asdict, found))}, told
 
 
 def _doctor(experiment: Experiment) -> Result:
@@ -144,6 +158,12 @@ def _convert(**options: Any) -> Result:
     return result, harmless(render(result))
 
 
+def _on_a_terminal() -> bool:
+    """Whether the result goes to one."""
+    stdout = sys.__stdout__  # sys.stdout is another while a verb works
+    return stdout is not None and stdout.isatty()
+
+
 def described(result: dict[str, Any]) -> Result:
     """A result that people read as it is, name by name."""
     return result, harmless("\n".join(_lines(result)))
@@ -175,6 +195,7 @@ VERBS: dict[str, Callable[..., Result]] = {
     "convert": _convert,
     "train": _train,
     "sweep": _sweep,
+    "status": _status,
     "report": _report,
     "evaluate": _evaluate,
     "chat": _chat,
@@ -210,6 +231,9 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "metavar": "FOLDER",
             "help": "compare with this run, which has been evaluated",
         },
+    },
+    "status": {
+        "--watch": {"action": "store_true", "help": "show it anew until Ctrl-C"},
     },
     "export": {
         "--to": {
@@ -258,8 +282,9 @@ OF_A_FOLDER = {
     "evaluate": ", or the folder of a run",
     "chat": ", or the folder of a run or of an exported model",
     "export": ", or the folder of a run",
+    "status": ", the folder of a run, or one of many; the storage's own if not given",
 }
-"""What verbs of a trained model take in place of an experiment."""
+"""What verbs take in place of an experiment."""
 
 FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1}
 """Exit status where a verb did its work and found faults: of the request, of records, of the machine."""
