@@ -1,4 +1,4 @@
-"""What a report says of evaluations: the figures of every set with their intervals, and held-out ones by group.
+"""What a report says of evaluations: the figures of every set with their intervals, held-out ones by group.
 
 A file of its own because it changes with what is measured, and report.py with what a run is.
 """
@@ -19,7 +19,9 @@ def evaluations(record: Record) -> str:
     told = [(run.name, found) for folder, run in runs.items() if (found := newest(folder))]
     if not told:
         return ""
-    explained = "With 95 % intervals by the bootstrap over conversations; dsvl evaluate measured them."
+    explained = (
+        "With 95 % intervals by the bootstrap over conversations; dsvl evaluate measured them."
+    )
     return f"<h2>Evaluation</h2>{note(explained)}" + "".join(
         _set(name, found["checkpoint"]["step"], of, rest)
         for name, found in told
