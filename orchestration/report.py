@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from orchestration import across_report, data_report, run_report, sweep_report
+from orchestration import across_report, data_report, evaluation_report, run_report, sweep_report
 from orchestration.config import Experiment
 from orchestration.journal import write_whole
 from orchestration.page import cards, document, duration, facts, number, percent
@@ -66,7 +66,7 @@ def page(record: Record) -> str:
     sections += run_report.SECTIONS if record.training else []
     sections += across_report.SECTIONS if record.evidence else []
     sections += sweep_report.SECTIONS if record.trials else []
-    sections += [run_report.chats, again]
+    sections += [evaluation_report.evaluations, run_report.chats, again]
     return document(record.experiment.name, [section(record) for section in sections])
 
 

@@ -7,8 +7,10 @@ later ones count, as in the journal.
 """
 
 import fcntl
+import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,8 @@ from orchestration import journal
 from orchestration.config import Experiment
 from orchestration.record import read_if_there
 from orchestration.space import SearchConfig
+
+log = logging.getLogger(__name__)
 
 # MLflow's own seven retries take minutes; the shipper itself tries again.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -212,3 +216,20 @@ class Store:
             batch = params[first : first + BATCH // 10]
             self.client.log_batch(run.id, params=batch, tags=tags)
             run.params |= {param.key for param in batch}
+
+
+def measured(
+    experiment: Experiment, folder: Path, metrics: Mapping[str, float], *, step: int, path: Path
+) -> None:
+    """Keep what was measured of a trained model, and its file, with the MLflow run of its folder, if any."""
+    if not (run_id := read_if_there(folder / RECORD).get("run_id")):
+        return
+    try:
+        with turn(experiment):
+            store, now = Store(experiment), int(1000 * time.time())
+            points = [Metric(name, value, now, step) for name, value in metrics.items()]
+            for first in range(0, len(points), BATCH):
+                store.client.log_batch(run_id, metrics=points[first : first + BATCH])
+            store.client.log_artifact(run_id, str(path))
+    except Exception as error:  # each kind of store has its own; the file is there all the same
+        log.warning("tracking store %s: %s; %s is not in it", experiment.tracking_uri, error, path)

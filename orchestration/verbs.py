@@ -102,6 +102,16 @@ def _report(source: Experiment | Path | list[Path], *, html: Path | None) -> Res
     return described(report.write(source, html))
 
 
+def _evaluate(
+    experiment: Experiment | Path, *, suites: list[Path], step: int | None, against: Path | None
+) -> Result:
+    """Measure the best model on held-out samples and question suites."""
+    from orchestration.evaluation import evaluate, render
+
+    result = evaluate(experiment, suites=suites, step=step, against=against)
+    return result, harmless(render(result))
+
+
 def _status(source: Experiment | Path, *, watch: bool, sync: bool) -> Result:
     """Say where runs and sweeps stand: state, progress, faults, losses, cost."""
     from orchestration import standings
@@ -197,6 +207,7 @@ VERBS: dict[str, Callable[..., Result]] = {
     "sweep": _sweep,
     "status": _status,
     "report": _report,
+    "evaluate": _evaluate,
     "chat": _chat,
     "export": _export,
     "doctor": _doctor,
@@ -215,6 +226,27 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "type": Path,
             "metavar": "FILE",
             "help": "write it there; report.html in the run's folder if not given, or comparison.html here",
+        },
+    },
+    "evaluate": {
+        "--suite": {
+            "dest": "suites",
+            "type": Path,
+            "action": "append",
+            "default": [],
+            "metavar": "FILE",
+            "help": "also ask these questions: YAML that describes a suite, JSON lines, the original's JSON",
+        },
+        "--checkpoint": {
+            "dest": "step",
+            "type": int,
+            "metavar": "STEP",
+            "help": "as of this update; the newest if not given",
+        },
+        "--against": {
+            "type": Path,
+            "metavar": "FOLDER",
+            "help": "compare with this run, which has been evaluated",
         },
     },
     "status": {
@@ -265,6 +297,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 WITHOUT_EXPERIMENT = ("convert",)
 
 OF_A_FOLDER = {
+    "evaluate": ", or the folder of a run",
     "chat": ", or the folder of a run or of an exported model",
     "export": ", or the folder of a run",
     "report": ", or the folder of a run, sweep or trial; several of them are compared",

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "dsvl convert": ("tests/orchestration/test_convert.py", "convert"),
     "dsvl train": ("tests/orchestration/test_trainer.py", "train"),
     "dsvl sweep": ("tests/orchestration/test_search.py", "sweep"),
+    "dsvl evaluate": ("tests/orchestration/test_evaluation.py", "evaluate"),
     "dsvl status": ("tests/orchestration/test_status.py", "status"),
     "dsvl report": ("tests/orchestration/test_report.py", "report"),
 }
