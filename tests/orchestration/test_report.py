@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from dsvl.data.encode import Encoder
 from dsvl.data.images import StoredImage
 from dsvl.data.types import Conversation, ImageRef, Part, Rejected, Turn
+from orchestration import comparison
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
 from orchestration.journal import Journal, write_json
@@ -33,6 +34,7 @@ from orchestration.report import write
 from orchestration.results import begin
 from tests.dsvl.data import prepared
 from tests.dsvl.data.prepared import Sample
+from tests.orchestration import browser
 
 ROOT = Path(__file__).parents[2]
 RATES = (0.003, 0.01, 0.03)
@@ -494,6 +496,22 @@ def test_a_report_on_the_run_of_another_experiment_is_refused(experiment):
     run(experiment.run_folder, experiment, epochs=1, size="small", lr=0.01, end="finished")
     with pytest.raises(ValueError, match=r"optim\.lr .*; set these fields back, or give"):
         write(experiment.with_overrides({"optim.lr": 0.5}))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.PROGRAM is None, reason="needs Chromium (Debian: chromium)")
+def test_pages_in_a_real_browser_ask_for_nothing_and_can_be_read_wide_and_narrow(sweep, tmp_path):
+    run(sweep.run_folder, sweep, epochs=2, size="small", lr=0.01, end="finished")
+    pages = [Path(write(sweep)["report"]), tmp_path / "comparison.html"]
+    comparison.write([sweep.run_folder], pages[1])
+    for page, width, dark in product(pages, (1400, 390), (False, True)):
+        picture = tmp_path / f"{page.stem}-{width}{'-dark' * dark}.png"
+        seen = browser.look(page, picture, width=width, dark=dark)
+        assert seen.requests == [page.as_uri()]
+        assert seen.complaints == []
+        assert (seen.wider, seen.overlap, seen.cut) == (0, [], [])
+        assert seen.least >= 10
+        assert Image.open(picture).size == (width, seen.height)
 
 
 def test_the_report_needs_neither_torch_nor_ray(sweep, tmp_path):
