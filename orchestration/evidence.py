@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import yaml
-from scipy import stats
 
 from orchestration.across import AcrossSizes, Recommendation
 from orchestration.climb import Climb, confirmations, values_of
+from orchestration.comparison import paired
 from orchestration.config import Experiment
 from orchestration.cost import GRID_RATES
 from orchestration.journal import write_json, write_whole
@@ -131,16 +131,6 @@ def _confirmed(experiment: Experiment, found: Recommendation) -> dict[str, Any] 
         }
         for metric in CONFIRMED
     }
-
-
-def paired(differences: Sequence[float]) -> list[float] | None:
-    """Mean of paired differences, and its 95 % interval by Student's t; none of fewer than two pairs."""
-    count = len(differences)
-    if count < 2:
-        return None
-    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf(0.975, count - 1)) * error
-    return [mean, mean - half, mean + half]
 
 
 def _numbers(losses: Sequence[float]) -> list[float | None]:

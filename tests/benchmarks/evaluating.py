@@ -1,7 +1,7 @@
 """Answers to 1,000 chats: in batches that go on from round to round, against the original's procedure.
 
     dsvl train configs/experiment/quickstart.yaml
-    python -m tests.benchmarks.evaluating runs/quickstart [--chats 1000] [--write tests/benchmarks/results]
+    python -m tests.benchmarks.evaluating runs/quickstart --data runs/evaluating
 
 The original answers one chat at a time, and each round reads the whole dialogue and all images anew. Both
 are greedy, on one model and one thread; processor time, in turns over parts of the chats. What is compared
@@ -117,15 +117,15 @@ def timed(way: Way, some: Sequence[Sequence[Question]]) -> tuple[Answers, float,
     return answers, seconds, wall
 
 
-def measure(run: Path, data: Path, *, count: int, parts: int) -> dict:
-    """Both ways over so many chats of digits that the run has not seen, part by part."""
+def measure(run: Path, data: Path | None, *, count: int, parts: int) -> dict:
+    """Both ways over so many chats that the run holds out, or of digits written to `data`, part by part."""
     torch.set_num_threads(1)
-    chosen = choose(run)
-    if not (data / "digits").exists():
-        chats.write(data / "digits", train=64, evaluation=count)
-    experiment = experiment_of(run).with_overrides(
-        {"storage.data": str(data), "storage.path": str(data / "runs")}
-    )
+    chosen, experiment = choose(run), experiment_of(run)
+    if data:
+        if not (data / "digits").exists():
+            chats.write(data / "digits", train=64, evaluation=count)
+        moved = {"storage.data": str(data), "storage.path": str(data / "runs")}
+        experiment = experiment.with_overrides(moved)
     prepared = open_store(prepare(experiment)["folder"])
     model = pretrained.load(chosen.checkpoint.folder, precision="fp32").eval()
     code, batch = encoder(experiment), experiment.evaluation.batch
@@ -172,9 +172,8 @@ def render(found: dict) -> str:
     return f"""# Answers to {found["chats"]:,} chats
 
 `python -m tests.benchmarks.evaluating RUN`: digits that the model (size {found["size"]}, float32) has not
-seen, {found["rounds"]:,} rounds, greedy, one thread, processor time;
-paired over {len(found["parts"][OURS])} parts.
-Measured with {found["load"]:.0f} processes waiting for two cores: the ratio is what holds, not the seconds.
+seen, {found["rounds"]:,} rounds, greedy, one thread, processor time, paired over {len(found["parts"][OURS])}
+parts. Measured while {found["load"]:.0f} processes wanted two cores: the ratio is what holds, not the seconds.
 
 | | processor seconds |
 |---|---|
@@ -193,7 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--chats", type=int, default=1000)
     parser.add_argument("--parts", type=int, default=4)
-    parser.add_argument("--data", type=Path, default=Path("runs/evaluating"))
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="write that many chats here")
     parser.add_argument("--write", type=Path, metavar="FOLDER")
     options = parser.parse_args()
     found = measure(options.run, options.data, count=options.chats, parts=options.parts)
