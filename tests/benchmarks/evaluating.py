@@ -172,7 +172,7 @@ def render(found: dict) -> str:
     return f"""# Answers to {found["chats"]:,} chats
 
 `python -m tests.benchmarks.evaluating RUN`: digits that the model (size {found["size"]}, float32) has not
-seen, {found["rounds"]:,} rounds, greedy, one thread, processor time, paired over {len(found["parts"][OURS])}
+seen, {found["rounds"]:,} rounds, greedy, one thread, processor time, in {len(found["parts"][OURS])} paired
 parts. Measured while {found["load"]:.0f} processes wanted two cores: the ratio is what holds, not the seconds.
 
 | | processor seconds |
