@@ -1,5 +1,7 @@
 """Ways of training are compared seed by seed, and an evaluation stands on the page with its figures."""
 
+import json
+
 import pytest
 
 from orchestration import evaluation_report
@@ -83,7 +85,12 @@ def test_an_evaluation_stands_on_the_page_with_what_a_set_calls_itself_as_text(e
         folder / "evaluation.json",
         {"checkpoint": {"step": 20}, "sets": {"<b>": told, "held out": told | {"by": by}}},
     )
+    row = {"sample": "s", "kind": "said", "shows": ["0" * 64], "blend": "b", "question": "What?"}
+    rows = [row | {"answer": answer, "expected": ["seven"]} for answer in ("seven", "<b>nine")]
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     page = evaluation_report.evaluations(record)
+    assert "&lt;b&gt;nine" in page
+    assert "✗ wrong" in page
     assert "&lt;b&gt;" in page
     assert "1,234 rounds" in page
     assert page.count("0.500") == 3
