@@ -210,7 +210,7 @@ def test_a_worker_that_refuses_what_is_asked_ends_the_training_at_once(
     fault = {"action": "sing", "rank": 1, "step": 3}
     monkeypatch.setenv(faults.VARIABLE, json.dumps([fault]))
     assert cli.main(["train", str(path), "--json"]) == 2
-    told = "DSVL_FAULTS: action 'sing' must be kill, raise, hang, slow or corrupt"
+    told = "DSVL_FAULTS: action 'sing' must be kill, raise, exhaust, hang, slow or corrupt"
     assert json.loads(capsys.readouterr().out) == {"error": [told]}
     folder = run_folder(path)
     assert starts(folder) == [0]
