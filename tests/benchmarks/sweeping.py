@@ -181,7 +181,7 @@ def failing(folder: Path, trials: int) -> dict[str, Any]:
 
 def placement_groups() -> list[Any]:
     """Those that Ray's state API knows and that hold something, or wait to."""
-    return [group for group in list_placement_groups() if group.state != "REMOVED"]
+    return list_placement_groups(filters=[("state", "!=", "REMOVED")])
 
 
 def refused(folder: Path) -> dict[str, Any]:
