@@ -16,7 +16,14 @@ from typing import Any
 
 import yaml
 
-from orchestration import across_report, data_report, sweep_report, trials_report, verdict_report
+from orchestration import (
+    across_report,
+    data_report,
+    evaluation_report,
+    sweep_report,
+    trials_report,
+    verdict_report,
+)
 from orchestration.config import Experiment
 from orchestration.journal import write_whole
 from orchestration.page import cards, chat, document, duration, facts, grid, note, number, percent
@@ -63,7 +70,7 @@ def page(record: Record) -> str:
     sections += [verdict_report.verdicts]
     sections += across_report.SECTIONS if record.evidence else []
     sections += [*sweep_report.SECTIONS, *trials_report.SECTIONS] if record.trials else []
-    sections += [chats, again]
+    sections += [evaluation_report.evaluations, chats, again]
     return document(record.experiment.name, [section(record) for section in sections])
 
 

@@ -30,7 +30,8 @@ from dsvl.digits import chats
 from orchestration import commands, faults
 from orchestration.compose import load
 from orchestration.journal import curve, read, read_json, write_json
-from orchestration.search import trial_name, trials_folder
+from orchestration.results import trials_folder
+from orchestration.search import trial_name
 from tests.benchmarks.mmca import machine
 from tests.orchestration.conftest import digits
 
