@@ -18,6 +18,7 @@ import yaml
 
 from orchestration import (
     across_report,
+    comparison,
     data_report,
     evaluation_report,
     sweep_report,
@@ -69,6 +70,7 @@ def page(record: Record) -> str:
     sections += [curves] if record.training else []
     sections += [verdict_report.verdicts]
     sections += across_report.SECTIONS if record.evidence else []
+    sections += [comparison.section] if record.trials else []
     sections += [*sweep_report.SECTIONS, *trials_report.SECTIONS] if record.trials else []
     sections += [evaluation_report.evaluations, chats, again]
     return document(record.experiment.name, [section(record) for section in sections])
