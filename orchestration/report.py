@@ -17,7 +17,16 @@ from typing import Any
 
 import yaml
 
-from orchestration import across_report, data_report, evaluation_report, run_report, sweep_report
+from orchestration import (
+    across_report,
+    comparison,
+    data_report,
+    evaluation_report,
+    run_report,
+    sweep_report,
+    trials_report,
+    verdict_report,
+)
 from orchestration.config import Experiment
 from orchestration.journal import write_whole
 from orchestration.page import cards, document, duration, facts, number, percent
@@ -57,6 +66,7 @@ def write(source: Experiment | Path, html: Path | None = None) -> dict[str, Any]
         "trials": dict(Counter(trial.state for trial in record.trials)),
         "best": best.name if best else None,
         "metrics": {key: best.last(key) for key in evaluated if best},
+        "verdicts": verdict_report.found(record),
     }
 
 
@@ -64,8 +74,10 @@ def page(record: Record) -> str:
     """The whole page; each section is a function below."""
     sections = [headline, asked, run_report.cost, data_report.data]
     sections += run_report.SECTIONS if record.training else []
+    sections += [verdict_report.verdicts]
     sections += across_report.SECTIONS if record.evidence else []
-    sections += sweep_report.SECTIONS if record.trials else []
+    sections += [comparison.section] if record.trials else []
+    sections += [*sweep_report.SECTIONS, *trials_report.SECTIONS] if record.trials else []
     sections += [evaluation_report.evaluations, run_report.chats, again]
     return document(record.experiment.name, [section(record) for section in sections])
 

@@ -94,11 +94,11 @@ def _sweep(experiment: Experiment) -> Result:
 
 def _report(source: Experiment | Path | list[Path], *, html: Path | None) -> Result:
     """Write the page of a run or a sweep, or of a comparison of several."""
-    from orchestration import comparison, report
+    from orchestration import report, side_by_side
 
     if isinstance(source, list):
-        result = comparison.write(source, html or Path("comparison.html"))
-        return result, comparison.render(result)
+        result = side_by_side.write(source, html or Path("comparison.html"))
+        return result, side_by_side.render(result)
     return described(report.write(source, html))
 
 

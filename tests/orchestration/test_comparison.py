@@ -1,111 +1,97 @@
-"""Runs beside each other: in what they differ, and what came of it."""
+"""Ways of training are compared seed by seed, and an evaluation stands on the page with its figures."""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 
-from orchestration.cli import main
-from orchestration.comparison import write
+from orchestration import evaluation_report
+from orchestration.comparison import compare, paired, section
 from orchestration.config import Experiment, validated
-from tests.orchestration.test_report import STEPS, Tree, run, tables
+from orchestration.journal import Journal, write_json
+from orchestration.record import Record
+
+SEEDS = (1, 2, 3)
+ACCURACY = {"mmca": 0.90, "causal": 0.85}
 
 
 @pytest.fixture
 def experiment(tmp_path, settings) -> Experiment:
-    """Of a price that is known, in a storage of its own."""
+    """A sweep of two schemes over three seeds that has ended; a third scheme has one seed alone."""
     settings["storage"] = {"path": str(tmp_path / "runs")}
-    settings["cluster"] = {"workers": 2, "gpu_hour_price": 3.0}
-    return validated(settings)
-
-
-@pytest.fixture
-def runs(experiment) -> list[Path]:
-    """Two rates with two seeds each, and one of another size; the rate nearer to 0.01 is better."""
-    made = []
-    for lr, seed, size in ((0.01, 0, "small"), (0.01, 1, "small"), (0.03, 0, "small"),
-                           (0.03, 1, "small"), (0.01, 0, "large")):  # fmt: skip
-        values = {"optim.lr": lr, "train.seed": seed, "model.size": size}
-        one = experiment.with_overrides(values | {"name": f"run-{len(made)}"})
-        run(one.run_folder, one, epochs=2, size=size, lr=lr + seed / 1000, end="finished")
-        made.append(one.run_folder)
+    settings["search"] = {
+        "space": {
+            "model.attention": {"kind": "grid", "values": [*ACCURACY, "causal_cross"]},
+            "train.seed": {"kind": "grid", "values": list(SEEDS)},
+        }
+    }
+    made = validated(settings)
+    tried = [(scheme, seed) for scheme in ACCURACY for seed in SEEDS] + [("causal_cross", 1)]
+    for scheme, seed in tried:
+        values = {"model.attention": scheme, "train.seed": seed}
+        folder = made.run_folder / f"trials/attention={scheme},seed={seed}"
+        folder.mkdir(parents=True)
+        write_json(folder / "values.json", values)
+        trial = made.trial(values)
+        about = {"identity": trial.identity(), "fields": trial.identity_fields()}
+        write_json(folder / "experiment.json", about)
+        journal = Journal(folder)
+        for epoch in (1, 2):
+            # Seeds differ by more than schemes do, but alike for both.
+            accuracy = ACCURACY.get(scheme, 0.5) * epoch / 2 + 0.04 * (seed - 2) * epoch
+            told = {"eval/loss": 1 - accuracy, "eval/accuracy": accuracy}
+            journal.metrics(10 * epoch, told | {"eval/accuracy_blind": 0.2})
+        journal.end("finished")
+        write_json(folder / "result.json", {"state": "finished", "metrics": told, **about})
     return made
 
 
-def page_of(result: dict) -> Tree:
-    return Tree(Path(result["report"]).read_text(encoding="utf-8"))
+def test_ways_are_compared_seed_by_seed(experiment):
+    first, second = compare(Record(experiment))
+    assert (first["way"], first["seeds"]) == ("attention=mmca", 3)
+    assert first["accuracy"][0] == pytest.approx(0.9)
+    assert first["accuracy"][1] < 0.85 < first["accuracy"][2], "seeds alone would hide it"
+    assert first["difference"] is None
+    assert second["difference"] == pytest.approx([-0.05, -0.05, -0.05]), "pairs show it"
+    samples = [point[0] for point in first["curve"]]
+    assert samples == [10 * experiment.train.batch, 20 * experiment.train.batch]
+    assert [point[1] for point in first["curve"]] == pytest.approx([0.45, 0.9])
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_group(runs, tmp_path):
-    result = write(runs[:4], tmp_path / "page.html")
-    assert result["differ in"] == ["optim.lr", "train.seed"]
-    assert [(group["fields"], group["seeds"]) for group in result["groups"]] == [
-        ({"optim.lr": 0.01}, 2),
-        ({"optim.lr": 0.03}, 2),
-    ]
-    page = page_of(result)
-    (table, *_) = tables(page)
-    assert table == [["", "A", "B"], ["optim.lr", "0.01", "0.03"], ["train.seed", "0, 1", "0, 1"]]
-    assert "0.705 ± 0.007" in page.text  # of losses 0.7 and 0.71
-    assert "Every run of it is better than all of the second." in page.text
-    bands = [text for attributes, text in page.all("polygon") if attributes["class"] == "band"]
-    assert len(bands) == 2 * 2  # the losses and the accuracies of two groups
+def test_the_page_has_the_table_and_the_curves(experiment):
+    told = section(Record(experiment))
+    assert "attention=mmca" in told
+    assert "90.0 %" in told
+    assert "-5.0 % (-5.0 % to -5.0 %)" in told
+    assert "samples seen" in told
+    assert "causal_cross" not in told, "a single seed is no comparison"
 
 
-def test_what_follows_from_the_size_is_no_difference_of_its_own(runs, tmp_path):
-    result = write([runs[0], runs[4]], tmp_path / "page.html")
-    assert result["differ in"] == ["model.size"]
-    text = page_of(result).text
-    assert "Best is size=large" in text
-    assert "it is not known what is luck" in text
+def test_an_interval_is_students(experiment):
+    assert paired([1.0]) is None
+    mean, low, high = paired([0.0, 1.0, 2.0])
+    assert (mean, high - mean) == pytest.approx((1, 4.3027 / 3**0.5), rel=1e-4)
+    assert mean - low == pytest.approx(high - mean)
 
 
-def test_equal_runs_are_told_to_be_equal(experiment, tmp_path):
-    folders = []
-    for name in ("one", "two"):
-        same = experiment.with_overrides({"name": name})
-        run(same.run_folder, same, epochs=1, size="small", lr=0.01, end="finished")
-        folders.append(same.run_folder)
-    result = write(folders, tmp_path / "page.html")
-    assert result["differ in"] == []
-    assert "the same was trained each time" in page_of(result).text
-
-
-def test_every_run_is_listed_with_its_folder_whatever_its_state(runs, experiment, tmp_path):
-    broken = experiment.with_overrides({"name": "broken", "optim.lr": 0.1})
-    run(broken.run_folder, broken, epochs=0, size="small", lr=0.1, end="failed")
-    page = page_of(write([*runs, broken.run_folder], tmp_path / "page.html"))
-    listed = {attributes["data-run"]: text for attributes, text in page.all("tr", "data-run")}
-    assert set(listed) == {str(folder) for folder in [*runs, broken.run_folder]}
-    assert "failed: RuntimeError" in listed[str(broken.run_folder)]
-
-
-def test_the_command_compares_folders_and_files_and_takes_no_settings_beside(
-    runs, tmp_path, capsys
-):
-    page = tmp_path / "page.html"
-    both = ["report", str(runs[0]), str(runs[2])]
-    assert main([*both, "--html", str(page), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["runs"] == 2
-    assert page.is_file()
-    assert main([*both, "optim.lr=1"]) == 2
-    assert "leave out optim.lr=1" in capsys.readouterr().err
-    assert main(["report", str(runs[0]), str(runs[0])]) == 2
-    assert "needs another run beside it" in capsys.readouterr().err
-    assert main(["report", str(runs[0]), str(tmp_path)]) == 2
-    assert "name the folder of a run" in capsys.readouterr().err
-
-
-def test_the_page_asks_no_other_host_for_anything(runs, tmp_path):
-    page = page_of(write(runs, tmp_path / "page.html"))
-    assert not {"script", "link", "iframe", "object", "img"} & {tag for tag, _, _ in page.tags}
-    assert not re.search(r"https?://", page.text)
-
-
-def test_curves_are_drawn_over_the_updates_that_all_seeds_have(runs, tmp_path):
-    page = page_of(write(runs[:2], tmp_path / "page.html"))
-    losses = next(
-        text for a, text in page.all("svg", "aria-label") if "held-out" in a["aria-label"]
+def test_an_evaluation_stands_on_the_page_with_what_a_set_calls_itself_as_text(experiment):
+    record = Record(experiment)
+    assert evaluation_report.evaluations(record) == ""
+    folder = record.best.folder / "evaluations/step-000020-0123"
+    folder.mkdir(parents=True)
+    figure = {"value": 0.5, "low": 0.25, "high": None}
+    told = {"rounds": 1234, "figures": {"exact": figure}}
+    by = {"blend": {"b": {"rounds": 7, "exact": figure}}}
+    write_json(
+        folder / "evaluation.json",
+        {"checkpoint": {"step": 20}, "sets": {"<b>": told, "held out": told | {"by": by}}},
     )
-    assert f"{2 * STEPS}" in losses
+    row = {"sample": "s", "kind": "said", "shows": ["0" * 64], "blend": "b", "question": "What?"}
+    rows = [row | {"answer": answer, "expected": ["seven"]} for answer in ("seven", "<b>nine")]
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    page = evaluation_report.evaluations(record)
+    assert "&lt;b&gt;nine" in page
+    assert "✗ wrong" in page
+    assert "&lt;b&gt;" in page
+    assert "1,234 rounds" in page
+    assert page.count("0.500") == 3
+    assert "—" in page

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from dsvl.data.encode import Encoder
 from dsvl.data.images import StoredImage
 from dsvl.data.types import Conversation, ImageRef, Part, Rejected, Turn
-from orchestration import comparison
+from orchestration import side_by_side
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
 from orchestration.journal import Journal, write_json
@@ -67,6 +67,7 @@ def run(
             loss = loss_of(size, lr, step // STEPS)
             metrics |= {"eval/loss": loss, "eval/accuracy": 1 - loss / 3}
             metrics |= {"eval/accuracy_blind": 0.24, "eval/accuracy_majority": 0.23}
+            metrics |= {"eval/accuracy_shuffled": 0.25, "train/epoch": step // STEPS}
         journal.metrics(step, metrics)
     if end:
         journal.end(end, {"failed": "RuntimeError: <b>worker died</b>"}.get(end, ""))
@@ -503,7 +504,7 @@ def test_a_report_on_the_run_of_another_experiment_is_refused(experiment):
 def test_pages_in_a_real_browser_ask_for_nothing_and_can_be_read_wide_and_narrow(sweep, tmp_path):
     run(sweep.run_folder, sweep, epochs=2, size="small", lr=0.01, end="finished")
     pages = [Path(write(sweep)["report"]), tmp_path / "comparison.html"]
-    comparison.write([sweep.run_folder], pages[1])
+    side_by_side.write([sweep.run_folder], pages[1])
     for page, width, dark in product(pages, (1400, 390), (False, True)):
         picture = tmp_path / f"{page.stem}-{width}{'-dark' * dark}.png"
         seen = browser.look(page, picture, width=width, dark=dark)
