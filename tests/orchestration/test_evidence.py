@@ -118,7 +118,7 @@ def test_nothing_is_written_while_no_trial_has_ended(tmp_path):
 
 
 def test_each_size_has_a_map_of_the_law_with_what_was_trained_on_it(searched):
-    experiment, climb = searched
+    experiment, _ = searched
     found = told(experiment)
     for size, points in found["maps"].items():
         least = min(points, key=lambda point: point["loss"])
