@@ -1,4 +1,4 @@
-"""Loss and exact-answer accuracy over held-out samples, with images and without."""
+"""Loss and exact-answer accuracy over held-out samples, with images and without; all in all, or by round."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import cross_entropy
 
+from dsvl.config import logit_rows
 from dsvl.data.blend import Epoch, Samples
 from dsvl.data.store import Prepared
 from dsvl.data.types import Batch
@@ -74,6 +76,43 @@ def evaluate(
     dist.all_reduce(sums)
     loss, *counts = sums.tolist()
     return Tally(loss, *(round(count) for count in counts))
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How a model, after the true history, expects the answer of a round."""
+
+    loss: float
+    """Cross-entropy in nats, summed over `targets`."""
+    targets: int
+    right: bool
+    """Whether every token of it is the likeliest one."""
+
+
+@torch.no_grad()
+def score_rounds(model: VisualChat, batch: Batch) -> list[list[Told]]:
+    """Every round of each row of a batch, of a sample a row."""
+    targets_n, states = labels(batch), model.states(batch)
+    losses, missed, chunk = [], [], logit_rows(model.config.language.vocab_size)
+    for rows in (slice(first, first + chunk) for first in range(0, len(states), chunk)):
+        logits_cV = model.logits(states[rows])
+        losses.append(cross_entropy(logits_cV, targets_n[rows], reduction="none"))
+        missed.append(logits_cV.argmax(-1) != targets_n[rows])
+    position_n, order_n = batch.layout.wanted_positions.sort()
+    loss_n, wrong_n = torch.cat(losses)[order_n], torch.cat(missed)[order_n]
+    # A round is a run of adjacent positions that have a label to predict.
+    lengths = torch.diff(
+        (position_n.diff() > 1).nonzero().flatten() + 1,
+        prepend=position_n.new_zeros(1),
+        append=position_n.new_tensor([len(position_n)]),
+    ).tolist()
+    rounds: list[list[Told]] = [[] for _ in batch.layout.samples]
+    for at, loss, wrong in zip(
+        position_n.split(lengths), loss_n.split(lengths), wrong_n.split(lengths), strict=True
+    ):
+        told = Told(float(loss.sum()), len(loss), not wrong.any())
+        rounds[int(at[0]) // batch.kinds.shape[1]].append(told)
+    return rounds
 
 
 @torch.no_grad()

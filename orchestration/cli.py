@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from pydantic_core import to_jsonable_python
 
 from orchestration.compose import load
-from orchestration.config import Experiment
+from orchestration.config import Experiment, StorageConfig
 from orchestration.problems import did_you_mean, harmless, raised_by_us
 from orchestration.verbs import (
     FAULTS_FOUND,
@@ -104,6 +104,8 @@ def _sources(request: argparse.Namespace) -> list[Experiment | Path]:
     verb, path, overrides = request.verb, request.experiment, request.overrides
     if verb == "quickstart" and (path is None or "=" in path):
         path, overrides = QUICKSTART, [*([path] if path else []), *overrides]
+    if path is None and request.verb == "status":
+        path = StorageConfig().path
     if path is None:
         raise ValueError(f"name an experiment: dsvl {verb} EXPERIMENT")
     paths = [path]
@@ -116,7 +118,7 @@ def _sources(request: argparse.Namespace) -> list[Experiment | Path]:
 def _source(verb: str, path: str | Path, overrides: Sequence[str]) -> Experiment | Path:
     if verb in OF_A_FOLDER and Path(path).is_dir():
         if overrides:
-            told = f"{path} is a model as it was trained; leave out {' '.join(overrides)}"
+            told = f"{path} is a folder, whose settings are what they were; leave out {' '.join(overrides)}"
             raise ValueError(told)
         return Path(path)
     return load(path, overrides)

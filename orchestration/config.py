@@ -103,6 +103,8 @@ class TrackingConfig(Section):
     """An MLflow tracking server or store; `mlflow.db` in the storage when empty."""
     experiment: str = "dsvl"
     """The MLflow experiment that holds the runs."""
+    patience_s: float = Field(default=30, ge=0)
+    """Seconds that a finished command waits at most for the store to have all of it."""
 
     @field_validator("uri")
     @classmethod

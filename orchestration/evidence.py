@@ -17,10 +17,10 @@ from orchestration.config import Experiment
 from orchestration.cost import GRID_RATES
 from orchestration.journal import write_json, write_whole
 from orchestration.laws import interval
-from orchestration.results import EVIDENCE, finished
+from orchestration.results import EVIDENCE, finished, trials_folder
 from orchestration.rounds import Rounds
 from orchestration.scaling import Trunk
-from orchestration.search import outcome, trial_name, trials_folder
+from orchestration.search import outcome, trial_name
 from orchestration.verdicts import Verdict, above_the_law, at_the_edge, undertrained, violated
 
 log = logging.getLogger(__name__)

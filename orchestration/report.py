@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from orchestration import across_report, data_report, sweep_report
+from orchestration import across_report, data_report, evaluation_report, sweep_report
 from orchestration.config import Experiment
 from orchestration.journal import write_whole
 from orchestration.page import cards, chat, document, duration, facts, grid, note, number, percent
@@ -61,7 +61,7 @@ def page(record: Record) -> str:
     sections += [curves] if record.training else []
     sections += across_report.SECTIONS if record.evidence else []
     sections += sweep_report.SECTIONS if record.trials else []
-    sections += [chats, again]
+    sections += [evaluation_report.evaluations, chats, again]
     return document(record.experiment.name, [section(record) for section in sections])
 
 

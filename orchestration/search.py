@@ -22,7 +22,14 @@ from orchestration.journal import Journal, read, read_json, write_json
 from orchestration.parzen import Parzen
 from orchestration.placement import require_room
 from orchestration.proposals import Listed, Proposal, proposals
-from orchestration.results import begin, evaluations, finished, require_same_data, write_result
+from orchestration.results import (
+    begin,
+    evaluations,
+    finished,
+    require_same_data,
+    trials_folder,
+    write_result,
+)
 from orchestration.rounds import Outcome, Rounds
 from orchestration.schedulers import scheduler
 from orchestration.space import SearchConfig
@@ -45,7 +52,8 @@ def search(experiment: Experiment, prepared: Path) -> None:
     """
     root, settings = trials_folder(experiment), _settings(experiment)
     space = {path: str(domain) for path, domain in settings.space.items()}
-    Journal(root).start(identity=experiment.identity(), params=space, step=0)
+    trials = settings.trials or 0
+    Journal(root).start(identity=experiment.identity(), params=space, step=0, steps=trials)
     ledger, decides = Ledger(experiment, root), scheduler(experiment)
     searcher, proposal_of = _searcher(experiment)
     held = Budgeted(
@@ -91,11 +99,6 @@ def _settings(experiment: Experiment) -> SearchConfig:
     if experiment.search is None:
         raise ValueError("search is empty: extend one of configs/search, or set search.space")
     return experiment.search
-
-
-def trials_folder(experiment: Experiment) -> Path:
-    """Where the trials of a sweep lie, each a run folder of its own."""
-    return experiment.run_folder / "trials"
 
 
 def trial_name(values: Mapping[str, object]) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from dsvl.config import OptimConfig
 from dsvl.data.types import IGNORED, Example
-from dsvl.evaluate import evaluate, majority_accuracy, score
+from dsvl.evaluate import evaluate, majority_accuracy, score, score_rounds
 from dsvl.generate import greedy
 from dsvl.optim import groups
 from tests.dsvl.test_model import batch_of, example
@@ -70,6 +70,19 @@ def test_a_tally_does_not_depend_on_the_batch(model, batch):
     assert (part.targets, part.right, part.rounds) == (whole.targets, whole.right, whole.rounds)
     first = evaluate(model, Prepared(), held_out[:5], batch=batch, device=torch.device("cpu"))
     assert first.targets == sum(held_out.targets[:5])
+
+
+def test_rounds_told_one_by_one_add_up_to_the_tally(model):
+    samples = [example("t1tTTtT"), example("tT", seed=1), example("11tTtTTT", seed=2)]
+    taught(model, samples)
+    rounds, tally = score_rounds(model, batch_of(*samples)), score(model, batch_of(*samples))
+    assert [len(told) for told in rounds] == [2, 1, 2]
+    flat = [told for of_one in rounds for told in of_one]
+    assert sum(told.loss for told in flat) == pytest.approx(tally.loss, rel=1e-5)
+    assert sum(told.targets for told in flat) == tally.targets
+    assert sum(told.right for told in flat) == tally.right
+    for sample, told in zip(samples, rounds, strict=True):
+        assert [n.targets for n in told] == [len(ids) for _, ids in answers(sample)]
 
 
 class Said(list):
