@@ -4,16 +4,23 @@ import base64
 import io
 import json
 import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvicorn
 from PIL import Image
 
 from dsvl import pretrained
 from dsvl.digits import chats
 from dsvl.model import VisualChat
 from orchestration.compose import load
+from orchestration.gate import Gate, Limits, Model
 from orchestration.trained import CHAT, manner
 from tests.conftest import png_header
 
@@ -30,6 +37,28 @@ def model_folder(folder: Path, *, seed: int = 0) -> Path:
         shutil.copy(file, folder)
     (folder / CHAT).write_text(json.dumps(manner(experiment)))
     return folder
+
+
+@contextmanager
+def hosted(models: Mapping[str, Model], *, limits: Limits) -> Iterator[str]:
+    """The address of a gate to these models, in a thread of its own."""
+    token = sha256(TOKEN.encode()).hexdigest()
+    config = uvicorn.Config(
+        lambda: Gate(models, token=token, limits=limits).app(),
+        factory=True,
+        port=0,
+        log_level="critical",
+        timeout_graceful_shutdown=2,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
 
 
 def picture(shade: int, *, size: int = 8, format: str = "PNG") -> bytes:

@@ -5,7 +5,6 @@ import gc
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ import openai
 import psutil
 import pytest
 import torch
-import uvicorn
 
 from dsvl import pretrained
 from dsvl.answers import Answers, Question
@@ -24,8 +22,8 @@ from dsvl.data.images import ImageProcessor, pixels
 from dsvl.data.types import Part, Turn
 from dsvl.generate import Sampling
 from orchestration.batching import Batches, BusyError
-from orchestration.gate import Gate, Limits, LostError, Model
-from tests.orchestration.serving import TOKEN, asked, bad_requests, model_folder, picture
+from orchestration.gate import Limits, LostError, Model
+from tests.orchestration.serving import TOKEN, asked, bad_requests, hosted, model_folder, picture
 
 CPU = torch.device("cpu")
 NAME = "digits"
@@ -81,22 +79,8 @@ def served(tmp_path_factory) -> Iterator[Served]:
         name: model._replace(answer=answer)
         for name, answer in (("broken", broken), ("lost", lost), ("busy", busy))
     }
-    server = uvicorn.Server(
-        uvicorn.Config(
-            lambda: Gate(models, token=sha256(TOKEN.encode()).hexdigest(), limits=LIMITS).app(),
-            factory=True,
-            port=0,
-            log_level="critical",
-        )
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield Served(f"http://127.0.0.1:{port}", folder, answers, sizes)
-    server.should_exit = True
-    thread.join()
+    with hosted(models, limits=LIMITS) as address:
+        yield Served(address, folder, answers, sizes)
 
 
 @pytest.fixture
