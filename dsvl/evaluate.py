@@ -1,9 +1,10 @@
-"""Loss and exact-answer accuracy over held-out samples, with images and without; all in all, or by round."""
+"""Loss and exact-answer accuracy over held-out samples: with their images, none, or others; by round."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
@@ -27,6 +28,8 @@ class Tally:
     """Rounds answered exactly."""
     right_blind: int = 0
     """The same with every image zeroed: what can be answered without looking."""
+    right_shuffled: int = 0
+    """The same with another image in place of each: a zeroed one is like none that a model was trained on."""
     rounds: int = 0
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -39,6 +42,7 @@ class Tally:
             "eval/loss": self.loss / max(self.targets, 1),
             "eval/accuracy": self.right / max(self.rounds, 1),
             "eval/accuracy_blind": self.right_blind / max(self.rounds, 1),
+            "eval/accuracy_shuffled": self.right_shuffled / max(self.rounds, 1),
         }
 
 
@@ -59,12 +63,15 @@ def evaluate(
     """
     model.eval()
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    tally = Tally()
+    tally, another = Tally(), exchanged(samples)
     for first in range(0, len(samples), batch * workers):
         mine = range(len(samples))[first : first + batch * workers][rank::workers]
         # A rank without a sample passes one uncounted, so that every rank takes part in every collective.
         examples = [samples[i] for i in mine or (0,)]
-        part = score(model, to_device(batch_of(prepared, examples), device))
+        loaded = to_device(batch_of(prepared, examples), device)
+        others = [prepared.vision_input(another[key]) for key in loaded.images]
+        pixels = torch.from_numpy(np.stack(others)).to(device) if others else loaded.pixels
+        part = score(model, loaded, others=pixels)
         tally += part if mine else Tally()
         alive()
     model.train()
@@ -76,6 +83,13 @@ def evaluate(
     dist.all_reduce(sums)
     loss, *counts = sums.tolist()
     return Tally(loss, *(round(count) for count in counts))
+
+
+def exchanged(samples: Samples) -> dict[str, str]:
+    """Another image of the samples for each of their images, however they are batched."""
+    keys = sorted({key for i in range(len(samples)) for key in samples[i].images})
+    half = len(keys) // 2
+    return dict(zip(keys, keys[half:] + keys[:half], strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +130,8 @@ def score_rounds(model: VisualChat, batch: Batch) -> list[list[Told]]:
 
 
 @torch.no_grad()
-def score(model: VisualChat, batch: Batch) -> Tally:
-    """The tally of one batch."""
+def score(model: VisualChat, batch: Batch, *, others: torch.Tensor) -> Tally:
+    """The tally of one batch; `others` has what takes the place of its pixels when they are shuffled."""
     # A round is a run of adjacent positions that have a label to predict.
     position_n, order_n = batch.layout.wanted_positions.sort()
     apart_n = torch.ones_like(position_n, dtype=torch.bool)
@@ -135,11 +149,13 @@ def score(model: VisualChat, batch: Batch) -> Tally:
     size = model.config.vision.image_size
     blind = replace(batch, pixels=batch.pixels.new_zeros(len(batch.images), 3, size, size))
     _, blind_n = model.head(model.states(blind), targets_n)
+    _, shuffled_n = model.head(model.states(replace(batch, pixels=others)), targets_n)
     return Tally(
         loss=float(loss),
         targets=len(targets_n),
         right=right(likeliest_n),
         right_blind=right(blind_n),
+        right_shuffled=right(shuffled_n),
         rounds=rounds,
     )
 

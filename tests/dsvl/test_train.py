@@ -292,8 +292,8 @@ def test_a_checkpoint_resumes_at_another_stage_and_world_size(
 @pytest.mark.parametrize(
     ("world", "precision", "stages"),
     [
-        (2, "fp32", (1, 2, 1)),
-        (2, "bf16", (1, 2, 3, 2)),
+        (2, "fp32", (1, 2, 1, 2, 1)),
+        (2, "bf16", (1, 2, 3, 2, 3)),
         slow(1, "fp32", (1, 2, 1, 2, 1)),
         slow(1, "bf16", (1, 2, 3, 2, 3)),
     ],
@@ -304,8 +304,7 @@ def test_resumed_at_other_stages_it_ends_with_the_same_bits(
     """One pass an update: with several, stage 1 adds up a rank's own before it asks the others."""
     one_pass = {"world": world, "micro": 4 // world, "precision": precision}
     run(model_config, tmp_path / "whole", stage=1, save=(12,), **one_pass)
-    for part, stage in enumerate(stages, start=1):
-        end = 12 * part // len(stages)
+    for stage, end in zip(stages, (3, 5, 8, 10, 12), strict=True):
         run(model_config, tmp_path / "cut", stage=stage, save=(end,), stop=end, **one_pass)
     whole, cut = (tmp_path / name / "step-000012" for name in ("whole", "cut"))
     for file in ("parameters", "exp_avg", "exp_avg_sq", "rng"):
