@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from orchestration.compose import load
 from orchestration.config import Experiment, validated
 from orchestration.journal import read_json, write_whole
 from orchestration.page import document, duration, grid, matrix, note, number, percent, table
@@ -71,14 +70,14 @@ class Group:
         return f"{self.label} ({count} seeds)" if count > 1 else self.label
 
 
-def write(sources: Sequence[Path], page: Path) -> dict[str, Any]:
-    """Compare all runs of some experiments' files, or of folders of runs, sweeps and trials, on a page.
+def write(sources: Sequence[Experiment | Path], page: Path) -> dict[str, Any]:
+    """Compare all runs of some experiments, or of folders of runs, sweeps and trials, on a page.
 
     Raises:
         FileNotFoundError: if a source has no run.
         ValueError: if there are fewer than two runs in all, or a folder is none of a run.
     """
-    opened = [load(source) if source.is_file() else stored(source) for source in sources]
+    opened = [stored(source) if isinstance(source, Path) else source for source in sources]
     found = {one.run.folder.resolve(): one for source in opened for one in _entrants(source)}
     entrants = list(found.values())
     if len(entrants) < 2:
