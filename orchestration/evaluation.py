@@ -162,6 +162,7 @@ def read_suite(path: Path) -> tuple[SuiteConfig, Path]:
         for name in settings
         if name not in known
     ]
+    suite = None
     try:
         suite = TypeAdapter(SuiteConfig).validate_python(settings)
     except ValidationError as error:
@@ -169,7 +170,7 @@ def read_suite(path: Path) -> tuple[SuiteConfig, Path]:
             ": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"])))
             for each in error.errors()
         ]
-    if told:
+    if told or suite is None:
         raise ValueError("\n".join(f"--suite {path}: {each}" for each in told))
     return suite, path.parent
 

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
 from orchestration import journal
-from orchestration.config import Experiment
+from orchestration.config import Experiment, digest
 from orchestration.record import read_if_there
 from orchestration.space import SearchConfig
 
@@ -245,6 +245,9 @@ def measured(
             columns = (
                 {name: [str(row[name]) for row in table] for name in table[0]} if table else {}
             )
-            store.client.log_table(run_id, columns, f"{folder.name}-{path.parent.name}.json")
+            # MLflow appends to a table that is there: a name of its content keeps it from doing so twice.
+            name = f"rounds-{digest(columns)}.json"
+            if name not in {held.path for held in store.client.list_artifacts(run_id)}:
+                store.client.log_table(run_id, columns, name)
     except Exception as error:  # each kind of store has its own; the file is there all the same
         log.warning("tracking store %s: %s; %s is not in it", experiment.tracking_uri, error, path)
