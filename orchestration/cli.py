@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cause = f"{verb} failed: {type(error).__name__}: {_first_line(error)}"
         return _fail(cause + _log(verb, experiment), as_json=as_json, status=1)
     print(_json(result) if as_json else text)
-    return 0 if result.get("ok", True) else FAULTS_FOUND[verb]
+    return 0 if result.get("ok", True) else result.get("exit_status") or FAULTS_FOUND[verb]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,12 +80,12 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
         allow_abbrev=False,
     )
     parser.add_argument("verb", metavar=verb or "VERB")
+    options = OPTIONS.get(verb or "", {})
+    added = [parser.add_argument(name, **how) for name, how in options.items()]
     if verb not in WITHOUT_EXPERIMENT:
         named = f"a YAML file{OF_A_FOLDER.get(verb or '', '')}"
         parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help=named)
         parser.add_argument("overrides", metavar="section.field=value", nargs="*")
-    options = OPTIONS.get(verb or "", {})
-    added = [parser.add_argument(name, **how) for name, how in options.items()]
     parser.add_argument("--json", action="store_true", help="print the result as a JSON document")
     request = parser.parse_intermixed_args(arguments)
     return request, {option.dest: getattr(request, option.dest) for option in added}

@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from dsvl.config import ModelConfig
+from orchestration.access import readable_by_others, token_file
 from orchestration.config import Experiment
 
 GIB = 1024**3
@@ -227,13 +227,12 @@ def port(number: int, purpose: str) -> Check:
 
 def token() -> Iterator[Check]:
     """Whether others may read the token that lets one use Ray, where there is one."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
+    path = token_file()
     if path.exists():
-        mode = stat.S_IMODE(path.stat().st_mode)
         yield Check(
             "Ray's token",
-            not mode & 0o077,
-            f"{path} has mode {mode:04o}",
+            not readable_by_others(path),
+            f"{path} has mode {path.stat().st_mode & 0o777:04o}",
             f"chmod 600 {path}; whoever reads it may run code on the cluster",
             essential=False,
         )

@@ -1,5 +1,6 @@
 """What a run leaves in its folder: whose it is, its result, and its evaluations."""
 
+import os
 from pathlib import Path
 
 from orchestration.config import Experiment, StorageConfig, digest, validated
@@ -7,6 +8,13 @@ from orchestration.journal import points, read, read_json, write_json
 
 EVIDENCE = "evidence.json"
 """What a search across sizes has found, in the run folder of its experiment."""
+JOB = "DSVL_JOB"
+"""Names, in the environment of all its processes, the job that a cluster runs."""
+
+
+def logs(folder: Path) -> Path:
+    """Where a run keeps its logs: what a cluster runs has a folder for each job."""
+    return folder / "logs" / os.environ.get(JOB, "")
 
 
 def experiment_of(folder: Path) -> Experiment:
