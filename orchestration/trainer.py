@@ -15,7 +15,7 @@ from orchestration.config import Experiment
 from orchestration.journal import Journal
 from orchestration.placement import resources
 from orchestration.problems import raised_by_us
-from orchestration.recovery import Legal, Patience, RecoveringTrainer, first_cause
+from orchestration.recovery import Legal, Patience, RecoveringTrainer, first_cause, told
 
 
 def fit(
@@ -70,7 +70,7 @@ def fit(
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         cause = first_cause(error)
-        reason = f"{type(cause).__name__}: {cause}"
+        reason = told(error, folder)
         Journal(folder).end("failed", reason=reason)
         if isinstance(cause, ValueError) and isinstance(error, ray.train.WorkerGroupError):
             raise ValueError(str(cause)) from error

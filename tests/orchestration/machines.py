@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -65,6 +66,15 @@ class Machines:
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
         wait_until(answers)
+
+    def known(self, kind: str) -> list[dict[str, Any]]:
+        """What the cluster's state API lists: `actors`, `tasks` or `nodes`, those that have ended too."""
+        request = urllib.request.Request(
+            f"{self.dashboard}/api/v0/{kind}?detail=1&limit=10000",
+            headers={"Authorization": f"Bearer {self.token}"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["data"]["result"]["result"]
 
     def running(self, title: str) -> int:
         """How many processes of the nodes have a title that begins so: a program, or what Ray calls them."""
@@ -135,9 +145,9 @@ class Machines:
 class Autoscaled(Machines):
     """A head that has no CPU and starts nodes of one, up to `most`, as there is work; idle ones end."""
 
-    def __init__(self, *, most: int) -> None:
+    def __init__(self, *, most: int, dashboard: bool = False) -> None:
         self._most = most
-        super().__init__(cpus=0)
+        super().__init__(cpus=0, dashboard=dashboard)
 
     @property
     def nodes(self) -> int:

@@ -17,8 +17,8 @@ from tests.orchestration.conftest import CONFIGS
 JOBS = Path(__file__).parents[2] / "jobs"
 EXPERIMENT = CONFIGS / "experiment/visualchat_13b_set1.yaml"
 SETTINGS = (
-    "cluster.workers=16", "model.vision.checkpoint=/shared/qwen_vision", "storage.path=/shared/runs", "storage.data=/shared/data",
-    "deploy.secret=dsvl", "deploy.machines=[head, node-1, node-2]",
+    "cluster.workers=16", "model.vision.checkpoint=/shared/qwen_vision", "storage.path=/shared/runs",
+    "storage.data=/shared/data", "deploy.secret=dsvl", "deploy.machines=[head, node-1, node-2]",
 )  # fmt: skip
 EXAMPLES = {
     "kuberay": "kuberay.yaml", "slurm": "slurm.sh", "aws": "aws.yaml", "machines": "machines.yaml",

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,19 +13,9 @@ from ray.job_submission import JobSubmissionClient
 from orchestration import cli
 from orchestration.journal import curve
 from tests.orchestration.conftest import digits, run_folder, steps_done
-from tests.orchestration.machines import Machines, wait_until
+from tests.orchestration.machines import Autoscaled, Machines, wait_until
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def cluster_of_jobs():
-    """A head that carries no work, with a dashboard that asks for a token, and a node of two CPUs."""
-    started = Machines(cpus=0, dashboard=True)
-    started.add(cpus=2)
-    started.wait_for_dashboard()
-    yield started
-    started.end()
 
 
 @pytest.fixture
@@ -134,3 +125,64 @@ def test_a_wrong_request_is_refused_before_anything_is_sent(
         file.truncate(101 * 1024**2)
     assert cli.main(["submit", "train", str(path), *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_data_are_prepared_on_nodes_for_that_models_trained_on_others_and_the_head_does_neither(
+    dsvl, storage, monkeypatch
+):
+    own = Machines(cpus=0, dashboard=True)
+    try:
+        for pool in ("cpu", "gpu"):
+            own.add(cpus=2, labels=f"pool={pool}")
+        own.wait_for_dashboard()
+        monkeypatch.setenv("RAY_AUTH_TOKEN", own.token)
+        path = digits(storage, "two-pools", train={"batch": 8, "epochs": 1, "precision": "fp32"})
+        labels = ("cluster.cpu_labels={pool: cpu}", "cluster.gpu_labels={pool: gpu}")
+        fresh = f"storage.path={storage / 'two-pools'}"
+        told(dsvl("submit", "train", path, *labels, fresh, "--wait", "--json",
+                  "--address", own.dashboard, stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
+        pools = {node["node_id"]: node["labels"].get("pool", "head") for node in own.known("nodes")}
+        where = Counter(
+            (kind, pools[actor["node_id"]])
+            for actor in own.known("actors")
+            for kind in ("MapWorker", "RayTrainWorker")
+            if actor["class_name"].startswith(kind)
+        )
+        tasks = Counter(
+            pools[task["node_id"]]
+            for task in own.known("tasks")
+            if task["type"] == "NORMAL_TASK" and task["node_id"]
+        )
+    finally:
+        own.end()
+    assert sorted(pools.values()) == ["cpu", "gpu", "head"]
+    assert where.keys() == {("MapWorker", "cpu"), ("RayTrainWorker", "gpu")}
+    assert where["RayTrainWorker", "gpu"] == 2
+    assert not tasks["gpu"] and not tasks["head"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_prepared_trained_and_searched_on_nodes_that_come_from_none_and_go(
+    dsvl, storage, monkeypatch
+):
+    search = {"space": {"optim.lr": {"kind": "grid", "values": [1e-2, 2e-2]}}}
+    short = {"batch": 8, "epochs": 1, "precision": "fp32"}
+    path = digits(storage, "scaled", train=short, search=search)
+    fresh = f"storage.path={storage / 'scaled'}"
+    own = Autoscaled(most=2, dashboard=True)
+    try:
+        own.wait_for_dashboard()
+        monkeypatch.setenv("RAY_AUTH_TOKEN", own.token)
+        wait_until(lambda: own.running("raylet") == 1)
+        for verb in ("prepare", "train", "sweep"):
+            process = dsvl("submit", verb, path, fresh, "--wait", "--json", "--address", own.dashboard,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+            wait_until(lambda: own.nodes > 0 or process.poll() is not None)  # noqa: B023
+            assert own.nodes > 0
+            assert told(process)["state"] == "SUCCEEDED"
+        wait_until(lambda: own.nodes == 0)
+    finally:
+        own.end()
+    results = list((storage / "scaled/scaled/trials").glob("*/result.json"))
+    assert len(results) == 2
