@@ -158,7 +158,8 @@ def test_data_are_prepared_on_nodes_for_that_models_trained_on_others_and_the_he
     assert sorted(pools.values()) == ["cpu", "gpu", "head"]
     assert where.keys() == {("MapWorker", "cpu"), ("RayTrainWorker", "gpu")}
     assert where["RayTrainWorker", "gpu"] == 2
-    assert not tasks["gpu"] and not tasks["head"]
+    assert not tasks["gpu"]
+    assert not tasks["head"]
 
 
 @pytest.mark.slow
