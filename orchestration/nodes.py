@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestration.cluster import connect
@@ -32,15 +33,16 @@ def examine_nodes(experiment: Experiment) -> Iterator[Check]:
             socket.create_connection((host, int(port)), timeout=5).close()
         with connect(experiment):
             yield from _between(experiment)
-    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, RayError) as error:
         text = f"{address}: {type(error).__name__}: {str(error).splitlines()[0]}"
         yield Check("cluster", False, text, remedy)
 
 
 def _between(experiment: Experiment) -> Iterator[Check]:
     nodes = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
+    member: Any = ray.remote(num_cpus=0)(_Member)
     members = [
-        _Member.options(
+        member.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
         ).remote()
         for node in nodes
@@ -48,8 +50,8 @@ def _between(experiment: Experiment) -> Iterator[Check]:
     yield Check("nodes", True, f"{len(nodes)}: {', '.join(sorted(set(nodes.values())))}")
     place = Path(experiment.storage.path).absolute() / f".doctor-{uuid.uuid4().hex}"
     try:
-        wrote = _all([member.write.remote(str(place)) for member in members])
-        saw = _all([member.count.remote(str(place)) for member in members])
+        wrote = _all([each.write.remote(str(place)) for each in members])
+        saw = _all([each.count.remote(str(place)) for each in members])
     finally:
         shutil.rmtree(place, ignore_errors=True)
     apart = [
@@ -64,7 +66,7 @@ def _between(experiment: Experiment) -> Iterator[Check]:
         "mount one folder under this name on every node, or set storage.path to one that is",
     )
     asked = time.time()
-    looks = [(_all([member.look.remote()])[0], time.time()) for member in members]
+    looks = [(_all([each.look.remote()])[0], time.time()) for each in members]
     late = []
     for name, (look, answered) in zip(nodes.values(), looks, strict=True):
         away = max(asked - look["time"], look["time"] - answered)  # negative in between
@@ -88,7 +90,7 @@ def _between(experiment: Experiment) -> Iterator[Check]:
         "make room: Ray spills objects there",
     )
     head = _all([members[0].meet.remote()])[0]
-    sums = _all([m.reduce.remote(head, rank, len(nodes)) for rank, m in enumerate(members)])
+    sums = _all([each.reduce.remote(head, rank, len(nodes)) for rank, each in enumerate(members)])
     yield Check(
         "all-reduce",
         sums == [float(len(nodes))] * len(nodes),
@@ -97,7 +99,6 @@ def _between(experiment: Experiment) -> Iterator[Check]:
     )
 
 
-@ray.remote(num_cpus=0)
 class _Member:
     """What is asked of a node, on that node."""
 

@@ -55,7 +55,8 @@ class Machines:
     def add(self, *, cpus: int, **options: str) -> subprocess.Popen[bytes]:
         """A node more; options are those of `ray start`."""
         given = (f"--{name.replace('_', '-')}={value}" for name, value in options.items())
-        return self._start(f"--address={self.address}", f"--num-cpus={cpus}", *given)
+        own = f"--temp-dir={self._folder}/{len(self._nodes)}"  # or nodes would unpack jobs into one folder
+        return self._start(f"--address={self.address}", f"--num-cpus={cpus}", own, *given)
 
     def wait_for_dashboard(self) -> None:
         """Wait until jobs can be submitted."""

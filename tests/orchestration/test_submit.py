@@ -13,7 +13,7 @@ from ray.job_submission import JobSubmissionClient
 from orchestration import cli
 from orchestration.journal import curve
 from tests.orchestration.conftest import digits, run_folder, steps_done
-from tests.orchestration.machines import Autoscaled, Machines, wait_until
+from tests.orchestration.machines import Machines, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -160,30 +160,3 @@ def test_data_are_prepared_on_nodes_for_that_models_trained_on_others_and_the_he
     assert where["RayTrainWorker", "gpu"] == 2
     assert not tasks["gpu"]
     assert not tasks["head"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_prepared_trained_and_searched_on_nodes_that_come_from_none_and_go(
-    dsvl, storage, monkeypatch
-):
-    search = {"space": {"optim.lr": {"kind": "grid", "values": [1e-2, 2e-2]}}}
-    short = {"batch": 8, "epochs": 1, "precision": "fp32"}
-    path = digits(storage, "scaled", train=short, search=search)
-    fresh = f"storage.path={storage / 'scaled'}"
-    own = Autoscaled(most=2, dashboard=True)
-    try:
-        own.wait_for_dashboard()
-        monkeypatch.setenv("RAY_AUTH_TOKEN", own.token)
-        wait_until(lambda: own.running("raylet") == 1)
-        for verb in ("prepare", "train", "sweep"):
-            process = dsvl("submit", verb, path, fresh, "--wait", "--json", "--address", own.dashboard,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-            wait_until(lambda: own.nodes > 0 or process.poll() is not None)  # noqa: B023
-            assert own.nodes > 0
-            assert told(process)["state"] == "SUCCEEDED"
-        wait_until(lambda: own.nodes == 0)
-    finally:
-        own.end()
-    results = list((storage / "scaled/scaled/trials").glob("*/result.json"))
-    assert len(results) == 2
