@@ -26,6 +26,12 @@ from orchestration.results import JOB
 
 log = logging.getLogger(__name__)
 
+CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+"""Loggers that tell of every request."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 KILLED = 128
 """Exit statuses from here on tell of a signal, as those of a shell do."""
@@ -87,6 +93,8 @@ def connected(address: str) -> JobSubmissionClient:
             f"no Ray dashboard answers at {address} ({error}); start the cluster, or forward its port "
             "8265 to this machine"
         ) from None
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # or Ray would follow RAY_ADDRESS instead
     if mode != "token":
         open_to_all = f"{address} asks for no token: whoever reaches it may run code on the cluster"
@@ -100,7 +108,8 @@ def connected(address: str) -> JobSubmissionClient:
             f"{address} asks for a token, and there is none: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, "
             f"or put it into {token_file()} with mode 0600"
         )
-    if token_file().is_file() and readable_by_others(token_file()):
+    kept = token_file().is_file() and not os.environ.get("RAY_AUTH_TOKEN")
+    if kept and readable_by_others(token_file()):
         log.warning("others may read %s; chmod 600 %s", token_file(), token_file())
     try:
         return JobSubmissionClient(address, headers={"Authorization": f"Bearer {secret}"})

@@ -58,7 +58,6 @@ def test_typed_twice_it_is_one_job_whose_end_and_words_both_are_told(
     assert jobs(cluster_of_jobs, monkeypatch, "prepare-submitted-") == [first["job"]]
     assert told(submit("prepare", path))["job"] == first["job"], "it has succeeded"
     log = (run_folder(path) / "logs" / first["job"] / "driver.log").read_text()
-    assert "manifest" in log or "prepared" in log
     assert log.splitlines()[-1] in first["said"]
 
 
@@ -88,8 +87,7 @@ def test_interrupted_it_goes_on_is_followed_again_stopped_and_gone_on_with(
     watched = submit("train", path, "--wait")
     wait_until(lambda: steps_done(folder) >= 1 or watched.poll() is not None)
     watched.send_signal(signal.SIGINT)
-    assert "--wait" not in (interrupted := told(watched, status=1))
-    assert "goes on" in interrupted["said"]
+    assert "goes on" in told(watched, status=1)["said"]
     (job,) = jobs(cluster_of_jobs, monkeypatch, "train-left-alone-")
     assert told(submit("train", path)) | {"said": ""} == {
         "job": job, "state": "RUNNING", "message": "Job is currently running.",
