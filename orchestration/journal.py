@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 NAME = "journal.jsonl"
+NOTES = "notes"
+"""Within a run's folder: a journal of its own, of files made of it, `{"kind": "file", "time", "path"}`."""
 LOCK = ".lock"
 """Locked in a folder where a command is at work."""
 PATIENCE_SECONDS = 60
@@ -109,6 +111,10 @@ class Journal:
     def undone(self, fault: str) -> None:
         """The run goes back to its newest checkpoint."""
         self._append({"kind": "undone", "fault": fault})
+
+    def file(self, path: str) -> None:
+        """A file was made of the run, at this place relative to its folder."""
+        self._append({"kind": "file", "path": path})
 
     def end(self, state: str, reason: str = "") -> None:
         """The run is over."""

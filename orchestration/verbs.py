@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -99,6 +99,16 @@ def _report(experiment: Experiment) -> Result:
     return described(write(experiment))
 
 
+def _evaluate(
+    experiment: Experiment | Path, *, suites: list[Path], step: int | None, against: Path | None
+) -> Result:
+    """Measure the best model on held-out samples and question suites."""
+    from orchestration.evaluation import evaluate, render
+
+    result = evaluate(experiment, suites=suites, step=step, against=against)
+    return result, harmless(render(result))
+
+
 def _status(source: Experiment | Path, *, watch: bool) -> Result:
     """Say where runs and sweeps stand: state, progress, faults, losses, cost."""
     from orchestration import standings
@@ -132,6 +142,16 @@ def _chat(experiment: Experiment | Path, *, out: TextIO) -> Result:
 
     result = talk(experiment, out=out)
     return result, f"answered: {result['answered']}"
+
+
+def _serve(sources: Sequence[Experiment | Path], *, host: str, port: int) -> Result:
+    """Serve models to browsers and OpenAI's clients until Ctrl-C; of several, answers stand side by side."""
+    try:
+        from orchestration.serve import run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs {error.name}; pip install 'dsvl[serve]'") from error
+
+    return described(run(sources, host=host, port=port))
 
 
 def _export(
@@ -195,7 +215,9 @@ VERBS: dict[str, Callable[..., Result]] = {
     "sweep": _sweep,
     "status": _status,
     "report": _report,
+    "evaluate": _evaluate,
     "chat": _chat,
+    "serve": _serve,
     "export": _export,
     "submit": _submit,
     "doctor": _doctor,
@@ -206,8 +228,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "submit": {
         "work": {
             "metavar": "WORK",
-            "choices": ("check", "prepare", "train", "sweep", "report"),
-            "help": "check, prepare, train, sweep or report",
+            "choices": ("check", "prepare", "train", "sweep", "report", "evaluate"),
+            "help": "check, prepare, train, sweep, report or evaluate",
         },
         "--to": {
             "choices": ("ray", "kuberay", "slurm", "aws", "machines"),
@@ -227,11 +249,39 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--stop": {"dest": "stopping", "action": "store_true", "help": "stop the job"},
         "--again": {"action": "store_true", "help": "once more, although it has succeeded"},
     },
+    "serve": {
+        "--host": {
+            "default": "127.0.0.1",
+            "help": "where to listen; this machine alone if not given",
+        },
+        "--port": {"type": int, "default": 8000, "metavar": "N", "help": "8000 if not given"},
+    },
     "preview": {
         "--count": {"type": int, "default": 4, "metavar": "N", "help": "how many; 4 if not given"},
         "--blend": {"metavar": "NAME", "help": "of this blend, instead of all in turn"},
         "--epoch": {"type": int, "default": 0, "metavar": "E", "help": "as drawn for this epoch"},
         "--html": {"type": Path, "metavar": "FILE", "help": "write a page with the pictures"},
+    },
+    "evaluate": {
+        "--suite": {
+            "dest": "suites",
+            "type": Path,
+            "action": "append",
+            "default": [],
+            "metavar": "FILE",
+            "help": "also ask these questions: YAML that describes a suite, JSON lines, the original's JSON",
+        },
+        "--checkpoint": {
+            "dest": "step",
+            "type": int,
+            "metavar": "STEP",
+            "help": "as of this update; the newest if not given",
+        },
+        "--against": {
+            "type": Path,
+            "metavar": "FOLDER",
+            "help": "compare with this run, which has been evaluated",
+        },
     },
     "status": {
         "--watch": {"action": "store_true", "help": "show it anew until Ctrl-C"},
@@ -280,11 +330,16 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 WITHOUT_EXPERIMENT = ("convert",)
 
 OF_A_FOLDER = {
+    "evaluate": ", or the folder of a run",
     "chat": ", or the folder of a run or of an exported model",
+    "serve": ", or the folder of a run or of an exported model; any number of both",
     "export": ", or the folder of a run",
     "status": ", the folder of a run, or one of many; the storage's own if not given",
 }
 """What verbs take in place of an experiment."""
+
+SEVERAL = ("serve",)
+"""Verbs that take any number of experiments and folders."""
 
 FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1, "submit": 1}
 """Exit status where a verb did its work and found faults: of the request, of records, of the machine."""
