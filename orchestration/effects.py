@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration.comparison import paired
+import numpy as np
+from scipy import stats
+
 from orchestration.space import EPOCHS, SCHEDULE, SEED
 
 MOST = 6
@@ -81,6 +83,16 @@ def spread(effect: Effect, *, relative: bool) -> str:
     written = "{:+.2f}" if relative else "{:+.4f}"
     told = [written.format(scale * value) for value in (effect.change, *(effect.interval or ()))]
     return f"{told[0]}{unit}" + (f" ({told[1]} to {told[2]}, 95 %)" if effect.interval else "")
+
+
+def paired(values: Sequence[float]) -> list[float] | None:
+    """Mean of values, or paired differences, and its 95 % interval by Student's t; none of fewer than two."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(count)
+    half = float(stats.t.ppf(0.975, count - 1)) * error
+    return [mean, mean - half, mean + half]
 
 
 def _pairs(
