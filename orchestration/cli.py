@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ValueError) and raised_by_us(error):
             return _fail(str(error), as_json=as_json, status=2)
         cause = f"{verb} failed: {type(error).__name__}: {_first_line(error)}"
-        return _fail(cause + _log(verb, experiment), as_json=as_json, status=1)
+        return _fail(cause + _log(verb, experiment, cause), as_json=as_json, status=1)
     print(_json(result) if as_json else text)
-    return 0 if result.get("ok", True) else FAULTS_FOUND[verb]
+    return 0 if result.get("ok", True) else result.get("exit_status") or FAULTS_FOUND[verb]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,12 +88,12 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
         allow_abbrev=False,
     )
     parser.add_argument("verb", metavar=verb or "VERB")
+    options = OPTIONS.get(verb or "", {})
+    added = [parser.add_argument(name, **how) for name, how in options.items()]
     if verb not in WITHOUT_EXPERIMENT:
         named = f"a YAML file{OF_A_FOLDER.get(verb or '', '')}"
         parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help=named)
         parser.add_argument("overrides", metavar="section.field=value", nargs="*")
-    options = OPTIONS.get(verb or "", {})
-    added = [parser.add_argument(name, **how) for name, how in options.items()]
     parser.add_argument("--json", action="store_true", help="print the result as a JSON document")
     request = parser.parse_intermixed_args(arguments)
     return request, {option.dest: getattr(request, option.dest) for option in added}
@@ -137,15 +137,16 @@ def _json(document: dict[str, Any]) -> str:
     return json.dumps(plain, indent=2, allow_nan=False)
 
 
-def _log(verb: str, experiment: Experiment | Path | None) -> str:
-    """Write the traceback of the current exception beside the run, or at least somewhere; tell where."""
+def _log(verb: str, experiment: Experiment | Path | None, cause: str) -> str:
+    """Write cause and traceback of the current exception beside the run, or somewhere; tell where."""
     own = experiment.run_folder if isinstance(experiment, Experiment) else None
     for folder in (own, None):
         with suppress(OSError):  # a full disk, or one that may not be written to
             folder = folder or Path(tempfile.gettempdir())
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{verb}.error.log"
-            path.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+            text = f"{cause}\n\n{traceback.format_exc()}"
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return f"; see {path}"
     return ""
 

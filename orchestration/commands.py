@@ -52,6 +52,7 @@ def sweep(experiment: Experiment) -> dict:
         RuntimeError: if another process sweeps there.
     """
     folder = trials_folder(experiment)
+    search.require_room_for_trials_here(experiment)
     require_one_tokenizer(experiment)
     begin(experiment, folder)
     with sole(folder), connect(experiment), shipped(experiment, folder):

@@ -22,7 +22,7 @@ from orchestration.config import Experiment
 from orchestration.effects import Effect, Tried, effects, spread
 from orchestration.journal import Journal, curve, read, read_json, write_json
 from orchestration.parzen import Parzen
-from orchestration.placement import require_room
+from orchestration.placement import require_room, require_room_here
 from orchestration.proposals import Listed, Proposal, proposals
 from orchestration.results import (
     begin,
@@ -94,6 +94,11 @@ def search(experiment: Experiment, prepared: Path) -> None:
 def require_room_for_trials(experiment: Experiment) -> None:
     """Refuse a search of which the cluster can never hold a single trial, with a ValueError."""
     require_room(experiment, workers=_settings(experiment).workers, beside=TRIAL_CPUS)
+
+
+def require_room_for_trials_here(experiment: Experiment) -> None:
+    """The same before Ray starts, where it would on this machine."""
+    require_room_here(experiment, workers=_settings(experiment).workers, beside=TRIAL_CPUS)
 
 
 def _settings(experiment: Experiment) -> SearchConfig:

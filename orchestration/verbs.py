@@ -120,6 +120,14 @@ def _status(source: Experiment | Path, *, watch: bool) -> Result:
     return {"runs": list(map(asdict, found))}, told
 
 
+def _submit(experiment: Experiment, **options: Any) -> Result:
+    """Carry work to a cluster; typed again, tell how it is there."""
+    from orchestration.submit import render, submit
+
+    result = submit(experiment, **options)
+    return result, harmless(render(result))
+
+
 def _doctor(experiment: Experiment) -> Result:
     """Examine this machine and the cluster."""
     from orchestration.doctor import examine, render
@@ -211,11 +219,36 @@ VERBS: dict[str, Callable[..., Result]] = {
     "chat": _chat,
     "serve": _serve,
     "export": _export,
+    "submit": _submit,
     "doctor": _doctor,
 }
 
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "submit": {
+        "work": {
+            "metavar": "WORK",
+            "choices": ("check", "prepare", "train", "sweep", "report", "evaluate"),
+            "help": "check, prepare, train, sweep, report or evaluate",
+        },
+        "--to": {
+            "choices": ("ray", "kuberay", "slurm", "aws", "machines"),
+            "default": "ray",
+            "help": "a Ray cluster that runs (the default), KubeRay, Slurm, or what `ray up` starts",
+        },
+        "--address": {
+            "metavar": "URL",
+            "help": "its dashboard; http://127.0.0.1:8265 if neither given nor RAY_API_SERVER_ADDRESS",
+        },
+        "--dry-run": {"action": "store_true", "help": "say what would be sent, and send nothing"},
+        "--check": {"action": "store_true", "help": "say what is wrong with it, and send nothing"},
+        "--wait": {
+            "action": "store_true",
+            "help": "show what the job says until it ends; the exit status is its own",
+        },
+        "--stop": {"dest": "stopping", "action": "store_true", "help": "stop the job"},
+        "--again": {"action": "store_true", "help": "once more, although it has succeeded"},
+    },
     "serve": {
         "--host": {
             "default": "127.0.0.1",
@@ -308,5 +341,5 @@ OF_A_FOLDER = {
 SEVERAL = ("serve",)
 """Verbs that take any number of experiments and folders."""
 
-FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1}
+FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1, "submit": 1}
 """Exit status where a verb did its work and found faults: of the request, of records, of the machine."""

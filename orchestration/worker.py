@@ -1,9 +1,11 @@
 """What each Ray Train worker does: build, resume, and the `for` over the library's steps."""
 
 import logging
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from socket import gethostname
 
 import ray.train
 import torch
@@ -28,7 +30,7 @@ from orchestration.features import features_folder
 from orchestration.flops import flop_utilisation
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
-from orchestration.results import write_result
+from orchestration.results import logs, note_place, write_result
 from orchestration.watchdog import Watchdog
 
 
@@ -47,8 +49,9 @@ def work(config: dict) -> None:
     # Before anything is read: a killed run's last process may still be writing.
     journal = Journal(folder) if torch.distributed.get_rank() == 0 else None
     train, rank = experiment.train, torch.distributed.get_rank()
-    watchdog = Watchdog(folder / "logs", rank=rank, seconds=experiment.cluster.hang_timeout_s)
-    keep_log(folder / "logs" / f"rank-{rank}.log")
+    watchdog = Watchdog(logs(folder), rank=rank, seconds=experiment.cluster.hang_timeout_s)
+    note_place(log := logs(folder) / f"rank-{rank}.log", f"{gethostname()}, process {os.getpid()}")
+    keep_log(log)
     torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
     # What fits among all workers need not fit among the few that an elastic training may have.
     world = {"cluster.workers": torch.distributed.get_world_size(), "cluster.min_workers": None}

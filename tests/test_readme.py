@@ -40,6 +40,7 @@ ELSEWHERE = {
     "dsvl sweep": ("tests/orchestration/test_search.py", "sweep"),
     "dsvl evaluate": ("tests/orchestration/test_evaluation.py", "evaluate"),
     "dsvl status": ("tests/orchestration/test_status.py", "status"),
+    "dsvl submit": ("tests/orchestration/test_submit.py", "submit"),
     "dsvl report": ("tests/orchestration/test_report.py", "report"),
 }
 """How a longer command begins -> the file that tries it out, and a word that stands in it."""
