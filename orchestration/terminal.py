@@ -25,9 +25,9 @@ from orchestration.trained import Subject, find
 
 log = logging.getLogger(__name__)
 
-HELP = """A line is a question. `/image PATH [PATH ...]`, or paths in a line, as dropped files are, show images
-with the next question; `/images` lists them. `/undo` takes the last question back, `/clear` begins anew,
-`/save FILE` keeps the conversation as JSON. Ctrl-C stops an answer; `/quit` (or Ctrl-D) ends."""
+HELP = """A line is a question. `/image PATH [PATH ...]`, or paths in a line, as dropped files are, show
+images with the next question; `/images` lists them. `/undo` takes the last question back, `/clear` begins
+anew, `/save FILE` keeps the conversation as JSON. Ctrl-C stops an answer; `/quit` (or Ctrl-D) ends."""
 WORD = re.compile(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s\\'"])+""")
 """A word of a line as shells and file managers write it, in quotes or with escaped blanks."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
