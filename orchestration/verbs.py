@@ -92,11 +92,14 @@ def _sweep(experiment: Experiment) -> Result:
     return result, render(result)
 
 
-def _report(experiment: Experiment) -> Result:
-    """Write the page of a run or a sweep."""
-    from orchestration.report import write
+def _report(sources: list[Experiment | Path], *, html: Path | None) -> Result:
+    """Write the page of a run or a sweep, or of a comparison of several."""
+    from orchestration import report, side_by_side
 
-    return described(write(experiment))
+    if len(sources) == 1:
+        return described(report.write(sources[0], html))
+    result = side_by_side.write(sources, html or Path("comparison.html"))
+    return result, side_by_side.render(result)
 
 
 def _evaluate(
@@ -109,15 +112,22 @@ def _evaluate(
     return result, harmless(render(result))
 
 
-def _status(source: Experiment | Path, *, watch: bool) -> Result:
+def _status(source: Experiment | Path, *, watch: bool, sync: bool) -> Result:
     """Say where runs and sweeps stand: state, progress, faults, losses, cost."""
     from orchestration import standings
     from orchestration.status import Watch
 
-    seen = Watch(source)
+    seen, synced = Watch(source), []
+    if sync:
+        from orchestration.record import stored
+        from orchestration.shipping import catch_up
+
+        owners = [source] if isinstance(source, Experiment) else map(stored, seen.owners())
+        synced = [catch_up(experiment) for experiment in owners]
     found = standings.watch(seen) if watch else seen.look()
     told = standings.render(found, terminal=_on_a_terminal()) if found else "no runs yet"
-    return {"runs": list(map(asdict, found))}, told
+    told += "".join(map(standings.shipped, synced))
+    return {"runs": list(map(asdict, found))} | ({"synced": synced} if sync else {}), told
 
 
 def _submit(experiment: Experiment, **options: Any) -> Result:
@@ -262,6 +272,13 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--epoch": {"type": int, "default": 0, "metavar": "E", "help": "as drawn for this epoch"},
         "--html": {"type": Path, "metavar": "FILE", "help": "write a page with the pictures"},
     },
+    "report": {
+        "--html": {
+            "type": Path,
+            "metavar": "FILE",
+            "help": "write it there; report.html in the run's folder if not given, or comparison.html here",
+        },
+    },
     "evaluate": {
         "--suite": {
             "dest": "suites",
@@ -285,6 +302,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "status": {
         "--watch": {"action": "store_true", "help": "show it anew until Ctrl-C"},
+        "--sync": {"action": "store_true", "help": "bring to MLflow what it has missed"},
     },
     "export": {
         "--to": {
@@ -334,11 +352,12 @@ OF_A_FOLDER = {
     "chat": ", or the folder of a run or of an exported model",
     "serve": ", or the folder of a run or of an exported model; any number of both",
     "export": ", or the folder of a run",
+    "report": ", or the folder of a run, sweep or trial; several of them are compared",
     "status": ", the folder of a run, or one of many; the storage's own if not given",
 }
 """What verbs take in place of an experiment."""
 
-SEVERAL = ("serve",)
+SEVERAL = ("serve", "report")
 """Verbs that take any number of experiments and folders."""
 
 FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1, "submit": 1}

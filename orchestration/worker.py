@@ -30,6 +30,7 @@ from orchestration.features import features_folder
 from orchestration.flops import flop_utilisation
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
+from orchestration.meters import Meters
 from orchestration.results import logs, note_place, write_result
 from orchestration.watchdog import Watchdog
 
@@ -83,9 +84,17 @@ def work(config: dict) -> None:
         evaluation_batch=batch,
     )  # fmt: skip
     start = checkpoints.resume()
+    meters = Meters(folder) if journal else None
+    if meters:
+        meters.begin(quarantined=prepared.quarantined)
     if journal and start == 0:
         journal.metrics(0, {"data/quarantined": prepared.quarantined})
     majority = majority_accuracy(blender.epoch(0), samples) if rank == 0 else 0.0
+
+    answers = partial(
+        transcript, model, tokenizer, prepared, max_tokens=experiment.data.max_tokens,
+        device=engine.device, alive=partial(watchdog.wind, "answering"),
+    )  # fmt: skip
 
     for step in guarded(
         engine, prepared, blender, train=train, config=engine_config, start=start,
@@ -111,8 +120,14 @@ def work(config: dict) -> None:
                 seconds=step.seconds,
                 workers=engine.workers,
             )
-        if journal:
+        chats = []
+        if step.ends_epoch and step.number < plan.steps:
+            chats = answers(count=min(1, experiment.evaluation.chats))
+        if journal and meters:
+            meters.update(step, metrics)
             journal.metrics(step.number, metrics)
+            if chats:
+                journal.chats(step.number, chats)
         if checkpoints.due(step.number, ends_epoch=step.ends_epoch):
             watchdog.wind(f"saving update {step.number}")
             checkpoints.save(step.number, measured)
@@ -121,11 +136,7 @@ def work(config: dict) -> None:
         watchdog.wind(f"update {step.number + 1}")
 
     watchdog.wind("answering")
-    chats = transcript(
-        model, tokenizer, prepared, count=experiment.evaluation.chats,
-        max_tokens=experiment.data.max_tokens, device=engine.device,
-        alive=partial(watchdog.wind, "answering"),
-    )  # fmt: skip
+    chats = answers(count=experiment.evaluation.chats)
     if journal:
         write_json(folder / "chats.json", chats)
         journal.end("finished")
