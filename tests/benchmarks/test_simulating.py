@@ -8,7 +8,7 @@ from orchestration.compose import load
 from orchestration.cost import flops_of_a_step
 from orchestration.plan import plan
 from tests.benchmarks.costs import Costs
-from tests.benchmarks.simulating import REPAIR, preparation, repaired, rounds_of
+from tests.benchmarks.simulating import ASSUMED, REPAIR, preparation, repaired, rounds_of
 
 COSTS = Costs(
     read=1e-4, check=1e-3, image=1e-2, merge=1e-4, dispatch=1e-3, driver_bytes=2e3, trial=20, update=0.1
@@ -18,7 +18,7 @@ COSTS = Costs(
 def test_a_preparation_is_as_fast_as_its_slowest_part_allows():
     few, many = (preparation(COSTS, n, images=1_000_000, lasts=1e9) for n in (1, 100))
     assert few["longest"] == "check"
-    assert many["hours"]["check"] < few["hours"]["check"] / 10
+    assert many["hours"]["check"] - ASSUMED.starts / 3600 < few["hours"]["check"] / 10
     assert many["hours"]["merge"] == few["hours"]["merge"] == pytest.approx(100 / 3600)
     assert few["hours"]["check"] == pytest.approx(1_000_000 * 1.1e-2 / 16 / 3600, rel=0.1)
 
