@@ -12,8 +12,8 @@ from orchestration.config import Experiment
 from orchestration.journal import sole
 from orchestration.placement import require_room
 from orchestration.prepare import prepare, require_one_tokenizer
-from orchestration.results import begin, finished, require_same_data, trunk_of
-from orchestration.tracking import Shipper
+from orchestration.results import begin, finished, require_same_data, trials_folder, trunk_of
+from orchestration.shipping import shipped
 from orchestration.trainer import fit
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,7 @@ def train(experiment: Experiment) -> dict:
     trunk_of(experiment)  # raises before any work where it is none
     begin(experiment, folder)
     # A finished run has its journal shipped all the same: the tracking store may have been away.
-    with sole(folder), Shipper(experiment) as shipper:
-        shipper.follow(folder, name=experiment.name)
+    with sole(folder), shipped(experiment, folder):
         if finished(experiment, folder) is None:
             workers = experiment.cluster.workers
             with connect(experiment):
@@ -52,13 +51,13 @@ def sweep(experiment: Experiment) -> dict:
             sizes do not share a tokenizer.
         RuntimeError: if another process sweeps there.
     """
-    folder = search.trials_folder(experiment)
+    folder = trials_folder(experiment)
+    search.require_room_for_trials_here(experiment)
     require_one_tokenizer(experiment)
     begin(experiment, folder)
-    with sole(folder), connect(experiment), Shipper(experiment) as shipper:
+    with sole(folder), connect(experiment), shipped(experiment, folder):
         search.require_room_for_trials(experiment)
         prepared = Path(prepare(experiment)["folder"])
-        shipper.follow_sweep(folder, name=f"{experiment.name} sweep")
         search.search(experiment, prepared)
     if experiment.search and experiment.search.across:
         evidence.write(experiment)
@@ -67,4 +66,4 @@ def sweep(experiment: Experiment) -> dict:
         log.warning("trial %s", failure)
     if not summary["trials"]:
         raise RuntimeError(f"no trial of {experiment.name} came to an end")
-    return summary
+    return summary | search.compare(experiment, summary["trials"])

@@ -141,11 +141,21 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def machines() -> Iterator[Machines]:
     """A cluster of a node of four CPUs."""
     started = Machines(cpus=0)
     started.add(cpus=4)
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="session")
+def cluster_of_jobs() -> Iterator[Machines]:
+    """A head that carries no work, with a dashboard that asks for a token, and a node of two CPUs."""
+    started = Machines(cpus=0, dashboard=True)
+    started.add(cpus=2)
+    started.wait_for_dashboard()
     yield started
     started.end()
 
