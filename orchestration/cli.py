@@ -18,10 +18,18 @@ from typing import Any, NoReturn
 
 from pydantic_core import to_jsonable_python
 
+from orchestration.again import RUN_ID, again
 from orchestration.compose import load
 from orchestration.config import Experiment, StorageConfig
 from orchestration.problems import did_you_mean, harmless, raised_by_us
-from orchestration.verbs import FAULTS_FOUND, OF_A_FOLDER, OPTIONS, VERBS, WITHOUT_EXPERIMENT
+from orchestration.verbs import (
+    FAULTS_FOUND,
+    OF_A_FOLDER,
+    OF_A_RUN,
+    OPTIONS,
+    VERBS,
+    WITHOUT_EXPERIMENT,
+)
 
 QUICKSTART = Path(__file__).parent.parent / "configs/experiment/quickstart.yaml"
 
@@ -81,7 +89,7 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
     )
     parser.add_argument("verb", metavar=verb or "VERB")
     if verb not in WITHOUT_EXPERIMENT:
-        named = f"a YAML file{OF_A_FOLDER.get(verb or '', '')}"
+        named = f"a YAML file{(OF_A_FOLDER | OF_A_RUN).get(verb or '', '')}"
         parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help=named)
         parser.add_argument("overrides", metavar="section.field=value", nargs="*")
     options = OPTIONS.get(verb or "", {})
@@ -104,6 +112,8 @@ def _experiment(request: argparse.Namespace) -> Experiment | Path:
             told = f"{path} is a folder, whose settings are what they were; leave out {' '.join(overrides)}"
             raise ValueError(told)
         return Path(path)
+    if request.verb in OF_A_RUN and RUN_ID.fullmatch(str(path)):
+        return again(str(path), overrides)
     return load(path, overrides)
 
 

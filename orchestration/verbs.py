@@ -253,5 +253,8 @@ OF_A_FOLDER = {
 }
 """What verbs take in place of an experiment."""
 
+OF_A_RUN = {"train": ", or the id of an MLflow run, which is trained again"}
+"""And what is looked up in the tracking store."""
+
 FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1}
 """Exit status where a verb did its work and found faults: of the request, of records, of the machine."""

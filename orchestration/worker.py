@@ -21,6 +21,7 @@ from dsvl.guard import Guard, guarded
 from dsvl.model import VisualChat
 from dsvl.rehearse import rehearse
 from dsvl.train import Plan
+from orchestration import nodes
 from orchestration.checkpoints import Checkpoints
 from orchestration.config import Experiment
 from orchestration.faults import inject
@@ -28,6 +29,7 @@ from orchestration.features import features_folder
 from orchestration.flops import flop_utilisation
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
+from orchestration.reckoning import came_to, foretold, peak_memory_gib
 from orchestration.results import write_result
 from orchestration.watchdog import Watchdog
 
@@ -49,6 +51,9 @@ def work(config: dict) -> None:
     train, rank = experiment.train, torch.distributed.get_rank()
     watchdog = Watchdog(folder / "logs", rank=rank, seconds=experiment.cluster.hang_timeout_s)
     keep_log(folder / "logs" / f"rank-{rank}.log")
+    if ray.train.get_context().get_local_rank() == 0:
+        nodes.watch(folder)
+    memory_before = peak_memory_gib()
     torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
     # What fits among all workers need not fit among the few that an elastic training may have.
     world = {"cluster.workers": torch.distributed.get_world_size(), "cluster.min_workers": None}
@@ -81,7 +86,8 @@ def work(config: dict) -> None:
     )  # fmt: skip
     start = checkpoints.resume()
     if journal and start == 0:
-        journal.metrics(0, {"data/quarantined": prepared.quarantined})
+        about = {"data/quarantined": prepared.quarantined}
+        journal.metrics(0, about | foretold(experiment, len(blender)))
     majority = majority_accuracy(blender.epoch(0), samples) if rank == 0 else 0.0
 
     for step in guarded(
@@ -125,6 +131,7 @@ def work(config: dict) -> None:
     )  # fmt: skip
     if journal:
         write_json(folder / "chats.json", chats)
+        journal.metrics(plan.steps, came_to(experiment, folder, memory_before=memory_before))
         journal.end("finished")
         write_result(experiment, folder, state="finished")
     watchdog.stop()
