@@ -83,10 +83,10 @@ class Door:
             door = self
 
             class Handler(BaseHTTPRequestHandler):
-                def do_GET(self) -> None:
-                    door.answer(self)
-
-                do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+                def __getattr__(self, name: str) -> Callable[[], None]:
+                    if not name.startswith("do_"):
+                        raise AttributeError(name)
+                    return lambda: door.answer(self)
 
                 def log_message(self, *said: object) -> None:
                     pass
