@@ -13,10 +13,13 @@ from mlflow import MlflowClient
 from orchestration import shipping
 from orchestration.config import Experiment, validated
 from orchestration.journal import Journal
-from orchestration.results import begin
+from orchestration.results import begin, trials_folder
 from orchestration.shipping import catch_up, shipped
 from tests.orchestration.conftest import SETTINGS
+from tests.orchestration.lives import SWEEP, disturb, run_id
+from tests.orchestration.lives import start as start_life
 from tests.orchestration.outages import OUTAGES, TOKEN, Door, Server, differences
+from tests.orchestration.postgres import PASSWORD, Postgres, programs
 
 STEPS = 300
 
@@ -33,10 +36,6 @@ def start(experiment: Experiment) -> Journal:
     about = {"identity": experiment.identity(), "params": experiment.identity_fields()}
     journal.start(**about, step=0)
     return journal
-
-
-def run_id(folder: Path) -> str:
-    return json.loads((folder / "mlflow.json").read_text())["run_id"]
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +165,89 @@ def test_what_a_killed_command_has_written_is_shipped_and_the_run_told_killed(tm
     assert found.pop("points") > 1
     assert set(found.values()) == {0}
     assert client.get_run(run_id(folder)).info.status == "KILLED"
+
+
+QUICK, ALL = range(2), [pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20)]
+
+
+@pytest.mark.parametrize("seed", [*QUICK, *ALL])
+def test_whoever_is_killed_the_journal_is_whole_and_mlflow_complete(tmp_path_factory, seed):
+    storage = tmp_path_factory.getbasetemp() / "kills"
+    experiment = made(storage, f"seed-{seed}")
+    folder = experiment.run_folder
+    disturb(experiment, seed)
+    lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert all(line.endswith(b"\n") and json.loads(line) for line in lines)
+    assert catch_up(experiment)["runs"] == 1
+    client = MlflowClient(experiment.tracking_uri)
+    found = differences(client, run_id(folder), folder)
+    assert found == {"points": 600, "lost": 0, "doubled": 0, "others": 0, "unknown": 0}
+    assert client.get_run(run_id(folder)).info.status == "FINISHED"
+    named = client.search_runs(["1"], f"attributes.run_name = '{experiment.name}'")
+    assert len(named) == 1
+
+
+@pytest.fixture
+def postgres():
+    if programs() is None:
+        pytest.skip("needs PostgreSQL (Debian's package postgresql), which is not installed")
+    started = Postgres()
+    yield started
+    started.end()
+
+
+def sweep_together(storage: Path, *, commands: int, trials: int, steps: int, **tracking) -> None:
+    """So many commands with so many trials each log at once; every point must arrive, without a word."""
+    search = {
+        "space": {"optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-1}},
+        "samples": trials,
+    }
+    experiments = []
+    for number in range(commands):
+        settings = {"name": f"sweep-{number}", "storage": {"path": str(storage)}}
+        settings |= {"search": search, "tracking": {"patience_s": 300} | tracking}
+        experiments.append(validated(SETTINGS | settings))
+        begin(experiments[-1], trials_folder(experiments[-1]))
+    running = [
+        start_life(SWEEP, trials_folder(one), trials, steps, stderr=subprocess.PIPE, text=True)
+        for one in experiments
+    ]
+    for process in running:
+        _, told = process.communicate()
+        assert process.returncode == 0
+        assert told == "", "a lock error is told, and nothing else is either"
+    client = MlflowClient(experiments[0].tracking_uri)
+    for experiment in experiments:
+        root = trials_folder(experiment)
+        parent = client.get_run(run_id(root))
+        children = client.search_runs(
+            [parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+        )
+        assert len(children) == trials
+        for folder in root.glob("lr=*"):
+            found = differences(client, run_id(folder), folder)
+            points = {"points": 2 * steps, "lost": 0, "doubled": 0, "others": 0, "unknown": 0}
+            assert found == points
+            assert client.get_run(run_id(folder)).info.status == "FINISHED"
+
+
+def test_trials_of_commands_that_log_at_once_to_one_sqlite_file_all_arrive(tmp_path):
+    sweep_together(tmp_path, commands=3, trials=4, steps=20)
+
+
+@pytest.mark.slow
+def test_two_hundred_trials_logged_at_once_to_sqlite_all_arrive(tmp_path):
+    sweep_together(tmp_path, commands=8, trials=25, steps=50)
+
+
+@pytest.mark.slow
+def test_two_hundred_trials_logged_at_once_to_postgresql_all_arrive(
+    tmp_path, postgres, monkeypatch
+):
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    first = made(tmp_path / "first", "first", uri=postgres.uri)
+    start(first).end("finished")
+    assert catch_up(first)["runs"] == 1  # the tables are made by one
+    sweep_together(tmp_path, commands=8, trials=25, steps=50, uri=postgres.uri)
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or PASSWORD.encode() not in path.read_bytes(), path
