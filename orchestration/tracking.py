@@ -29,6 +29,7 @@ from orchestration.space import SearchConfig
 
 # MLflow's own seven retries take minutes; the shipper itself tries again.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "1")
 
 BATCH = 1000
 """Most metrics that MLflow takes at once; a tenth of it for parameters."""

@@ -81,6 +81,8 @@ def _undergo(doors: dict[str, Door], runs: dict[str, Experiment]) -> None:
     for step in range(1, STEPS + 1):
         for kind, outage in ((kind, OUTAGES[kind]) for kind in runs):
             if kind not in begun and step > outage.begins * STEPS:
+                while outage.begins and not (runs[kind].run_folder / "mlflow.json").exists():
+                    time.sleep(0.05)  # it begins in mid-run, and not before
                 outage.do(doors[kind])
                 begun.add(kind)
             if kind not in ended and step > outage.ends * STEPS:
