@@ -65,4 +65,4 @@ def sweep(experiment: Experiment) -> dict:
         log.warning("trial %s", failure)
     if not summary["trials"]:
         raise RuntimeError(f"no trial of {experiment.name} came to an end")
-    return summary
+    return summary | search.compare(experiment, summary["trials"])

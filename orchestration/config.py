@@ -259,6 +259,17 @@ class Experiment(Section):
         at_once = search.concurrent or max(1, room)
         return min(at_once, search.trials or at_once)
 
+    def searched(self) -> dict[str, Any]:
+        """The searched fields, as the experiment itself has them."""
+        assert self.search is not None
+        found, settings = {}, self.as_dict()
+        for path in self.search.space:
+            value: Any = settings
+            for key in path_keys(path):
+                value = value[key]
+            found[path] = value
+        return found
+
     def worker_counts(self, workers: int) -> list[int]:
         """The numbers of workers that a training meant for `workers` may have, fewest first."""
         fewest = self.cluster.min_workers or workers

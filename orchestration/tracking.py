@@ -9,10 +9,12 @@ later ones count, as in the journal.
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -26,6 +28,8 @@ from orchestration.config import Experiment
 from orchestration.record import read_if_there
 from orchestration.registry import Registry
 from orchestration.space import SearchConfig
+
+log = logging.getLogger(__name__)
 
 # MLflow's own seven retries take minutes; the shipper itself tries again.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -242,3 +246,34 @@ def download(uri: str, run_id: str, folder: Path, names: Sequence[str]) -> dict[
         for name in names
         if name in there
     }
+
+
+def measured(
+    experiment: Experiment,
+    folder: Path,
+    metrics: Mapping[str, float],
+    *,
+    step: int,
+    path: Path,
+    table: Sequence[Mapping[str, Any]],
+) -> None:
+    """Keep what was measured of a trained model with the MLflow run of its folder, if any.
+
+    Beside the metrics, the file and the table of what was said, of which MLflow shows those of several runs
+    side by side.
+    """
+    if not (run_id := read_if_there(folder / RECORD).get("run_id")):
+        return
+    try:
+        with turn(experiment):
+            store, now = Store(experiment), int(1000 * time.time())
+            points = [Metric(name, value, now, step) for name, value in metrics.items()]
+            for first in range(0, len(points), BATCH):
+                store.client.log_batch(run_id, metrics=points[first : first + BATCH])
+            store.client.log_artifact(run_id, str(path))
+            columns = (
+                {name: [str(row[name]) for row in table] for name in table[0]} if table else {}
+            )
+            store.client.log_table(run_id, columns, f"{folder.name}-{path.parent.name}.json")
+    except Exception as error:  # each kind of store has its own; the file is there all the same
+        log.warning("tracking store %s: %s; %s is not in it", experiment.tracking_uri, error, path)

@@ -99,6 +99,16 @@ def _report(experiment: Experiment) -> Result:
     return described(write(experiment))
 
 
+def _evaluate(
+    experiment: Experiment | Path, *, suites: list[Path], step: int | None, against: Path | None
+) -> Result:
+    """Measure the best model on held-out samples and question suites."""
+    from orchestration.evaluation import evaluate, render
+
+    result = evaluate(experiment, suites=suites, step=step, against=against)
+    return result, harmless(render(result))
+
+
 def _status(source: Experiment | Path, *, watch: bool) -> Result:
     """Say where runs and sweeps stand: state, progress, faults, losses, cost."""
     from orchestration import standings
@@ -187,6 +197,7 @@ VERBS: dict[str, Callable[..., Result]] = {
     "sweep": _sweep,
     "status": _status,
     "report": _report,
+    "evaluate": _evaluate,
     "chat": _chat,
     "export": _export,
     "doctor": _doctor,
@@ -199,6 +210,27 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--blend": {"metavar": "NAME", "help": "of this blend, instead of all in turn"},
         "--epoch": {"type": int, "default": 0, "metavar": "E", "help": "as drawn for this epoch"},
         "--html": {"type": Path, "metavar": "FILE", "help": "write a page with the pictures"},
+    },
+    "evaluate": {
+        "--suite": {
+            "dest": "suites",
+            "type": Path,
+            "action": "append",
+            "default": [],
+            "metavar": "FILE",
+            "help": "also ask these questions: YAML that describes a suite, JSON lines, the original's JSON",
+        },
+        "--checkpoint": {
+            "dest": "step",
+            "type": int,
+            "metavar": "STEP",
+            "help": "as of this update; the newest if not given",
+        },
+        "--against": {
+            "type": Path,
+            "metavar": "FOLDER",
+            "help": "compare with this run, which has been evaluated",
+        },
     },
     "status": {
         "--watch": {"action": "store_true", "help": "show it anew until Ctrl-C"},
@@ -247,6 +279,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 WITHOUT_EXPERIMENT = ("convert",)
 
 OF_A_FOLDER = {
+    "evaluate": ", or the folder of a run",
     "chat": ", or the folder of a run or of an exported model",
     "export": ", or the folder of a run",
     "status": ", the folder of a run, or one of many; the storage's own if not given",
