@@ -19,7 +19,7 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from orchestration.budget import Budgeted, spent
 from orchestration.climb import Climb, proposal
 from orchestration.config import Experiment
-from orchestration.effects import Effect, Repeated, Tried, effects, over_seeds, spread
+from orchestration.effects import Effect, Tried, effects, spread
 from orchestration.journal import Journal, curve, read, read_json, write_json
 from orchestration.parzen import Parzen
 from orchestration.placement import require_room
@@ -245,7 +245,7 @@ def summarize(experiment: Experiment) -> dict:
 
 
 def compare(experiment: Experiment, trials: Sequence[Mapping[str, Any]]) -> dict:
-    """What single settings change among the trials of a summary, and what these come to over seeds."""
+    """What single settings change among the trials of a summary."""
     search = _settings(experiment)
     tried = [
         Tried(
@@ -257,11 +257,7 @@ def compare(experiment: Experiment, trials: Sequence[Mapping[str, Any]]) -> dict
     ]
     relative = search.mode == "min"
     changed = effects(tried, experiment.searched(), relative=relative)
-    return {
-        "relative": relative,
-        "effects": [*map(asdict, changed)],
-        "over_seeds": [*map(asdict, over_seeds(tried))],
-    }
+    return {"relative": relative, "effects": [*map(asdict, changed)]}
 
 
 def _ended(folder: Path) -> tuple[str | None, str]:
@@ -282,10 +278,7 @@ def render(summary: dict) -> str:
     ]
     lines += [f"failed: {failure}" for failure in summary["failed"]]
     for effect in (Effect(**one) for one in summary["effects"]):
-        change = spread(effect.change, effect.interval, relative=summary["relative"])
+        change = spread(effect, relative=summary["relative"])
         counted = f"{effect.pairs} pairs, {effect.updates:.2f} of the updates"
         lines.append(f"{effect.what}: {change}, {counted}")
-    for repeated in (Repeated(**one) for one in summary["over_seeds"]):
-        mean = spread(repeated.mean, repeated.interval, relative=False, signed=False)
-        lines.append(f"{trial_name(repeated.values)}: {mean} over {repeated.seeds} seeds")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from orchestration import evaluation_report
-from orchestration.comparison import compare, paired, section
+from orchestration.comparison import compare, section
 from orchestration.config import Experiment, validated
 from orchestration.journal import Journal, write_json
 from orchestration.record import Record
@@ -64,13 +64,6 @@ def test_the_page_has_the_table_and_the_curves(experiment):
     assert "-5.0 % (-5.0 % to -5.0 %)" in told
     assert "samples seen" in told
     assert "causal_cross" not in told, "a single seed is no comparison"
-
-
-def test_an_interval_is_students(experiment):
-    assert paired([1.0]) is None
-    mean, low, high = paired([0.0, 1.0, 2.0])
-    assert (mean, high - mean) == pytest.approx((1, 4.3027 / 3**0.5), rel=1e-4)
-    assert mean - low == pytest.approx(high - mean)
 
 
 def test_an_evaluation_stands_on_the_page_with_what_a_set_calls_itself_as_text(experiment):

@@ -242,6 +242,39 @@ def test_a_cell_of_the_heat_map_holds_the_loss_of_its_trial(sweep):
     assert sorted(best) == [("large", 0.01, 2), ("small", 0.01, 2)]
 
 
+def test_the_trials_of_a_sweep_are_shown_together(sweep):
+    page = page_of(sweep)
+    charts = {attributes["aria-label"]: text for attributes, text in page.all("svg", "role")}
+    began = charts["trials at work"]
+    assert began.count(": finished, ") == 10
+    assert f"{trial_name(*STOPPED)}: stopped" in began
+    ended = trial_name("large", 0.01, 2)
+    assert f"{ended}: 0.5" in charts["searched values and what they came to"]
+    assert f"{ended}: 0.5, " in charts["eval/loss against cost"]
+    changed = [text for attributes, text in page.all("tr", "data-effect")]
+    (size,) = (text for text in changed if "model.size" in text)
+    assert size.startswith("model.size large against small")
+    pairs = [
+        (loss_of("large", lr, n), loss_of("small", lr, n))
+        for lr, n in product(RATES, EPOCHS)
+        if ("small", lr, n) != STOPPED and ("large", lr, n) != FAILED
+    ] + [(loss_of("large", STOPPED[1], 2), loss_of("small", STOPPED[1], 1))]
+    mean = sum(large / small - 1 for large, small in pairs) / len(pairs)
+    assert f"{100 * mean:+.2f} %" in size
+
+
+def test_the_best_trial_is_judged_by_its_curves_and_others_where_something_is_wrong(sweep):
+    text = page_of(sweep).text
+    judged = text.partition(f"Verdicts on {trial_name('large', 0.01, 2)}")[2]
+    assert "blind to images: no" in judged
+    assert "25.0% with those of others" in judged
+    verdicts = {one["name"]: one["holds"] for one in write(sweep)["verdicts"]}
+    assert verdicts == {"diverged": False, "overfit": False, "blind to images": False}
+    blind = sweep.run_folder / "trials" / trial_name("small", 0.01, 1)
+    Journal(blind).metrics(STEPS, {"eval/accuracy": 0.26})
+    assert f"{trial_name('small', 0.01, 1)}: blind to images" in page_of(sweep).text
+
+
 def test_a_cell_that_was_never_tried_is_blank(sweep):
     missing = sweep.run_folder / "trials" / trial_name("large", 0.003, 1)
     missing.rename(sweep.run_folder / "elsewhere")
