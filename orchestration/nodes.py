@@ -29,7 +29,8 @@ def _watch(folder: Path) -> None:
     writer = Journal(folder / FOLDER / host)
     lines, _ = journal.read(folder / FOLDER / host)
     began = lines[0]["time"] if lines else time.time()
-    psutil.cpu_percent(interval=1)  # what it tells later is since this call
+    psutil.cpu_percent()  # what it tells later is since the call before
+    time.sleep(1)
     while True:
         load = {f"system/{host}/{name}": value for name, value in _load().items()}
         writer.metrics(int(time.time() - began), load)

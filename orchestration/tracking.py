@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 # MLflow's own seven retries take minutes; the shipper itself tries again.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "1")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "0")
 
 BATCH = 1000
 """Most metrics that MLflow takes at once; a tenth of it for parameters."""
