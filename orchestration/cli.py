@@ -25,8 +25,13 @@ from orchestration.problems import did_you_mean, harmless, raised_by_us
 from orchestration.verbs import (
     FAULTS_FOUND,
     OF_A_FOLDER,
+<<<<<<< HEAD
     OF_A_RUN,
     OPTIONS,
+=======
+    OPTIONS,
+    SEVERAL,
+>>>>>>> main
     VERBS,
     WITHOUT_EXPERIMENT,
 )
@@ -47,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = request.verb
         work = partial(VERBS[verb], **options)
         if verb not in WITHOUT_EXPERIMENT:
-            experiment = _experiment(request)
-            work = partial(work, experiment)
+            sources = _sources(request)
+            experiment = sources[0]
+            work = partial(work, sources if verb in SEVERAL else experiment)
         if verb == "chat":  # which is read while it works
             work = partial(work, out=sys.stderr if as_json else sys.stdout)
         with redirect_stdout(sys.stderr):  # what libraries print is no result
@@ -99,15 +105,24 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
     return request, {option.dest: getattr(request, option.dest) for option in added}
 
 
-def _experiment(request: argparse.Namespace) -> Experiment | Path:
-    path, overrides = request.experiment, request.overrides
-    if request.verb == "quickstart" and (path is None or "=" in path):
+def _sources(request: argparse.Namespace) -> list[Experiment | Path]:
+    """What the verb works on: one experiment or folder, or several where it takes them."""
+    verb, path, overrides = request.verb, request.experiment, request.overrides
+    if verb == "quickstart" and (path is None or "=" in path):
         path, overrides = QUICKSTART, [*([path] if path else []), *overrides]
     if path is None and request.verb == "status":
         path = StorageConfig().path
     if path is None:
-        raise ValueError(f"name an experiment: dsvl {request.verb} EXPERIMENT")
-    if request.verb in OF_A_FOLDER and Path(path).is_dir():
+        raise ValueError(f"name an experiment: dsvl {verb} EXPERIMENT")
+    paths = [path]
+    if verb in SEVERAL:
+        paths += [word for word in overrides if "=" not in word or Path(word).is_dir()]
+        overrides = [word for word in overrides if word not in paths]
+    return [_source(verb, path, overrides) for path in paths]
+
+
+def _source(verb: str, path: str | Path, overrides: Sequence[str]) -> Experiment | Path:
+    if verb in OF_A_FOLDER and Path(path).is_dir():
         if overrides:
             told = f"{path} is a folder, whose settings are what they were; leave out {' '.join(overrides)}"
             raise ValueError(told)

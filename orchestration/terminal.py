@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -17,34 +17,12 @@ from dsvl.data.encode import load_tokenizer
 from dsvl.data.images import ImageProcessor, load
 from dsvl.data.sources import BadImage, Images
 from orchestration.config import Experiment
-from orchestration.journal import read_json
-from orchestration.trained import CHAT, choose, manner
+from orchestration.trained import Subject, find
 
 log = logging.getLogger(__name__)
 
 HELP = """A line is a question. `/image PATH [PATH ...]` shows images with the next question,
 `/clear` begins anew, `/quit` (or Ctrl-D) ends."""
-
-
-class Subject(NamedTuple):
-    """What is talked to."""
-
-    folder: Path
-    """Of the model."""
-    tokenizer: str
-    """The folder that has it, or a name on the hub."""
-    processor: str
-    """The same."""
-    manner: dict[str, Any]
-
-
-def find(source: Experiment | Path) -> Subject:
-    """The model of an exported folder, else what `choose` chooses, with what it raises."""
-    if isinstance(source, Path) and (source / CHAT).is_file():
-        return Subject(source, str(source), str(source), read_json(source / CHAT))
-    experiment, _, checkpoint = choose(source)
-    parts = experiment.model.language.checkpoint, experiment.model.vision.checkpoint
-    return Subject(checkpoint.folder, *parts, manner(experiment))
 
 
 def open_chat(subject: Subject) -> Chat:

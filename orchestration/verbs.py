@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -136,6 +136,16 @@ def _chat(experiment: Experiment | Path, *, out: TextIO) -> Result:
     return result, f"answered: {result['answered']}"
 
 
+def _serve(sources: Sequence[Experiment | Path], *, host: str, port: int) -> Result:
+    """Serve models to browsers and OpenAI's clients until Ctrl-C; of several, answers stand side by side."""
+    try:
+        from orchestration.serve import run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs {error.name}; pip install 'dsvl[serve]'") from error
+
+    return described(run(sources, host=host, port=port))
+
+
 def _export(
     experiment: Experiment | Path,
     *,
@@ -199,12 +209,20 @@ VERBS: dict[str, Callable[..., Result]] = {
     "report": _report,
     "evaluate": _evaluate,
     "chat": _chat,
+    "serve": _serve,
     "export": _export,
     "doctor": _doctor,
 }
 
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "serve": {
+        "--host": {
+            "default": "127.0.0.1",
+            "help": "where to listen; this machine alone if not given",
+        },
+        "--port": {"type": int, "default": 8000, "metavar": "N", "help": "8000 if not given"},
+    },
     "preview": {
         "--count": {"type": int, "default": 4, "metavar": "N", "help": "how many; 4 if not given"},
         "--blend": {"metavar": "NAME", "help": "of this blend, instead of all in turn"},
@@ -281,13 +299,19 @@ WITHOUT_EXPERIMENT = ("convert",)
 OF_A_FOLDER = {
     "evaluate": ", or the folder of a run",
     "chat": ", or the folder of a run or of an exported model",
+    "serve": ", or the folder of a run or of an exported model; any number of both",
     "export": ", or the folder of a run",
     "status": ", the folder of a run, or one of many; the storage's own if not given",
 }
 """What verbs take in place of an experiment."""
 
+<<<<<<< HEAD
 OF_A_RUN = {"train": ", or the id of an MLflow run, which is trained again"}
 """And what is looked up in the tracking store."""
+=======
+SEVERAL = ("serve",)
+"""Verbs that take any number of experiments and folders."""
+>>>>>>> main
 
 FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1}
 """Exit status where a verb did its work and found faults: of the request, of records, of the machine."""

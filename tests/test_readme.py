@@ -28,6 +28,7 @@ ELSEWHERE = {
     ". .venv/bin/activate": ("Makefile", "venv"),
     "mlflow ui": ("tests/orchestration/test_tracking.py", "mlflow"),
     "dsvl chat": ("tests/orchestration/test_terminal.py", "chat"),
+    "dsvl serve": ("tests/orchestration/test_serve.py", "serve"),
     "dsvl export": ("tests/orchestration/test_export.py", "export"),
     "dsvl doctor": ("tests/orchestration/test_doctor.py", "doctor"),
     "dsvl check": ("tests/orchestration/test_prepare.py", "check"),
