@@ -12,6 +12,7 @@ import yaml
 
 from orchestration.across import AcrossSizes, Recommendation
 from orchestration.climb import Climb, confirmations, values_of
+from orchestration.comparison import paired
 from orchestration.config import Experiment
 from orchestration.cost import GRID_RATES
 from orchestration.journal import write_json, write_whole
