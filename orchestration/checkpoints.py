@@ -74,6 +74,8 @@ class Checkpoints:
             metrics=measured,
             stay=self._branches,
         )
+        if self.journal and measured:
+            self.journal.checkpoint(step, measured)
 
     @cached_property
     def _branches(self) -> set[int]:

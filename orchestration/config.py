@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
@@ -25,7 +25,7 @@ from dsvl.config import (
     TrainConfig,
 )
 from orchestration.deploy import DeployConfig
-from orchestration.problems import ConfigError, Problem, explain
+from orchestration.problems import SECRET, ConfigError, Problem, explain
 from orchestration.settings import Section, path_keys, place
 from orchestration.space import WHAT, SearchConfig, across_problems, search_problems
 
@@ -110,10 +110,12 @@ class TrackingConfig(Section):
     @field_validator("uri")
     @classmethod
     def _uri_holds_no_secret(cls, uri: str | None) -> str | None:
-        if uri is not None and urlsplit(uri).password is not None:
+        parts = urlsplit(uri or "")
+        asked = parse_qsl(parts.query, keep_blank_values=True)
+        if parts.password is not None or any(re.search(f"{SECRET}$", name) for name, _ in asked):
             raise ValueError(
-                "must not hold a password; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD in the environment"
+                "must not hold a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+                "MLFLOW_TRACKING_TOKEN, or a database's own PGPASSWORD in the environment"
             )
         return uri
 
@@ -165,6 +167,11 @@ class Experiment(Section):
             problems.append(
                 Problem(("engine", "stored_features"), f"{rule}; set it to false, or that to 0")
             )
+        for name, _ in _flat(engine.deepspeed):
+            if re.search(f"{SECRET}$", name):
+                rule = "must not hold a secret, as every run keeps its settings"
+                text = f"{rule}; leave it out, and set it in the environment of the workers"
+                problems.append(Problem(("engine", "deepspeed", *name.split(".")), text))
         if train and engine.zero_stage == 0 and train.precision != "fp32":
             rule = f"0 keeps no float32 master values for train.precision={train.precision}"
             problems.append(Problem(("engine", "zero_stage"), f"{rule}; set it to 1, 2 or 3"))

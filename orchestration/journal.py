@@ -4,6 +4,7 @@ One process writes at a time. A line is one of
 `{"kind": "start", "time", "identity", "params", "step", "steps", "workers"}`,
 `{"kind": "metrics", "time", "step", "metrics"}`,
 `{"kind": "chats", "time", "step", "chats"}`, what `dsvl.chat.transcript` gave after update `step`,
+`{"kind": "checkpoint", "time", "step", "metrics"}` where one was saved that has been evaluated,
 `{"kind": "undone", "time", "fault"}` where updates since the last checkpoint are made again without one,
 and `{"kind": "end", "time", "state", "reason"}` with state finished, stopped (by a scheduler) or failed.
 """
@@ -20,7 +21,8 @@ from typing import IO, Any
 
 NAME = "journal.jsonl"
 NOTES = "notes"
-"""Within a run's folder: a journal of its own, of files made of it, `{"kind": "file", "time", "path"}`."""
+"""Within a run's folder: a journal of its own, of what was made of the run: `{"kind": "file", "path"}`,
+`{"kind": "export", "path", "step", "metric", "value", "mode"}`."""
 LOCK = ".lock"
 """Locked in a folder where a command is at work."""
 PATIENCE_SECONDS = 60
@@ -113,6 +115,10 @@ class Journal:
         """Held-out conversations as the model continued them after update `step`."""
         self._append({"kind": "chats", "step": step, "chats": chats})
 
+    def checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The state after update `step` is saved, of which this was measured."""
+        self._append({"kind": "checkpoint", "step": step, "metrics": metrics})
+
     def undone(self, fault: str) -> None:
         """The run goes back to its newest checkpoint."""
         self._append({"kind": "undone", "fault": fault})
@@ -120,6 +126,11 @@ class Journal:
     def file(self, path: str) -> None:
         """A file was made of the run, at this place relative to its folder."""
         self._append({"kind": "file", "path": path})
+
+    def export(self, path: str, *, step: int, metric: str, value: float, mode: str) -> None:
+        """The model after update `step` was exported to this place relative to the run's folder."""
+        about = {"path": path, "step": step, "metric": metric, "value": value, "mode": mode}
+        self._append({"kind": "export", **about})
 
     def end(self, state: str, reason: str = "") -> None:
         """The run is over."""

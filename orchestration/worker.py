@@ -23,6 +23,7 @@ from dsvl.guard import Guard, guarded
 from dsvl.model import VisualChat
 from dsvl.rehearse import rehearse
 from dsvl.train import Plan
+from orchestration import load
 from orchestration.checkpoints import Checkpoints
 from orchestration.config import Experiment
 from orchestration.faults import inject
@@ -31,6 +32,7 @@ from orchestration.flops import flop_utilisation
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
 from orchestration.meters import Meters
+from orchestration.reckoning import came_to, foretold, peak_memory_gib
 from orchestration.results import logs, note_place, write_result
 from orchestration.watchdog import Watchdog
 
@@ -53,6 +55,9 @@ def work(config: dict) -> None:
     watchdog = Watchdog(logs(folder), rank=rank, seconds=experiment.cluster.hang_timeout_s)
     note_place(log := logs(folder) / f"rank-{rank}.log", f"{gethostname()}, process {os.getpid()}")
     keep_log(log)
+    if ray.train.get_context().get_local_rank() == 0:
+        load.watch(folder)
+    memory_before = peak_memory_gib()
     torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
     # What fits among all workers need not fit among the few that an elastic training may have.
     world = {"cluster.workers": torch.distributed.get_world_size(), "cluster.min_workers": None}
@@ -88,7 +93,8 @@ def work(config: dict) -> None:
     if meters:
         meters.begin(quarantined=prepared.quarantined)
     if journal and start == 0:
-        journal.metrics(0, {"data/quarantined": prepared.quarantined})
+        about = {"data/quarantined": prepared.quarantined}
+        journal.metrics(0, about | foretold(experiment, len(blender)))
     majority = majority_accuracy(blender.epoch(0), samples) if rank == 0 else 0.0
 
     answers = partial(
@@ -139,6 +145,7 @@ def work(config: dict) -> None:
     chats = answers(count=experiment.evaluation.chats)
     if journal:
         write_json(folder / "chats.json", chats)
+        journal.metrics(plan.steps, came_to(experiment, folder, memory_before=memory_before))
         journal.end("finished")
         write_result(experiment, folder, state="finished")
     watchdog.stop()
