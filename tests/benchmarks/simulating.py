@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     file = options.write / "simulating.json"
-    if options.measure:
+    if options.measure or not file.exists():
         with tempfile.TemporaryDirectory() as folder:
             costs = measure(Path(folder))
             found = agreement(Path(folder), costs)
