@@ -10,6 +10,7 @@ from orchestration import evidence, search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.journal import sole
+from orchestration.mirroring import mirrored
 from orchestration.placement import require_room
 from orchestration.prepare import prepare, require_one_tokenizer
 from orchestration.results import begin, finished, require_same_data, trunk_of
@@ -26,11 +27,12 @@ def train(experiment: Experiment) -> dict:
         ValueError: if the folder holds a run of another identity; the differing fields are named.
         RuntimeError: if another process trains there.
     """
-    folder = experiment.run_folder
-    trunk_of(experiment)  # raises before any work where it is none
-    begin(experiment, folder)
+    folder, trunk = experiment.run_folder, experiment.checkpoint.trunk
+    trunks = [Path(trunk)] if trunk else []
     # A finished run has its journal shipped all the same: the tracking store may have been away.
-    with sole(folder), Shipper(experiment) as shipper:
+    with sole(folder), mirrored(experiment, *trunks), Shipper(experiment) as shipper:
+        trunk_of(experiment)  # raises before any work where it is none
+        begin(experiment, folder)
         shipper.follow(folder, name=experiment.name)
         if finished(experiment, folder) is None:
             workers = experiment.cluster.workers
@@ -54,14 +56,15 @@ def sweep(experiment: Experiment) -> dict:
     """
     folder = search.trials_folder(experiment)
     require_one_tokenizer(experiment)
-    begin(experiment, folder)
-    with sole(folder), connect(experiment), Shipper(experiment) as shipper:
-        search.require_room_for_trials(experiment)
-        prepared = Path(prepare(experiment)["folder"])
-        shipper.follow_sweep(folder, name=f"{experiment.name} sweep")
-        search.search(experiment, prepared)
-    if experiment.search and experiment.search.across:
-        evidence.write(experiment)
+    with sole(folder), mirrored(experiment):
+        begin(experiment, folder)
+        with connect(experiment), Shipper(experiment) as shipper:
+            search.require_room_for_trials(experiment)
+            prepared = Path(prepare(experiment)["folder"])
+            shipper.follow_sweep(folder, name=f"{experiment.name} sweep")
+            search.search(experiment, prepared)
+        if experiment.search and experiment.search.across:
+            evidence.write(experiment)
     summary = search.summarize(experiment)
     for failure in summary["failed"]:
         log.warning("trial %s", failure)

@@ -11,11 +11,11 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 NAME = "journal.jsonl"
 PATIENCE_SECONDS = 60
@@ -51,20 +51,16 @@ class Journal:
             RuntimeError: if another process still writes after a minute.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / NAME).open("ab")
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not wait:
-                    raise
-                if time.monotonic() > deadline:
-                    raise RuntimeError(
-                        f"{folder}: another process is training here; wait for its end, or stop it"
-                    ) from None
-                time.sleep(0.1)
+        while (file := _locked(folder / NAME)) is None:
+            if not wait:
+                raise BlockingIOError(f"{folder / NAME}: has a writer")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{folder}: another process is training here; wait for its end, or stop it"
+                )
+            time.sleep(0.1)
+        self._file = file
         self._file.truncate(read(folder)[1])
 
     def start(
@@ -93,8 +89,40 @@ class Journal:
         self._file.flush()
 
 
+def merge(folder: Path, others: Collection[bytes]) -> None:
+    """Put lines in that were written elsewhere, in the order of their times; not while there is a writer."""
+    if not set(others) - set(lines(folder)[0]):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if file := _locked(folder / NAME):
+        with file:
+            merged = dict.fromkeys([*lines(folder)[0], *others])
+            by_time = sorted(merged, key=lambda line: json.loads(line)["time"])
+            write_whole(folder / NAME, b"".join(line + b"\n" for line in by_time).decode())
+
+
+def _locked(path: Path) -> BinaryIO | None:
+    """A journal as its only writer opens it, or None while there is another."""
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            return file
+        file.close()  # `merge` has replaced it meanwhile
+
+
 def read(folder: Path, offset: int = 0) -> tuple[list[dict], int]:
-    """The whole lines from a byte offset on, and the offset after them; a torn one is left for later."""
+    """What whole lines from a byte offset on say, and the offset after them; a torn one is left for later."""
+    found, after = lines(folder, offset)
+    return [json.loads(line) for line in found], after
+
+
+def lines(folder: Path, offset: int = 0) -> tuple[list[bytes], int]:
+    """The same lines as they are written."""
     path = folder / NAME
     if not path.exists():
         return [], offset
@@ -102,7 +130,7 @@ def read(folder: Path, offset: int = 0) -> tuple[list[dict], int]:
         file.seek(offset)
         text = file.read()
     whole = text[: text.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+    return whole.splitlines(), offset + len(whole)
 
 
 def points(entries: list[dict]) -> Iterator[tuple[str, int, float, float]]:

@@ -40,6 +40,17 @@ def write(experiment: Experiment) -> dict[str, Any]:
         FileNotFoundError: if there is neither a training nor a trial in the folder.
         ValueError: if the folder holds the run of another experiment; the fields are named.
     """
+    if experiment.storage.remote is None:
+        return _write(experiment)
+    from orchestration.mirroring import fetch_data, mirrored  # which loads torch
+
+    with mirrored(experiment, writer=False):
+        fetch_data(experiment)
+        return _write(experiment)
+
+
+def _write(experiment: Experiment) -> dict[str, Any]:
+    """Write both of what is here."""
     folder, record = experiment.run_folder, Record(experiment)
     settings = yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True)
     write_whole(folder / "experiment.yaml", settings)

@@ -91,7 +91,7 @@ def require_same_data(experiment: Experiment, folder: Path, prepared: Path) -> N
     """
     ours = {
         "folder": str(prepared),
-        "digest": digest(read_json(prepared / "manifest.json")["files"]),
+        "digest": content_of(prepared),
     }
     trunk = experiment.checkpoint.trunk
     for run in (folder, *([Path(trunk)] if trunk else [])):
@@ -102,6 +102,12 @@ def require_same_data(experiment: Experiment, folder: Path, prepared: Path) -> N
                 f"changed since ({prepared}); restore the raw data, or give this run another name"
             )
     write_json(folder / "data.json", ours)
+
+
+def content_of(prepared: Path) -> str | None:
+    """A digest of all that is in prepared data, or None where there are none."""
+    path = prepared / "manifest.json"
+    return digest(read_json(path)["files"]) if path.is_file() else None
 
 
 BRANCHING = ("train.epochs", "optim.schedule", "optim.decay_fraction")
