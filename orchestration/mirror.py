@@ -76,7 +76,7 @@ class Mirror:
         Raises:
             ValueError: if there are some, and none is whole, neither here nor there.
         """
-        there = {step for step in self._whole(run) if step <= at_most}
+        there = {step for step in self.whole(run) if step <= at_most}
         held = checkpoint_folder.held(run / "checkpoints")
         for step in sorted(there | {step for step in held if step <= at_most}, reverse=True):
             if step in held and checkpoint_folder.find_fault(held[step]) is None:
@@ -134,6 +134,11 @@ class Mirror:
                 self._retain(run, retention, step=max(checkpoints), stay=stay)
         paths = (path for path in folder.rglob("*") if self._is_document(self.key(path)))
         each(self._push_document, [path for path in paths if path.is_file()])
+
+    def whole(self, run: Path) -> set[int]:
+        """The steps whose checkpoints are whole in the store, as far as their files are there."""
+        there = self._checkpoints(run).items()
+        return {step for step, names in there if checkpoint_folder.MANIFEST in names}
 
     # Prepared data
 
@@ -256,10 +261,6 @@ class Mirror:
             if of := CHECKPOINT.fullmatch(key):
                 found.setdefault(int(of[2]), set()).add(of[3])
         return found
-
-    def _whole(self, run: Path) -> set[int]:
-        there = self._checkpoints(run).items()
-        return {step for step, names in there if checkpoint_folder.MANIFEST in names}
 
     def _manifest(self, run: Path, step: int) -> dict[str, Any]:
         key = f"{self.key(run)}/checkpoints/step-{step:06d}/{checkpoint_folder.MANIFEST}"

@@ -1,6 +1,7 @@
 """An object store on this machine: moto's S3 server, and a way to it on which requests fail."""
 
 import http.client
+import json
 import os
 import random
 import socket
@@ -8,48 +9,67 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import boto3
+
 BUCKET = "experiments"
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "testing",
-    "AWS_SECRET_ACCESS_KEY": "testing-secret",
+ANYONE = {
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "no-secret",
     "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",  # or the client looks for a cloud's machine first
+    "AWS_EC2_METADATA_DISABLED": "true",  # or clients look for a machine of a cloud first
 }
+"""The environment of a user whom the store does not know."""
+SETTING_UP = 4
+"""Requests that moto answers to anyone before it wants signatures of a user who may."""
 
 
 class Store:
-    """An S3 server in a process of its own, with a bucket; `uri` leads through the failing way."""
+    """An S3 server in a process of its own, with a bucket, and one user who may use it."""
 
     def __init__(self, *, failing: float = 0.0, seed: int = 0) -> None:
-        self.port = free_port()
+        """Of the requests that go its `way` a share fails, drawn by a seed."""
+        port = free_port()
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
-            env=os.environ | CREDENTIALS,
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            env=os.environ | ANYONE | {"INITIAL_NO_AUTH_ACTION_COUNT": str(SETTING_UP)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         until = time.monotonic() + 60
         while True:
-            with suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/moto-api/", timeout=5).close()
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
                 break
             assert self._server.poll() is None, "the server has ended"
             assert time.monotonic() < until, "the server does not answer"
             time.sleep(0.05)
-        self.way = Way(self.port, failing=failing, seed=seed)
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port)) as made:
-            made.request("PUT", f"/{BUCKET}")
-            assert made.getresponse().status == 200
+        self.environment = ANYONE | self._user(f"http://127.0.0.1:{port}")
+        self.way = Way(port, failing=failing, seed=seed)
+
+    def _user(self, endpoint: str) -> dict[str, str]:
+        """Make the bucket, and a user who may do anything in it; returns the credentials."""
+        about = {"endpoint_url": endpoint, "region_name": ANYONE["AWS_DEFAULT_REGION"]}
+        about |= {"aws_access_key_id": "root", "aws_secret_access_key": "root"}
+        boto3.client("s3", **about).create_bucket(Bucket=BUCKET)
+        users, name = boto3.client("iam", **about), "user"
+        users.create_user(UserName=name)
+        made = users.create_access_key(UserName=name)["AccessKey"]
+        places = [f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"]
+        allowed = {"Effect": "Allow", "Action": "s3:*", "Resource": places}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [allowed]})
+        users.put_user_policy(UserName=name, PolicyName="all", PolicyDocument=policy)
+        return {
+            "AWS_ACCESS_KEY_ID": made["AccessKeyId"],
+            "AWS_SECRET_ACCESS_KEY": made["SecretAccessKey"],
+        }
 
     def uri(self, prefix: str, *, bucket: str = BUCKET) -> str:
-        """Of a place in the store."""
+        """Of a place in the store, on its failing way."""
         return f"s3://{bucket}/{prefix}?scheme=http&endpoint_override=127.0.0.1:{self.way.port}"
 
     def end(self) -> None:
