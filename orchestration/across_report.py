@@ -6,8 +6,9 @@ All of it comes from the file that `evidence` writes.
 from html import escape
 from typing import Any
 
+from orchestration.figures import terrain
 from orchestration.page import facts, grid, note, number, percent, table
-from orchestration.plots import COLOURS, Mark, Series, chart, figure
+from orchestration.plots import COLOURS, Mark, Series, chart, figure, legend
 from orchestration.record import Record
 
 TOLD = {"eval/loss": ("held-out loss", number), "eval/accuracy": ("held-out accuracy", percent)}
@@ -82,6 +83,38 @@ def laws(record: Record) -> str:
     )
 
 
+def maps(record: Record) -> str:
+    """What the law says of each size over rates and epochs, its ridge, and what was trained there."""
+    evidence = record.evidence
+    told, target = evidence["recommendation"], evidence["sizes"][-1]["name"]
+    figures = []
+    for size in evidence["sizes"]:
+        name = size["name"]
+        losses = {(p["lr"], p["epochs"]): p["loss"] for p in evidence["maps"][name]}
+        marks = []
+        for trunk in evidence["trunks"]:
+            for epochs, loss in zip(evidence["horizons"], trunk["losses"], strict=False):
+                if trunk["size"] == name:
+                    seen = f"{loss:.4f}" if loss else "diverged"
+                    label = f"{epochs:g} epochs at {trunk['lr']:.3g}: {seen}"
+                    mark: Mark = "circle" if loss else "cross"
+                    look = "c2" if name == target else "c4"
+                    marks.append(Series([(trunk["lr"], epochs)], label, look, mark))
+        if name == target:
+            label = f"recommended: {told['horizon']:g} epochs at {told['lr']:.3g}"
+            marks.append(Series([(told["lr"], told["horizon"])], label, "c1", "square"))
+        figures.append(terrain(losses, evidence["best_rates"][name], marks, title=name))
+    names = [
+        ("c1", "best rate by the law, 90 %"),
+        ("c4 mark", "trained"),
+        ("c2 mark", "trained at the target, to verify"),
+    ]
+    explained = note(
+        "Darker is a lower loss by the law, each size by itself. ■ recommended, ✕ diverged."
+    )
+    return f"<h3>Loss by rate and epochs</h3>{legend(names)}{explained}{grid(figures)}"
+
+
 def _target(evidence: dict[str, Any]) -> str:
     """Loss by rate, a line for each number of epochs; marks are trials."""
     target, horizons = evidence["sizes"][-1]["name"], evidence["horizons"][-COLOURS:]
@@ -121,5 +154,5 @@ def _rates(evidence: dict[str, Any]) -> str:
     return figure(chart(series, title=title, x="parameters", log_x=True), names)
 
 
-SECTIONS = (found, verdicts, confirmed, laws)
+SECTIONS = (found, verdicts, confirmed, laws, maps)
 """In the order of the page."""

@@ -120,6 +120,7 @@ class Checkpoints:
                 identity=self.experiment.identity(),
                 params=self.experiment.identity_fields(),
                 step=start,
+                steps=self.plan.steps,
                 workers=self.engine.workers,
             )
         return start

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from pydantic_core import to_jsonable_python
 
 from orchestration.compose import load
-from orchestration.config import Experiment
+from orchestration.config import Experiment, StorageConfig
 from orchestration.problems import did_you_mean, harmless, raised_by_us
 from orchestration.verbs import FAULTS_FOUND, OF_A_FOLDER, OPTIONS, VERBS, WITHOUT_EXPERIMENT
 
@@ -95,11 +95,13 @@ def _experiment(request: argparse.Namespace) -> Experiment | Path:
     path, overrides = request.experiment, request.overrides
     if request.verb == "quickstart" and (path is None or "=" in path):
         path, overrides = QUICKSTART, [*([path] if path else []), *overrides]
+    if path is None and request.verb == "status":
+        path = StorageConfig().path
     if path is None:
         raise ValueError(f"name an experiment: dsvl {request.verb} EXPERIMENT")
     if request.verb in OF_A_FOLDER and Path(path).is_dir():
         if overrides:
-            told = f"{path} is a model as it was trained; leave out {' '.join(overrides)}"
+            told = f"{path} is a folder, whose settings are what they were; leave out {' '.join(overrides)}"
             raise ValueError(told)
         return Path(path)
     return load(path, overrides)

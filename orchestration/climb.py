@@ -18,7 +18,6 @@ from orchestration.parameters import parameters
 from orchestration.proposals import Proposal
 from orchestration.rounds import Outcome
 from orchestration.scaling import Ladder, Size, Trunk
-from orchestration.settings import path_keys
 from orchestration.space import EPOCHS, SEED, LogUniform
 
 log = logging.getLogger(__name__)
@@ -81,12 +80,7 @@ def confirmations(experiment: Experiment, found: Recommendation) -> list[dict[st
     """Trials of the experiment as it stands, and of what is recommended, with the same seeds each."""
     search = experiment.search
     assert search is not None
-    settings, own = experiment.as_dict(), {}
-    for path in search.space:
-        value: Any = settings
-        for key in path_keys(path):
-            value = value[key]
-        own[path] = value
+    own = experiment.searched()
     first = experiment.train.seed + 1  # what was found was found with the experiment's own
     return [
         values | {SEED: seed}

@@ -13,8 +13,8 @@ from orchestration.journal import sole
 from orchestration.mirroring import mirrored
 from orchestration.placement import require_room
 from orchestration.prepare import prepare, require_one_tokenizer
-from orchestration.results import begin, finished, require_same_data, trunk_of
-from orchestration.tracking import Shipper
+from orchestration.results import begin, finished, require_same_data, trials_folder, trunk_of
+from orchestration.shipping import shipped
 from orchestration.trainer import fit
 
 log = logging.getLogger(__name__)
@@ -30,17 +30,17 @@ def train(experiment: Experiment) -> dict:
     folder, trunk = experiment.run_folder, experiment.checkpoint.trunk
     trunks = [Path(trunk)] if trunk else []
     # A finished run has its journal shipped all the same: the tracking store may have been away.
-    with sole(folder), mirrored(experiment, *trunks), Shipper(experiment) as shipper:
+    with sole(folder), mirrored(experiment, *trunks):
         trunk_of(experiment)  # raises before any work where it is none
         begin(experiment, folder)
-        shipper.follow(folder, name=experiment.name)
-        if finished(experiment, folder) is None:
-            workers = experiment.cluster.workers
-            with connect(experiment):
-                require_room(experiment, workers=experiment.worker_counts(workers)[0])
-                prepared = Path(prepare(experiment)["folder"])
-                require_same_data(experiment, folder, prepared)
-                fit(experiment, folder, prepared, workers=workers)
+        with shipped(experiment, folder):
+            if finished(experiment, folder) is None:
+                workers = experiment.cluster.workers
+                with connect(experiment):
+                    require_room(experiment, workers=experiment.worker_counts(workers)[0])
+                    prepared = Path(prepare(experiment)["folder"])
+                    require_same_data(experiment, folder, prepared)
+                    fit(experiment, folder, prepared, workers=workers)
     result = finished(experiment, folder)
     assert result is not None
     return {"folder": str(folder)} | result
@@ -54,14 +54,13 @@ def sweep(experiment: Experiment) -> dict:
             sizes do not share a tokenizer.
         RuntimeError: if another process sweeps there.
     """
-    folder = search.trials_folder(experiment)
+    folder = trials_folder(experiment)
     require_one_tokenizer(experiment)
     with sole(folder), mirrored(experiment):
         begin(experiment, folder)
-        with connect(experiment), Shipper(experiment) as shipper:
+        with connect(experiment), shipped(experiment, folder):
             search.require_room_for_trials(experiment)
             prepared = Path(prepare(experiment)["folder"])
-            shipper.follow_sweep(folder, name=f"{experiment.name} sweep")
             search.search(experiment, prepared)
         if experiment.search and experiment.search.across:
             evidence.write(experiment)
@@ -70,4 +69,4 @@ def sweep(experiment: Experiment) -> dict:
         log.warning("trial %s", failure)
     if not summary["trials"]:
         raise RuntimeError(f"no trial of {experiment.name} came to an end")
-    return summary
+    return summary | search.compare(experiment, summary["trials"])

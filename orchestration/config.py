@@ -135,6 +135,8 @@ class TrackingConfig(Section):
     """An MLflow tracking server or store; `mlflow.db` in the storage when empty."""
     experiment: str = "dsvl"
     """The MLflow experiment that holds the runs."""
+    patience_s: float = Field(default=30, ge=0)
+    """Seconds that a finished command waits at most for the store to have all of it."""
 
     @field_validator("uri")
     @classmethod
@@ -281,6 +283,17 @@ class Experiment(Section):
         search, room = self.search, self.cluster.workers // self.search.workers
         at_once = search.concurrent or max(1, room)
         return min(at_once, search.trials or at_once)
+
+    def searched(self) -> dict[str, Any]:
+        """The searched fields, as the experiment itself has them."""
+        assert self.search is not None
+        found, settings = {}, self.as_dict()
+        for path in self.search.space:
+            value: Any = settings
+            for key in path_keys(path):
+                value = value[key]
+            found[path] = value
+        return found
 
     def worker_counts(self, workers: int) -> list[int]:
         """The numbers of workers that a training meant for `workers` may have, fewest first."""

@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 import yaml
-from scipy import stats
 
 from orchestration.across import AcrossSizes, Recommendation
 from orchestration.climb import Climb, confirmations, values_of
+from orchestration.comparison import paired
 from orchestration.config import Experiment
 from orchestration.cost import GRID_RATES
+from orchestration.effects import paired
 from orchestration.journal import write_json, write_whole
-from orchestration.laws import interval
-from orchestration.results import EVIDENCE, finished
+from orchestration.laws import Law, interval
+from orchestration.regret import surface
+from orchestration.results import EVIDENCE, finished, trials_folder
 from orchestration.rounds import Rounds
 from orchestration.scaling import Trunk
-from orchestration.search import outcome, trial_name, trials_folder
+from orchestration.search import outcome, trial_name
 from orchestration.verdicts import Verdict, above_the_law, at_the_edge, undertrained, violated
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ def write(experiment: Experiment) -> None:
             for size in ladder.sizes
         },
         "surface": _surface(search, trunks),
+        "maps": {size.name: _map(search, law, size.name) for size in ladder.sizes},
         "recommendation": asdict(found),
         "recipe": {"lr": experiment.optim.lr, "epochs": experiment.train.epochs},
         "verdicts": [asdict(one) for one in _verdicts(experiment, search, trunks, confirmed)],
@@ -86,6 +89,16 @@ def _surface(search: AcrossSizes, trunks: Sequence[Trunk]) -> list[dict[str, flo
     return [
         {"lr": float(lr), "epochs": float(epochs), "loss": float(loss), "regret": float(regret)}
         for lr, epochs, loss, regret in rows
+    ]
+
+
+def _map(search: AcrossSizes, law: Law, size: str) -> list[dict[str, float]]:
+    """What the law says of a size: the median loss of each rate and number of epochs."""
+    on = surface(law, size, search.rates)
+    losses = np.exp(np.median(on.log_loss, axis=0))
+    rows = zip(on.lrs, on.horizons, losses, strict=True)
+    return [
+        {"lr": float(lr), "epochs": float(epochs), "loss": float(loss)} for lr, epochs, loss in rows
     ]
 
 
@@ -131,16 +144,6 @@ def _confirmed(experiment: Experiment, found: Recommendation) -> dict[str, Any] 
         }
         for metric in CONFIRMED
     }
-
-
-def paired(differences: Sequence[float]) -> list[float] | None:
-    """Mean of paired differences, and its 95 % interval by Student's t; none of fewer than two pairs."""
-    count = len(differences)
-    if count < 2:
-        return None
-    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf(0.975, count - 1)) * error
-    return [mean, mean - half, mean + half]
 
 
 def _numbers(losses: Sequence[float]) -> list[float | None]:

@@ -1,7 +1,8 @@
 """Faults on demand, for tests of what a run survives; nothing happens unless the variable is set.
 
 `DSVL_FAULTS='[{"action": "kill", "rank": 1, "step": 3}]'` ends rank 1 when it has made 3 updates. Each fault
-strikes once in a run, also when the run comes by the same update again.
+strikes once in a run, also when the run comes by the same update again; with `"run": "lr=0.01"` in the run
+alone whose folder is so called.
 """
 
 import json
@@ -25,7 +26,8 @@ def inject(
 ) -> None:
     """Let the faults of this rank and step strike, unless they have: `folder` is the run's."""
     for number, fault in enumerate(faults):
-        if (fault["rank"], fault["step"]) == (rank, step):
+        here = fault.get("run", folder.name) == folder.name
+        if here and (fault["rank"], fault["step"]) == (rank, step):
             try:
                 (folder / f".fault-{number}").touch(exist_ok=False)
             except FileExistsError:
@@ -39,6 +41,8 @@ def _strike(action: str, model: torch.nn.Module) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "raise":
             raise RuntimeError("injected")
+        case "exhaust":
+            next(model.parameters()).new_empty(1 << 60)
         case "hang":
             time.sleep(1e9)
         case "slow":
@@ -47,5 +51,5 @@ def _strike(action: str, model: torch.nn.Module) -> None:
             next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
         case _:
             raise ValueError(
-                f"{VARIABLE}: action {action!r} must be kill, raise, hang, slow or corrupt"
+                f"{VARIABLE}: action {action!r} must be kill, raise, exhaust, hang, slow or corrupt"
             )

@@ -1,7 +1,7 @@
 """The record of a run: an append-only file of JSON lines in its folder, read by tracker, report and resume.
 
 One process writes at a time. A line is one of
-`{"kind": "start", "time", "identity", "params", "step", "workers"}`,
+`{"kind": "start", "time", "identity", "params", "step", "steps", "workers"}`,
 `{"kind": "metrics", "time", "step", "metrics"}`,
 `{"kind": "undone", "time", "fault"}` where updates since the last checkpoint are made again without one,
 and `{"kind": "end", "time", "state", "reason"}` with state finished, stopped (by a scheduler) or failed.
@@ -12,13 +12,19 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 NAME = "journal.jsonl"
+NOTES = "notes"
+"""Within a run's folder: a journal of its own, of files made of it, `{"kind": "file", "time", "path"}`."""
+LOCK = ".lock"
+"""Locked in a folder where a command is at work."""
 PATIENCE_SECONDS = 60
+GLANCE_SECONDS = 0.3
+"""For longer nobody holds a lock who only looks whether there is one."""
 
 
 @contextmanager
@@ -29,13 +35,37 @@ def sole(folder: Path) -> Iterator[None]:
         RuntimeError: if another process is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, patience=GLANCE_SECONDS)
         except BlockingIOError:
             text = f"{folder}: another process is at work here; wait for its end, or stop it"
             raise RuntimeError(text) from None
         yield
+
+
+def busy(path: Path) -> bool:
+    """Whether a process holds the lock of a file: of a journal that it writes, or of a folder it works in."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _lock(file: IO, *, patience: float) -> None:
+    """Lock an open file, or raise BlockingIOError if another process still does after so many seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 class Journal:
@@ -51,24 +81,28 @@ class Journal:
             RuntimeError: if another process still writes after a minute.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while (file := _locked(folder / NAME)) is None:
+        try:
+            patience = PATIENCE_SECONDS if wait else GLANCE_SECONDS
+            self._file = _writing(folder / NAME, patience=patience)
+        except BlockingIOError:
             if not wait:
-                raise BlockingIOError(f"{folder / NAME}: has a writer")
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"{folder}: another process is training here; wait for its end, or stop it"
-                )
-            time.sleep(0.1)
-        self._file = file
+                raise
+            text = f"{folder}: another process is training here; wait for its end, or stop it"
+            raise RuntimeError(text) from None
         self._file.truncate(read(folder)[1])
 
     def start(
-        self, *, identity: str, params: Mapping[str, object], step: int, workers: int = 0
+        self,
+        *,
+        identity: str,
+        params: Mapping[str, object],
+        step: int,
+        steps: int = 0,
+        workers: int = 0,
     ) -> None:
-        """The run begins, or goes on after `step` updates, with so many workers of its own."""
-        about = {"identity": identity, "params": params, "step": step, "workers": workers}
-        self._append({"kind": "start", **about})
+        """The run begins, or goes on after `step` of its `steps` updates, with workers of its own."""
+        about = {"identity": identity, "params": params, "step": step, "steps": steps}
+        self._append({"kind": "start", **about, "workers": workers})
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """What was measured after update `step`."""
@@ -77,6 +111,10 @@ class Journal:
     def undone(self, fault: str) -> None:
         """The run goes back to its newest checkpoint."""
         self._append({"kind": "undone", "fault": fault})
+
+    def file(self, path: str) -> None:
+        """A file was made of the run, at this place relative to its folder."""
+        self._append({"kind": "file", "path": path})
 
     def end(self, state: str, reason: str = "") -> None:
         """The run is over."""
@@ -94,22 +132,21 @@ def merge(folder: Path, others: Collection[bytes]) -> None:
     if not set(others) - set(lines(folder)[0]):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if file := _locked(folder / NAME):
-        with file:
-            merged = dict.fromkeys([*lines(folder)[0], *others])
-            by_time = sorted(merged, key=lambda line: json.loads(line)["time"])
-            write_whole(folder / NAME, b"".join(line + b"\n" for line in by_time).decode())
+    with suppress(BlockingIOError), _writing(folder / NAME, patience=GLANCE_SECONDS):
+        merged = dict.fromkeys([*lines(folder)[0], *others])
+        by_time = sorted(merged, key=lambda line: json.loads(line)["time"])
+        write_whole(folder / NAME, b"".join(line + b"\n" for line in by_time).decode())
 
 
-def _locked(path: Path) -> BinaryIO | None:
-    """A journal as its only writer opens it, or None while there is another."""
+def _writing(path: Path, *, patience: float) -> IO[bytes]:
+    """A journal as its only writer opens it; raises BlockingIOError as `_lock` does."""
     while True:
         file = path.open("ab")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, patience=patience)
         except BlockingIOError:
             file.close()
-            return None
+            raise
         if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             return file
         file.close()  # `merge` has replaced it meanwhile

@@ -251,7 +251,8 @@ class Mirror:
 
     def _named(self, name: str, folder: Path) -> list[Path]:
         """What is so called in a run and its trials."""
-        found = [folder / name, *folder.glob(f"trials/{name}"), *folder.glob(f"trials/*/{name}")]
+        runs = [folder, *folder.glob("trials"), *folder.glob("trials/*")]
+        found = [place / name for run in runs for place in (run, run / journal.NOTES)]
         return [path for path in found if path.exists()]
 
     def _checkpoints(self, run: Path) -> dict[int, set[str]]:

@@ -70,8 +70,8 @@ def chart(
     `log_x` makes the x axis so too, whatever it spans; `shares` runs the y axis over 0..1 in percent; `frame`
     holds points that the axes cover as well. Values that are not finite are left out.
     """
-    drawn = [[p for p in one.points if math.isfinite(p[1])] for one in series]
-    flat = [point for points in drawn for point in points]
+    known = [[p for p in one.points if math.isfinite(p[1])] for one in series]
+    flat = [point for points in known for point in points]
     if not flat:
         return note(f"{title}: nothing measured yet.")
     flat += [point for point in frame if math.isfinite(point[1])]
@@ -83,25 +83,25 @@ def chart(
     left, right = min(xs), max(max(xs), 2 * min(xs) if log_x else min(xs) + 1)
 
     def across(value: float) -> float:
-        return LEFT + _position(value, left, right, log=log_x) * (WIDTH - LEFT - RIGHT)
+        return LEFT + position(value, left, right, log=log_x) * (WIDTH - LEFT - RIGHT)
 
     def up(value: float) -> float:
-        return HEIGHT - BOTTOM - _position(value, low, high, log=log) * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - position(value, low, high, log=log) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<text class="title" x="4" y="14">{escape(title)}</text>']
     written = "{:.0%}".format if shares else short
-    for tick in _ticks(low, high, log=log):
+    for tick in ticks(low, high, log=log):
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" '
                      f'y2="{up(tick):.1f}"/><text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" '
                      f'text-anchor="end">{written(tick)}</text>')  # fmt: skip
-    for tick in _ticks(left, right, log=True) if log_x else _ticks(left, right, least=1):
+    for tick in ticks(left, right, log=True) if log_x else ticks(left, right, least=1):
         parts.append(f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" '
                      f'text-anchor="middle">{short(tick)}</text>')  # fmt: skip
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x)}</text>')
-    for one, points in zip(series, drawn, strict=True):
+    for one, points in zip(series, known, strict=True):
         places = [(across(a), up(b)) for a, b in points]
         parts.append(
-            f'<g class="{one.look}"><title>{escape(one.label)}</title>{_drawn(one, places)}</g>'
+            f'<g class="{one.look}"><title>{escape(one.label)}</title>{drawn(one, places)}</g>'
         )
     where = attributes({"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-label": title})
     return f'<svg class="chart"{where}>{"".join(parts)}</svg>'
@@ -117,7 +117,7 @@ def legend(names: Iterable[tuple[str, str]]) -> str:
     items = []
     for look, name in names:
         one = Series([(13, 5)] if "mark" in look else [], look=look, mark="circle")
-        shape = _drawn(one, one.points) or f'<polyline class="{look}" points="0,5 26,5"/>'
+        shape = drawn(one, one.points) or f'<polyline class="{look}" points="0,5 26,5"/>'
         drawing = f'<svg class="chart {look}" viewBox="0 0 26 10">{shape}</svg>'
         items.append(f"<span>{drawing}{escape(name)}</span>")
     return f'<div class="legend">{"".join(items)}</div>' if items else ""
@@ -180,7 +180,8 @@ def thin(points: Sequence[Point], most: int) -> list[Point]:
     return [(sum(p[0] for p in g) / len(g), sum(p[1] for p in g) / len(g)) for g in groups]
 
 
-def _drawn(one: Series, places: Sequence[Point]) -> str:
+def drawn(one: Series, places: Sequence[Point]) -> str:
+    """A line through places of a figure, or a mark at each."""
     if not one.mark:
         way = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         return f'<polyline class="{one.look}" points="{way}"/>'
@@ -192,19 +193,27 @@ def _drawn(one: Series, places: Sequence[Point]) -> str:
     return "".join(shapes[one.mark].format(x=x, y=y) for x, y in places)
 
 
-def _position(value: float, low: float, high: float, *, log: bool) -> float:
+def shade(share: float) -> tuple[str, str]:
+    """The colour of a place of a map between the worst (0) and the best (1), and one to write on it with."""
+    colour = [
+        round(a + (b - a) * share) for a, b in zip((226, 238, 249), (8, 48, 107), strict=True)
+    ]
+    return f"rgb{tuple(colour)}", "#fff" if share > 0.62 else "#111"
+
+
+def position(value: float, low: float, high: float, *, log: bool) -> float:
     """Where a value is on an axis, of which `low` is 0 and `high` is 1."""
     return math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
 
 
-def _ticks(low: float, high: float, *, log: bool = False, least: float = 0) -> list[float]:
+def ticks(low: float, high: float, *, log: bool = False, least: float = 0) -> list[float]:
     """Three to six round numbers between two bounds."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for digits in ((1,), (1, 3), (1, 2, 5)):
-            ticks = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k <= high]
-            if len(ticks) >= 3:
-                return ticks[:: math.ceil(len(ticks) / 6)]
+            found = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k <= high]
+            if len(found) >= 3:
+                return found[:: math.ceil(len(found) / 6)]
     unit = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = max(least, next(unit * m for m in (1, 2, 5, 10) if (high - low) / (unit * m) <= 5))
     return [
@@ -217,8 +226,7 @@ def _heat_cell(cell: Cell, where: str, scale: Sequence[float]) -> str:
     if cell.value is None or not math.isfinite(cell.value):
         return f'<td class="blank"{where}>{note}</td>'
     far = scale.index(cell.value) / (len(scale) - 1) if len(scale) > 1 else 1.0
-    colour = [round(a + (b - a) * far) for a, b in zip((226, 238, 249), (8, 48, 107), strict=True)]
-    ink = "#fff" if far > 0.62 else "#111"
-    style = f' style="background:rgb{tuple(colour)};color:{ink}"'
+    colour, ink = shade(far)
+    style = f' style="background:{colour};color:{ink}"'
     best = ' class="best"' if cell.best else ""
     return f"<td{best}{where}{style}>{cell.value:.3f}{note}</td>"

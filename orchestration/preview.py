@@ -1,7 +1,5 @@
 """Training samples as the model sees them: where images stand, and which tokens are trained."""
 
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,12 +75,6 @@ def render(previewed: Mapping[str, Any], *, colour: bool) -> str:
         title = harmless(f"{told['blend']}: {told['id']}, {counts}")
         blocks.append(f"--- {title}\n{captions}{''.join(pieces)}")
     return "\n\n".join(blocks)
-
-
-def in_colour() -> bool:
-    """Whether the result goes to a terminal, and nobody asked for plain text (no-color.org)."""
-    stdout = sys.__stdout__  # sys.stdout is another while a verb works
-    return stdout is not None and stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def page(experiment: Experiment, previewed: Mapping[str, Any]) -> str:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dsvl.digits import chats
-from orchestration import doctor, report, tracking
+from orchestration import doctor, report, shipping
 from orchestration.cluster import connect
 from orchestration.commands import sweep, train
 from orchestration.config import Experiment
 from orchestration.prepare import prepare
+from orchestration.results import trials_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def run(experiment: Experiment) -> dict:
             swept = sweep(experiment)
     with phase(6, "report", "plots, tables and sample chats on one page"):
         written = report.write(experiment)
-        tracking.attach(experiment, experiment.run_folder / "trials", Path(written["report"]))
+        shipping.attach(experiment, trials_folder(experiment), Path(written["report"]))
     best = swept["best"]
     return {
         "best": best,

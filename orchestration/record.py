@@ -17,6 +17,7 @@ from orchestration import journal
 from orchestration.config import Experiment
 from orchestration.plan import prepared_folder
 from orchestration.results import EVIDENCE, refuse_another
+from orchestration.space import SCHEDULE, SEED
 
 SIZE = "model.size"
 
@@ -47,8 +48,15 @@ class Run:
 
     @property
     def epochs(self) -> int:
-        """Epochs done."""
-        return len(self.curve("eval/loss"))
+        """Epochs done, those of a trunk included."""
+        return int(max((epoch for _, epoch in self.curve("train/epoch")), default=0))
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Held-out loss by epochs done."""
+        held_out = dict(self.curve("eval/loss"))
+        ends = {step: int(epoch) for step, epoch in self.curve("train/epoch")}
+        return {ends[step]: loss for step, loss in held_out.items() if step in ends}
 
     @property
     def counts(self) -> bool:
@@ -110,7 +118,10 @@ class Record:
             if not search or search.proposes(read_if_there(path))
         )
         trials = (read(path.parent, name=path.parent.name) for path in paths)
-        self.trials = sorted(trials, key=self._order)
+        ordered = sorted(trials, key=self._order)
+        first = list(dict.fromkeys(trial.fields.get(SCHEDULE) for trial in ordered))
+        self.trials = sorted(ordered, key=lambda trial: first.index(trial.fields.get(SCHEDULE)))
+        """The best first, those of another schedule than its own after all of its own."""
         if not (self.training or self.trials):
             raise FileNotFoundError(
                 f"{folder} holds no training and no trial; train or sweep first"
@@ -133,7 +144,7 @@ class Record:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """At most two searched fields that are numbers, the most varied first."""
+        """At most two searched fields that are numbers and no seeds, the most varied first."""
         distinct = {
             path: {trial.values.get(path) for trial in self.trials}
             for path in dict.fromkeys(path for trial in self.trials for path in trial.values)
@@ -141,7 +152,9 @@ class Record:
         numbers = [
             path
             for path, values in distinct.items()
-            if len(values) > 1 and all(type(value) in (int, float) for value in values)
+            if path != SEED
+            and len(values) > 1
+            and all(type(value) in (int, float) for value in values)
         ]
         return tuple(sorted(numbers, key=lambda path: -len(distinct[path]))[:2])
 

@@ -16,7 +16,15 @@ from typing import Any
 
 import yaml
 
-from orchestration import across_report, data_report, sweep_report
+from orchestration import (
+    across_report,
+    comparison,
+    data_report,
+    evaluation_report,
+    sweep_report,
+    trials_report,
+    verdict_report,
+)
 from orchestration.config import Experiment
 from orchestration.journal import write_whole
 from orchestration.page import cards, chat, document, duration, facts, grid, note, number, percent
@@ -63,6 +71,7 @@ def _write(experiment: Experiment) -> dict[str, Any]:
         "trials": dict(Counter(trial.state for trial in record.trials)),
         "best": best.name if best else None,
         "metrics": {key: best.last(key) for key in evaluated if best},
+        "verdicts": verdict_report.found(record),
     }
 
 
@@ -70,9 +79,11 @@ def page(record: Record) -> str:
     """The whole page; each section is a function below."""
     sections = [headline, asked, data_report.data]
     sections += [curves] if record.training else []
+    sections += [verdict_report.verdicts]
     sections += across_report.SECTIONS if record.evidence else []
-    sections += sweep_report.SECTIONS if record.trials else []
-    sections += [chats, again]
+    sections += [comparison.section] if record.trials else []
+    sections += [*sweep_report.SECTIONS, *trials_report.SECTIONS] if record.trials else []
+    sections += [evaluation_report.evaluations, chats, again]
     return document(record.experiment.name, [section(record) for section in sections])
 
 

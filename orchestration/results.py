@@ -26,6 +26,11 @@ def experiment_of(folder: Path) -> Experiment:
     return experiment.model_copy(update=settings)
 
 
+def trials_folder(experiment: Experiment) -> Path:
+    """Where the trials of a sweep lie, each a run folder of its own."""
+    return experiment.run_folder / "trials"
+
+
 def finished(experiment: Experiment, folder: Path) -> dict | None:
     """The result of a finished run, or None while there is none.
 

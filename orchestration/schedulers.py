@@ -1,14 +1,21 @@
 """Who competes with whom: Tune's schedulers, among trials that can be compared."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
 
 from orchestration.across import TWICE
 from orchestration.config import Experiment
-from orchestration.space import SEED
+from orchestration.space import EPOCHS, SCHEDULE, SEED, Asha, HyperBand, Median, NoScheduler
 
 
 def scheduler(experiment: Experiment) -> TrialScheduler:
@@ -17,16 +24,27 @@ def scheduler(experiment: Experiment) -> TrialScheduler:
     chosen = experiment.search.scheduler
     if experiment.search.across:
         return Diverging()
-    if chosen.kind == "none":
+    if isinstance(chosen, NoScheduler):
         return FIFOScheduler()
-    return Peers(
-        lambda: AsyncHyperBandScheduler(
+    return Peers(partial(_of_peers, chosen), epochs=experiment.train.epochs)
+
+
+def _of_peers(chosen: Asha | HyperBand | Median) -> TrialScheduler:
+    """Ray's, for trials that can be compared."""
+    if chosen.kind == "median":
+        return MedianStoppingRule(
             time_attr="epoch",
             grace_period=chosen.grace,
-            reduction_factor=chosen.reduction,
-            max_t=1000,
-        ),
-        epochs=experiment.train.epochs,
+            min_samples_required=chosen.peers,
+            # Else it pauses trials, which here means to start them anew; it compares with -inf first.
+            min_time_slice=math.inf,  # pyright: ignore[reportArgumentType]
+        )
+    return AsyncHyperBandScheduler(
+        time_attr="epoch",
+        grace_period=chosen.grace,
+        reduction_factor=chosen.reduction,
+        max_t=1000,
+        brackets=chosen.brackets if chosen.kind == "hyperband" else 1,
     )
 
 
@@ -51,10 +69,10 @@ class Diverging(FIFOScheduler):
 
 
 class Peers(FIFOScheduler):
-    """A scheduler for each model size and number of epochs, as only such trials can be compared.
+    """A scheduler for each model size, number of epochs and schedule, as only such trials can be compared.
 
-    One ASHA over all would stop every trial of a small model; and as a longer schedule has annealed less at
-    the same epoch, every trial of a long one.
+    One ASHA over all would stop every trial of a small model; and as a longer training has annealed less at
+    the same epoch, and one on a plateau not at all, every trial of these.
     """
 
     def __init__(self, make: Callable[[], TrialScheduler], *, epochs: int) -> None:
@@ -70,7 +88,7 @@ class Peers(FIFOScheduler):
         return True
 
     def _of(self, trial: Trial) -> TrialScheduler:
-        peers = tuple(trial.config.get(path) for path in ("model.size", "train.epochs"))
+        peers = tuple(trial.config.get(path) for path in ("model.size", EPOCHS, SCHEDULE))
         if peers not in self._schedulers:
             self._schedulers[peers] = self._make()
             self._schedulers[peers].set_search_properties(**self._properties)
@@ -83,7 +101,7 @@ class Peers(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
         """Hand on to the scheduler of the trial's peers; a trial at its last epoch is not stopped."""
         decision = self._of(trial).on_trial_result(tune_controller, trial, result)
-        at_its_end = result["epoch"] == trial.config.get("train.epochs", self._epochs)
+        at_its_end = result["epoch"] == trial.config.get(EPOCHS, self._epochs)
         return TrialScheduler.CONTINUE if at_its_end else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,23 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from orchestration.budget import Budgeted, spent
 from orchestration.climb import Climb, proposal
 from orchestration.config import Experiment
-from orchestration.journal import Journal, read, read_json, write_json
+from orchestration.effects import Effect, Repeated, Tried, effects, over_seeds, spread
+from orchestration.journal import Journal, curve, read, read_json, write_json
 from orchestration.mirroring import mirror_of
 from orchestration.parzen import Parzen
 from orchestration.placement import require_room
 from orchestration.proposals import Listed, Proposal, proposals
-from orchestration.results import begin, evaluations, finished, require_same_data, write_result
+from orchestration.results import (
+    begin,
+    evaluations,
+    finished,
+    require_same_data,
+    trials_folder,
+    write_result,
+)
 from orchestration.rounds import Outcome, Rounds
 from orchestration.schedulers import scheduler
-from orchestration.space import SearchConfig
+from orchestration.space import SCHEDULE, SEED, SearchConfig
 from orchestration.trainer import fit
 
 TRIAL_CPUS = 0.1
@@ -46,7 +55,8 @@ def search(experiment: Experiment, prepared: Path) -> None:
     """
     root, settings = trials_folder(experiment), _settings(experiment)
     space = {path: str(domain) for path, domain in settings.space.items()}
-    Journal(root).start(identity=experiment.identity(), params=space, step=0)
+    trials = settings.trials or 0
+    Journal(root).start(identity=experiment.identity(), params=space, step=0, steps=trials)
     ledger, decides = Ledger(experiment, root), scheduler(experiment)
     searcher, proposal_of = _searcher(experiment)
     held = Budgeted(
@@ -92,11 +102,6 @@ def _settings(experiment: Experiment) -> SearchConfig:
     if experiment.search is None:
         raise ValueError("search is empty: extend one of configs/search, or set search.space")
     return experiment.search
-
-
-def trials_folder(experiment: Experiment) -> Path:
-    """Where the trials of a sweep lie, each a run folder of its own."""
-    return experiment.run_folder / "trials"
 
 
 def trial_name(values: Mapping[str, object]) -> str:
@@ -218,7 +223,10 @@ def describe(folder: Path) -> str:
 
 
 def summarize(experiment: Experiment) -> dict:
-    """The finished trials, the best first by `search.metric`, and the names of those that failed."""
+    """The finished trials, the best first by `search.metric`, and the names of those that failed.
+
+    Trials of another schedule than the best one's come after all of its own: they are no ranking together.
+    """
     search, root = _settings(experiment), trials_folder(experiment)
     trials, failures = [], []
     for path in sorted(root.glob("*/values.json")):
@@ -234,7 +242,29 @@ def summarize(experiment: Experiment) -> dict:
     sign = 1 if search.mode == "min" else -1
     # A trial that diverged has no number to compare: last.
     trials.sort(key=lambda t: (math.isnan(t[search.metric]), sign * t[search.metric]))
+    first = list(dict.fromkeys(trial.get(SCHEDULE) for trial in trials))
+    trials.sort(key=lambda trial: first.index(trial.get(SCHEDULE)))
     return {"best": trials[0] if trials else None, "trials": trials, "failed": failures}
+
+
+def compare(experiment: Experiment, trials: Sequence[Mapping[str, Any]]) -> dict:
+    """What single settings change among the trials of a summary, and what these come to over seeds."""
+    search = _settings(experiment)
+    tried = [
+        Tried(
+            {path: trial[path] for path in (*search.space, SEED) if path in trial},
+            trial[search.metric],
+            len(curve(Path(trial["folder"]), "train/loss")),
+        )
+        for trial in trials
+    ]
+    relative = search.mode == "min"
+    changed = effects(tried, experiment.searched(), relative=relative)
+    return {
+        "relative": relative,
+        "effects": [*map(asdict, changed)],
+        "over_seeds": [*map(asdict, over_seeds(tried))],
+    }
 
 
 def _ended(folder: Path) -> tuple[str | None, str]:
@@ -245,7 +275,7 @@ def _ended(folder: Path) -> tuple[str | None, str]:
 
 
 def render(summary: dict) -> str:
-    """The trials as a table, the best first."""
+    """The trials as a table, the best first, and what single settings change."""
     width = max(len(trial["trial"]) for trial in summary["trials"])
     lines = [f"{'trial':<{width}}  state     eval/loss  accuracy  blind"]
     lines += [
@@ -253,4 +283,12 @@ def render(summary: dict) -> str:
         f"{trial['eval/accuracy']:8.1%}  {trial['eval/accuracy_blind']:5.1%}"
         for trial in summary["trials"]
     ]
-    return "\n".join([*lines, *(f"failed: {failure}" for failure in summary["failed"])])
+    lines += [f"failed: {failure}" for failure in summary["failed"]]
+    for effect in (Effect(**one) for one in summary["effects"]):
+        change = spread(effect.change, effect.interval, relative=summary["relative"])
+        counted = f"{effect.pairs} pairs, {effect.updates:.2f} of the updates"
+        lines.append(f"{effect.what}: {change}, {counted}")
+    for repeated in (Repeated(**one) for one in summary["over_seeds"]):
+        mean = spread(repeated.mean, repeated.interval, relative=False, signed=False)
+        lines.append(f"{trial_name(repeated.values)}: {mean} over {repeated.seeds} seeds")
+    return "\n".join(lines)

@@ -15,7 +15,7 @@ from orchestration.settings import Section, path_keys, place
 WHAT = ("model", "data", "optim", "train")
 """The sections that say what is trained; the others say where, and how it is watched."""
 
-EPOCHS, SEED = "train.epochs", "train.seed"
+EPOCHS, SCHEDULE, SEED = "train.epochs", "optim.schedule", "train.seed"
 ACROSS = {"model.size": "grid", "optim.lr": "loguniform", EPOCHS: "grid"}
 """What a search across sizes searches, and over what kind of domain."""
 
@@ -89,14 +89,34 @@ class NoScheduler(Section):
     kind: Literal["none"]
 
 
-class Asha(Section):
-    """Trials that do worse than their peers stop early."""
-
-    kind: Literal["asha"]
+class _Halving(Section):
     grace: int = Field(default=1, gt=0)
     """Epochs that every trial gets."""
     reduction: int = Field(default=2, gt=1)
     """One trial in so many goes on."""
+
+
+class Asha(_Halving):
+    """Trials that do worse than their peers stop early."""
+
+    kind: Literal["asha"]
+
+
+class HyperBand(_Halving):
+    """ASHA in brackets, to which trials are dealt at random: each grants more epochs than the one before."""
+
+    kind: Literal["hyperband"]
+    brackets: int = Field(default=3, gt=1)
+
+
+class Median(Section):
+    """Trials whose best value is worse than the median of their peers' averages so far stop early."""
+
+    kind: Literal["median"]
+    grace: int = Field(default=1, gt=0)
+    """Epochs that every trial gets."""
+    peers: int = Field(default=3, gt=1)
+    """Trials that the median is taken of, at least."""
 
 
 ONLY_ACROSS = ("target_epochs", "verify", "confirm")
@@ -136,7 +156,9 @@ class SearchConfig(Section):
     sampler: Literal["random", "tpe"] = "random"
     """What draws from domains that are no grid: chance, or Optuna's tree-structured Parzen estimator, which
     learns from the trials that have ended, as many at a time as run at once."""
-    scheduler: Annotated[NoScheduler | Asha, Field(discriminator="kind")] = NoScheduler(kind="none")
+    scheduler: Annotated[NoScheduler | Asha | HyperBand | Median, Field(discriminator="kind")] = (
+        NoScheduler(kind="none")
+    )
     concurrent: int | None = Field(default=None, gt=0)
     """Trials at the same time; when empty, as many as `cluster.workers` are enough for."""
     workers: int = Field(default=1, gt=0)
@@ -189,6 +211,8 @@ class SearchConfig(Section):
             grids = [path for path, domain in self.space.items() if domain.kind == "grid"]
             rule = f"draws every value, and would try {', '.join(grids)} whole: make it a choice"
             require(not grids, "sampler", self.sampler, rule)
+            rule = f"would rank the schedules of {SCHEDULE} with one another; search them by sampler=random"
+            require(SCHEDULE not in self.space, "sampler", self.sampler, rule)
         return self
 
     @property

@@ -4,12 +4,14 @@ A file of its own because it changes with how trials are searched, and report.py
 """
 
 from html import escape
+from itertools import product
 from math import isfinite
 
 from orchestration import plots
 from orchestration.page import duration, grid, note, number, percent, table
 from orchestration.plots import SHARES, Cell, Mark, Series, chart, short, thin
 from orchestration.record import Record, Run
+from orchestration.space import SCHEDULE
 
 NOTES = {"stopped": "■ stopped", "failed": "✕ failed", "unfinished": "… unfinished"}
 MARKS: dict[str, Mark] = {"finished": "circle", "stopped": "square", "failed": "cross"}
@@ -42,14 +44,16 @@ def heats(record: Record) -> str:
     values = {trial.last(record.metric) for trial in record.trials}
     scale = sorted((v for v in values if isfinite(v)), reverse=record.sign > 0)
     figures = []
-    for size in record.sizes:
+    schedules = list(dict.fromkeys(trial.values.get(SCHEDULE) for trial in record.trials))
+    for size, schedule in product(record.sizes, schedules):
         places: dict[tuple[float, float], list[Run]] = {(r, c): [] for r in rows for c in columns}
         for trial in record.trials:
-            if trial.size == size:
+            if (trial.size, trial.values.get(SCHEDULE)) == (size, schedule):
                 places[trial.values.get(row, 0), trial.values[column]].append(trial)
         cells = {where: _cell(record, here) for where, here in places.items()}
+        caption = f"{size}, {schedule}" if len(schedules) > 1 else size
         figures.append(
-            plots.heat(cells, caption=size, names=(_leaf(row), _leaf(column)), scale=scale)
+            plots.heat(cells, caption=caption, names=(_leaf(row), _leaf(column)), scale=scale)
         )
     by = " and ".join(_leaf(path) for path in record.axes)
     explained = "Darker is better, over all sizes; outlined is the best of its size; "

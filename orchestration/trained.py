@@ -8,8 +8,8 @@ from dsvl.config import require
 from orchestration.config import Experiment
 from orchestration.journal import read_json
 from orchestration.mirroring import mirror_of
-from orchestration.results import experiment_of, refuse_another
-from orchestration.search import summarize, trials_folder
+from orchestration.results import experiment_of, refuse_another, trials_folder
+from orchestration.search import summarize
 
 CHAT = "chat.json"
 """In an exported model: how one chats with it."""

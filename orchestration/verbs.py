@@ -1,6 +1,9 @@
 """What `dsvl` can do: for each verb what it takes, does, and tells programs and people."""
 
+import os
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -63,11 +66,11 @@ def _preview(
 ) -> Result:
     """Show training samples as the model sees them: images, and which tokens are trained."""
     from orchestration.journal import write_whole
-    from orchestration.preview import in_colour, page, preview, render
+    from orchestration.preview import page, preview, render
 
     result = preview(experiment, count=count, blend=blend, epoch=epoch)
     if html is None:
-        return result, render(result, colour=in_colour())
+        return result, render(result, colour=_on_a_terminal() and not os.environ.get("NO_COLOR"))
     write_whole(html, page(experiment, result))
     return {"page": str(html), **result}, f"page: {html}"
 
@@ -94,6 +97,27 @@ def _report(experiment: Experiment) -> Result:
     from orchestration.report import write
 
     return described(write(experiment))
+
+
+def _evaluate(
+    experiment: Experiment | Path, *, suites: list[Path], step: int | None, against: Path | None
+) -> Result:
+    """Measure the best model on held-out samples and question suites."""
+    from orchestration.evaluation import evaluate, render
+
+    result = evaluate(experiment, suites=suites, step=step, against=against)
+    return result, harmless(render(result))
+
+
+def _status(source: Experiment | Path, *, watch: bool) -> Result:
+    """Say where runs and sweeps stand: state, progress, faults, losses, cost."""
+    from orchestration import standings
+    from orchestration.status import Watch
+
+    seen = Watch(source)
+    found = standings.watch(seen) if watch else seen.look()
+    told = standings.render(found, terminal=_on_a_terminal()) if found else "no runs yet"
+    return {"runs": list(map(asdict, found))}, told
 
 
 def _doctor(experiment: Experiment) -> Result:
@@ -134,6 +158,12 @@ def _convert(**options: Any) -> Result:
     return result, harmless(render(result))
 
 
+def _on_a_terminal() -> bool:
+    """Whether the result goes to one."""
+    stdout = sys.__stdout__  # sys.stdout is another while a verb works
+    return stdout is not None and stdout.isatty()
+
+
 def described(result: dict[str, Any]) -> Result:
     """A result that people read as it is, name by name."""
     return result, harmless("\n".join(_lines(result)))
@@ -165,7 +195,9 @@ VERBS: dict[str, Callable[..., Result]] = {
     "convert": _convert,
     "train": _train,
     "sweep": _sweep,
+    "status": _status,
     "report": _report,
+    "evaluate": _evaluate,
     "chat": _chat,
     "export": _export,
     "doctor": _doctor,
@@ -178,6 +210,30 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--blend": {"metavar": "NAME", "help": "of this blend, instead of all in turn"},
         "--epoch": {"type": int, "default": 0, "metavar": "E", "help": "as drawn for this epoch"},
         "--html": {"type": Path, "metavar": "FILE", "help": "write a page with the pictures"},
+    },
+    "evaluate": {
+        "--suite": {
+            "dest": "suites",
+            "type": Path,
+            "action": "append",
+            "default": [],
+            "metavar": "FILE",
+            "help": "also ask these questions: YAML that describes a suite, JSON lines, the original's JSON",
+        },
+        "--checkpoint": {
+            "dest": "step",
+            "type": int,
+            "metavar": "STEP",
+            "help": "as of this update; the newest if not given",
+        },
+        "--against": {
+            "type": Path,
+            "metavar": "FOLDER",
+            "help": "compare with this run, which has been evaluated",
+        },
+    },
+    "status": {
+        "--watch": {"action": "store_true", "help": "show it anew until Ctrl-C"},
     },
     "export": {
         "--to": {
@@ -223,10 +279,12 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 WITHOUT_EXPERIMENT = ("convert",)
 
 OF_A_FOLDER = {
+    "evaluate": ", or the folder of a run",
     "chat": ", or the folder of a run or of an exported model",
     "export": ", or the folder of a run",
+    "status": ", the folder of a run, or one of many; the storage's own if not given",
 }
-"""What verbs of a trained model take in place of an experiment."""
+"""What verbs take in place of an experiment."""
 
 FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1}
 """Exit status where a verb did its work and found faults: of the request, of records, of the machine."""

@@ -26,6 +26,8 @@ BLOCKS = 10
 """Means that this share is reduced to, as neighbouring updates are alike."""
 FALLS = 0.001
 """Share of the loss an epoch, below which a slope is none."""
+LOOKS = 0.02
+"""Share of held-out answers that images have to add for a model to count as looking at them."""
 
 
 @dataclass(frozen=True)
@@ -102,24 +104,29 @@ def overfit(train: Sequence[float], held_out: Sequence[float], noise: float) -> 
         f"the end ({rise:+.2%}, {rise / noise:.1f} standard deviations), training loss {train[least]:.4g}, "
         f"then {train[-1]:.4g}",
         f"train for {least + 1} of {len(held_out)} as long, and compare answers as well as losses: "
-        "the paper's best models look overfitted (section 4.3)",
+        "the paper's best models look overfitted (section 4.3)"
+        if rise > 0
+        else "more epochs: the held-out loss is least at the end",
     )
 
 
-def rate_too_high(*, skipped: float, gradient_norms: Sequence[float], moved: float) -> Verdict:
+def rate_too_high(
+    *, skipped: float, gradient_norms: Sequence[float], moved: float | None
+) -> Verdict:
     """Whether updates fail or are wild.
 
     `skipped` is the share of updates without effect, `moved` the size of an update of the embedding as a
-    share of it. Under float16 skipped updates alone speak of the precision first.
+    share of it, where that was measured. Skipped updates alone speak of the precision first.
     """
-    norms = [norm for norm in gradient_norms if isfinite(norm)]
-    middle, high = np.quantile(norms, [0.5, 0.99])
+    wild, told = _wildness(gradient_norms)
     ratios = {
         f"{skipped:.1%} of updates skipped (at most {SKIPPED:.0%})": skipped / SKIPPED,
-        f"gradient norms of {high:.3g} at the 99th percentile, {middle:.3g} in the middle "
-        f"(at most {NORMS:g} times)": high / middle / NORMS,
-        f"an update moves the embedding by {moved:.1%} (at most {MOVED:.0%})": moved / MOVED,
+        told: wild,
     }
+    if moved is not None:
+        ratios[f"an update moves the embedding by {moved:.1%} (at most {MOVED:.0%})"] = (
+            moved / MOVED
+        )
     score = float(max(ratios.values()))
     alone = skipped > SKIPPED and max(list(ratios.values())[1:]) <= 1
     return Verdict(
@@ -129,6 +136,46 @@ def rate_too_high(*, skipped: float, gradient_norms: Sequence[float], moved: flo
         "; ".join(ratios),
         "the same in bf16" if alone else "half the rate, and that of the embedding alone",
     )
+
+
+def precision_at_fault(
+    precision: str, *, overflowed: float, gradient_norms: Sequence[float]
+) -> Verdict:
+    """Whether updates are lost to the range of float16 while those that are made are calm.
+
+    `overflowed` is the share of updates that the loss scaler left out. A rate too high makes norms wild in
+    any precision.
+    """
+    wild, told = _wildness(gradient_norms)
+    return Verdict(
+        "precision at fault",
+        precision == "fp16" and overflowed > SKIPPED and wild <= 1,
+        overflowed / SKIPPED,
+        f"{overflowed:.1%} of updates overflowed in {precision} (at most {SKIPPED:.0%}); {told}",
+        "the same in bf16, with the same seed: only the precision then differs",
+    )
+
+
+def blind(accuracy: float, *, zeroed: float, shuffled: float, majority: float) -> Verdict:
+    """Whether a model answers as well without its images, zeroed, or with those of others in their place."""
+    adds = accuracy - max(zeroed, shuffled)
+    return Verdict(
+        "blind to images",
+        adds < LOOKS,
+        LOOKS - adds,
+        f"{accuracy:.1%} of held-out answers right, {zeroed:.1%} with images zeroed, {shuffled:.1%} with "
+        f"those of others, {majority:.1%} by the most frequent answer: images add {adds:+.1%} (at least "
+        f"{LOOKS:.0%})",
+        "ten times the projection's rate (optim.projection_lr); dsvl preview shows whether images are there",
+    )
+
+
+def _wildness(gradient_norms: Sequence[float]) -> tuple[float, str]:
+    """The 99th percentile of norms over their median, as a share of what it may be, and in words."""
+    norms = [norm for norm in gradient_norms if isfinite(norm)]
+    middle, high = np.quantile(norms, [0.5, 0.99]) if norms else (1.0, 1.0)
+    told = f"gradient norms {high / middle:.3g} times the usual at the 99th percentile (at most {NORMS:g})"
+    return float(high / middle / NORMS), told
 
 
 def diverged(losses: Sequence[float], best: float) -> Verdict:

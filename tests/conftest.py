@@ -13,6 +13,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # models are tiny, and tests run side by side
+
 RECORDS = Path(__file__).parent / "data/llava_json"
 COLOURS = {
     "red.png": (255, 0, 0),

@@ -23,6 +23,7 @@ RUN_HERE = ("dsvl --help", "dsvl plan")
 ELSEWHERE = {
     "make quickstart": ("tests/orchestration/test_quickstart.py", "quickstart"),
     "make test": (".ci/run", "make test"),
+    "make slow": ("Makefile", "slow"),
     "python -m tests.benchmarks.mmca": ("tests/benchmarks/test_mmca.py", "mmca"),
     ". .venv/bin/activate": ("Makefile", "venv"),
     "mlflow ui": ("tests/orchestration/test_tracking.py", "mlflow"),
@@ -36,6 +37,8 @@ ELSEWHERE = {
     "dsvl convert": ("tests/orchestration/test_convert.py", "convert"),
     "dsvl train": ("tests/orchestration/test_trainer.py", "train"),
     "dsvl sweep": ("tests/orchestration/test_search.py", "sweep"),
+    "dsvl evaluate": ("tests/orchestration/test_evaluation.py", "evaluate"),
+    "dsvl status": ("tests/orchestration/test_status.py", "status"),
     "dsvl report": ("tests/orchestration/test_report.py", "report"),
 }
 """How a longer command begins -> the file that tries it out, and a word that stands in it."""

@@ -36,7 +36,7 @@ def in_turns(ways: Mapping[str, Ready], *, rounds: int, device: torch.device) ->
     for number in range(rounds):
         for name, ready in ways.items():
             run = ready()
-            seconds, wall = _time(run, device)
+            seconds, wall = once(run, device)
             if number or rounds <= 2:
                 figures[name].seconds.append(seconds)
                 figures[name].wall.append(wall)
@@ -75,7 +75,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """The environment of a process in which resident memory is that of living tensors."""
 
 
-def _time(run: Run, device: torch.device) -> tuple[float, float]:
+def once(run: Run, device: torch.device) -> tuple[float, float]:
     """Seconds of the processor and of the clock on the wall."""
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -6,7 +6,7 @@ import torch
 
 from dsvl.config import OptimConfig
 from dsvl.data.types import IGNORED, Example
-from dsvl.evaluate import evaluate, majority_accuracy, score
+from dsvl.evaluate import evaluate, exchanged, majority_accuracy, score, score_rounds
 from dsvl.generate import greedy
 from dsvl.optim import groups
 from tests.dsvl.test_model import batch_of, example
@@ -47,7 +47,8 @@ def test_an_answer_is_right_where_greedy_decoding_after_the_true_history_writes_
                 model, batch_of(prefix(sample, start)), end=-1, max_new_tokens=len(ids)
             )
             expected += written == ids
-    tally = score(model, batch_of(*samples))
+    batch = batch_of(*samples)
+    tally = score(model, batch, others=batch.pixels)
     assert tally.rounds == 7
     assert tally.right == expected
     assert 0 < expected < 7, "right and wrong answers both occur"
@@ -56,9 +57,28 @@ def test_an_answer_is_right_where_greedy_decoding_after_the_true_history_writes_
 def test_blind_accuracy_is_that_of_zeroed_images(model):
     samples = [example("t1tTTtT"), example("ttTT", seed=1)]
     taught(model, samples)
-    zeroed = batch_of(*samples)
+    shown, zeroed = batch_of(*samples), batch_of(*samples)
     zeroed.pixels.zero_()
-    assert score(model, batch_of(*samples)).right_blind == score(model, zeroed).right
+    blind = score(model, zeroed, others=shown.pixels)
+    assert score(model, shown, others=zeroed.pixels).right_blind == blind.right
+
+
+def test_shuffled_accuracy_is_that_of_the_images_of_others(model):
+    samples = [example("t1tTTtT"), example("1ttTT", seed=1), example("ttTT", seed=2)]
+    taught(model, samples)
+    shown, others = batch_of(*samples), batch_of(*samples)
+    others.pixels.copy_(others.pixels.flip(0))
+    tally = score(model, shown, others=others.pixels)
+    assert tally.right_shuffled == score(model, others, others=shown.pixels).right
+    assert score(model, shown, others=shown.pixels).right_shuffled == tally.right
+
+
+def test_every_image_is_exchanged_for_another_and_none_is_shown_more_often():
+    another = exchanged(Prepared.eval)
+    assert len(another) > 1
+    assert all(key != other for key, other in another.items())
+    assert sorted(another) == sorted(another.values())
+    assert exchanged([example("ttTT")]) == {}
 
 
 @pytest.mark.parametrize("batch", [1, 4, 50])
@@ -67,9 +87,24 @@ def test_a_tally_does_not_depend_on_the_batch(model, batch):
     whole = evaluate(model, Prepared(), held_out, batch=18, device=torch.device("cpu"))
     part = evaluate(model, Prepared(), held_out, batch=batch, device=torch.device("cpu"))
     assert part.loss == pytest.approx(whole.loss, rel=1e-5)
-    assert (part.targets, part.right, part.rounds) == (whole.targets, whole.right, whole.rounds)
+    counts = ("targets", "right", "right_blind", "right_shuffled", "rounds")
+    assert [getattr(part, n) for n in counts] == [getattr(whole, n) for n in counts]
     first = evaluate(model, Prepared(), held_out[:5], batch=batch, device=torch.device("cpu"))
     assert first.targets == sum(held_out.targets[:5])
+
+
+def test_rounds_told_one_by_one_add_up_to_the_tally(model):
+    samples = [example("t1tTTtT"), example("tT", seed=1), example("11tTtTTT", seed=2)]
+    taught(model, samples)
+    batch = batch_of(*samples)
+    rounds, tally = score_rounds(model, batch), score(model, batch, others=batch.pixels)
+    assert [len(told) for told in rounds] == [2, 1, 2]
+    flat = [told for of_one in rounds for told in of_one]
+    assert sum(told.loss for told in flat) == pytest.approx(tally.loss, rel=1e-5)
+    assert sum(told.targets for told in flat) == tally.targets
+    assert sum(told.right for told in flat) == tally.right
+    for sample, told in zip(samples, rounds, strict=True):
+        assert [n.targets for n in told] == [len(ids) for _, ids in answers(sample)]
 
 
 class Said(list):

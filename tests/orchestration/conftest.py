@@ -141,7 +141,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def machines() -> Iterator[Machines]:
     """A cluster of a node of four CPUs."""
     started = Machines(cpus=0)

@@ -14,8 +14,8 @@ from orchestration.compose import load
 from orchestration.config import Experiment
 from orchestration.journal import Journal, write_json
 from orchestration.report import write
-from orchestration.results import begin, write_result
-from orchestration.search import trial_name, trials_folder
+from orchestration.results import begin, trials_folder, write_result
+from orchestration.search import trial_name
 from orchestration.space import EPOCHS, SEED
 from tests.orchestration.test_climb import Cluster, loss, repair
 

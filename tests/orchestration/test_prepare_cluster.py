@@ -19,7 +19,7 @@ def unbroken(machines, sharded, tmp_path_factory):
     return manifest(result)
 
 
-@pytest.mark.parametrize("preparers", [2, 4])
+@pytest.mark.parametrize("preparers", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_however_many_prepare_the_bytes_are_the_same(
     machines, sharded, unbroken, tmp_path, preparers
 ):
@@ -40,8 +40,9 @@ def test_the_order_in_which_files_are_listed_is_of_no_account(
     assert manifest(result) == unbroken
 
 
-def test_killed_five_times_it_repeats_no_finished_shard_and_writes_the_same_bytes(
-    machines, sharded, unbroken, tmp_path
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_again_and_again_it_repeats_no_finished_shard_and_writes_the_same_bytes(
+    machines, sharded, unbroken, tmp_path, kills
 ):
     draw, work = random.Random(0), tmp_path / "prepared/.work"
     done: dict[str, int] = {}
@@ -49,14 +50,14 @@ def test_killed_five_times_it_repeats_no_finished_shard_and_writes_the_same_byte
     def shards() -> dict[str, int]:
         return {name: (work / name).stat().st_ino for name in names(work, "shard-*")}
 
-    for kill in range(5):
+    for kill in range(kills):
         driver = machines.driver(sharded, *options(tmp_path, 2))
         wait_until(lambda: len(shards()) > len(done) or driver.poll() is not None)  # noqa: B023
         time.sleep(draw.uniform(0, 0.3))
         machines.kill(driver)
         assert done.items() <= shards().items(), f"kill {kill}: a finished shard was made again"
         done = shards()
-    assert 5 <= len(done) < SHARDS, "it was killed on the way"
+    assert kills <= len(done) < SHARDS, "it was killed on the way"
     result, said = machines.prepare(sharded, *options(tmp_path, 2))
     assert manifest(result) == unbroken
     assert done.items() <= shards().items()

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import time
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +28,6 @@ from tests.orchestration.machines import finished
 
 pytestmark = pytest.mark.ray
 
-IMAGES, BAD = 10_000, 100
 CHAT = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A picture."}]
 
 
@@ -50,8 +50,8 @@ def reasons(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def damaged(llava_set) -> dict[str, str]:
-    """Ten thousand images, of which one in a hundred is damaged: name -> reason, of those."""
+def damaged(llava_set, images) -> dict[str, str]:
+    """So many images, of which one in a hundred is damaged: name -> reason, of those."""
     draw, picture = random.Random(0), Pictures(32)
     drawing, png = encoded("GIF"), encoded("PNG")
 
@@ -71,8 +71,8 @@ def damaged(llava_set) -> dict[str, str]:
         ("image_too_large", lambda data: png_header(60_000, 60_000)),
     ]
     (llava_set / "images/many").mkdir()
-    names = [f"many/{number:05}.{draw.choice(['jpg', 'png'])}" for number in range(IMAGES)]
-    bad = dict(zip(draw.sample(names, BAD), damages * (BAD // len(damages)), strict=True))
+    names = [f"many/{number:05}.{draw.choice(['jpg', 'png'])}" for number in range(images)]
+    bad = dict(zip(draw.sample(names, images // 100), cycle(damages), strict=False))
     for name in names:
         _, damage = bad.get(name, ("", bytes))
         (llava_set / "images" / name).write_bytes(damage(picture(name)))
@@ -81,9 +81,11 @@ def damaged(llava_set) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_of_ten_thousand_images_exactly_the_damaged_ones_are_lost_each_with_its_reason(
-    experiment, settings, damaged, llava_set, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("images", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_of_many_images_exactly_the_damaged_ones_are_lost_each_with_its_reason(
+    experiment, settings, images, damaged, llava_set, tmp_path, monkeypatch, capsys
 ):
+    bad = images // 100
     many = {"many": {"annotations": ["many.json"]}}
     experiment(many, max_dropped=0.0099)
     monkeypatch.chdir(tmp_path)
@@ -94,9 +96,9 @@ def test_of_ten_thousand_images_exactly_the_damaged_ones_are_lost_each_with_its_
     first = next(name for name in damaged if damaged[name] == "undecodable_image")
     place = int(first[5:10])
     for part in (
-        "data.sets.many: 100 of 10000 records dropped (1.0%), more than data.max_dropped=0.0099",
-        f"80 undecodable_image (many.json:{place} ({first}): ",
-        "; 20 image_too_large (many.json:",
+        f"data.sets.many: {bad} of {images} records dropped (1.0%), more than data.max_dropped=0.0099",
+        f"{bad * 8 // 10} undecodable_image (many.json:{place} ({first}): ",
+        f"; {bad * 2 // 10} image_too_large (many.json:",
         "repair them, or raise the limit",
     ):
         assert part in said
@@ -104,13 +106,13 @@ def test_of_ten_thousand_images_exactly_the_damaged_ones_are_lost_each_with_its_
     result = prepare(experiment(many, max_dropped=0.01))
     assert reasons(Path(result["folder"])) == damaged
     assert result["sources"]["many"] == {
-        "raw": IMAGES,
-        "used": IMAGES - BAD,
+        "raw": images,
+        "used": images - bad,
         "merged": 0,
         "dropped": dict(sorted(Counter(damaged.values()).items())),
         "held_out": 0,
     }
-    assert sum(result["splits"].values()) == result["images"] == IMAGES - BAD
+    assert sum(result["splits"].values()) == result["images"] == images - bad
     prepared = open_store(result["folder"])
     kept = [
         key

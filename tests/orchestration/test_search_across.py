@@ -11,7 +11,7 @@ import pytest
 
 from orchestration.compose import load
 from orchestration.journal import read
-from orchestration.search import trials_folder
+from orchestration.results import trials_folder
 from orchestration.space import EPOCHS, SEED
 from tests.orchestration.conftest import digits
 

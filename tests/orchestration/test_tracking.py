@@ -1,18 +1,22 @@
 """A journal reaches MLflow whole and once, whatever happens to either of them on the way."""
 
 import json
+import os
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from orchestration import tracking
+from orchestration import shipping, tracking
 from orchestration.config import Experiment, validated
 from orchestration.journal import Journal
 from orchestration.results import begin
-from orchestration.tracking import Shipper, Store
+from orchestration.shipping import Follower, catch_up, shipped
 from tests.orchestration.conftest import SETTINGS, histories
 
 
@@ -23,9 +27,8 @@ def storage(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def experiment(storage, request, monkeypatch) -> Experiment:
-    """An experiment with a run folder of its own, whose shipper has no time to lose."""
-    monkeypatch.setattr(tracking, "PERIOD_SECONDS", 0.05)
+def experiment(storage, request) -> Experiment:
+    """An experiment with a run folder of its own."""
     name = request.node.name.partition("[")[0][-90:].strip("_")
     made = validated(SETTINGS | {"name": name, "storage": {"path": str(storage)}})
     begin(made, made.run_folder)
@@ -41,11 +44,9 @@ def run_id(folder: Path) -> str:
     return json.loads((folder / "mlflow.json").read_text())["run_id"]
 
 
-def ship(experiment: Experiment, *folders: Path) -> None:
-    """What a command does that follows run folders and ends at once."""
-    with Shipper(experiment) as shipper:
-        for folder in folders or (experiment.run_folder,):
-            shipper.follow(folder, name=folder.name)
+def ship(experiment: Experiment, folder: Path | None = None, *, over: bool = False) -> None:
+    """What a shipper does that begins now."""
+    Follower(experiment, folder or experiment.run_folder).ship(over=over)
 
 
 def write(journal: Journal, steps: Iterator[int] | range, offset: float = 0.0) -> None:
@@ -87,14 +88,13 @@ def test_a_journal_is_shipped_while_it_grows(experiment, client):
     folder = experiment.run_folder
     journal = Journal(folder)
     start(journal, experiment)
-    store = Store(experiment)
-    run = store.run(folder, name="x")
+    follower = Follower(experiment, folder)
     for first in (1, 4, 5, 11):
         write(journal, range(first, first + 10))
-        store.ship(run)
-        store.ship(run)  # nothing new
-        assert histories(client, run.id) == expected(range(1, first + 10))
-    assert client.get_run(run.id).info.status == "RUNNING"
+        follower.ship(over=False)
+        follower.ship(over=False)  # nothing new
+        assert histories(client, run_id(folder)) == expected(range(1, first + 10))
+    assert client.get_run(run_id(folder)).info.status == "RUNNING"
 
 
 def test_a_new_command_goes_on_in_the_same_mlflow_run(experiment, client):
@@ -150,15 +150,13 @@ def test_a_store_that_fails_between_two_batches_gets_the_rest_later(
         log_batch(self, run, metrics=metrics, **rest)
 
     monkeypatch.setattr(MlflowClient, "log_batch", failing)
-    store = Store(experiment)
-    run = store.run(folder, name=experiment.name)
     with pytest.raises(ConnectionError):
-        store.ship(run)
-    assert client.get_run(run.id).info.status == "RUNNING"
+        ship(experiment)
+    assert client.get_run(run_id(folder)).info.status == "RUNNING"
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
-    store.ship(run)
-    assert histories(client, run.id) == expected(range(1, 1500))
-    assert client.get_run(run.id).info.status == "FINISHED"
+    ship(experiment)
+    assert histories(client, run_id(folder)) == expected(range(1, 1500))
+    assert client.get_run(run_id(folder)).info.status == "FINISHED"
 
 
 def test_a_store_that_cannot_be_reached_is_told_once_and_gets_everything_later(
@@ -168,33 +166,45 @@ def test_a_store_that_cannot_be_reached_is_told_once_and_gets_everything_later(
         taken.bind(("127.0.0.1", 0))  # bound and never listening: every connection is refused
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-        _lost_and_found(experiment, client, {"tracking": {"uri": uri}}, caplog)
+        _lost_and_found(experiment, client, {"tracking": {"uri": uri}}, caplog, monkeypatch)
 
 
 def test_a_store_that_is_damaged_is_told_once_and_gets_everything_later(
-    experiment, client, tmp_path, caplog
+    experiment, client, tmp_path, caplog, monkeypatch
 ):
     (tmp_path / "mlflow.db").write_text("this is no database" * 100)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    _lost_and_found(experiment, client, {"tracking": {"uri": uri}}, caplog)
+    _lost_and_found(experiment, client, {"tracking": {"uri": uri}}, caplog, monkeypatch)
 
 
-def _lost_and_found(experiment, client, broken, caplog):
+def _lost_and_found(experiment, client, broken, caplog, monkeypatch):
     folder = experiment.run_folder
     journal = Journal(folder)
     start(journal, experiment)
-    with Shipper(experiment.with_overrides(broken)) as shipper:
-        shipper.follow(folder, name=experiment.name)
+    monkeypatch.setattr(shipping, "PERIOD_SECONDS", 0.01)
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as stdin, os.fdopen(writing, "w") as command:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        follower = Follower(experiment.with_overrides(broken), folder)
+        ends = threading.Thread(target=lambda: told.append(follower.follow()))
+        told: list[bool] = []
+        ends.start()
         write(journal, range(1, 10))
-        while shipper._thread.is_alive() and not caplog.messages:  # until it has failed
-            shipper._closing.wait(0.05)
+        while ends.is_alive() and not caplog.messages:  # until it has failed
+            time.sleep(0.01)
+        command.close()
+        ends.join()
+    assert told == [False]
     journal.end("finished")
-    (message,) = [r.message for r in caplog.records if r.name == "orchestration.tracking"]
+    (message,) = [r.message for r in caplog.records if r.name == "orchestration.shipping"]
     assert "tracking store" in message
     assert "the journals keep what it misses" in message
     assert not (folder / "mlflow.json").exists()
-    ship(experiment)
+    assert catch_up(experiment) == {
+        "store": experiment.tracking_uri,
+        "runs": 1,
+        "at_work": [],
+    }
     assert histories(client, run_id(folder)) == expected(range(1, 10))
     assert client.get_run(run_id(folder)).info.status == "FINISHED"
 
@@ -208,8 +218,7 @@ def test_trials_are_children_of_their_sweep_with_the_searched_values_as_paramete
     sweep = Journal(root)
     sweep.start(identity=experiment.identity(), params={"optim.lr": "what is searched"}, step=0)
     rates = {"lr=0.002": 0.002, "lr=0.004": 0.004}
-    with Shipper(experiment) as shipper:
-        shipper.follow_sweep(root, name="tiny sweep")
+    with shipped(experiment, root):
         for name, lr in rates.items():
             trial = experiment.trial({"optim.lr": lr, "model.size": "large"})
             begin(trial, root / name)
@@ -220,7 +229,7 @@ def test_trials_are_children_of_their_sweep_with_the_searched_values_as_paramete
         sweep.metrics(2, {"best/eval/loss": 1.0})
         sweep.end("finished")
     parent = client.get_run(run_id(root))
-    assert parent.info.run_name == "tiny sweep"
+    assert parent.info.run_name == f"{experiment.name} sweep"
     assert "mlflow.parentRunId" not in parent.data.tags
     assert parent.data.metrics == {"best/eval/loss": 1.0}
     children = client.search_runs(

@@ -90,6 +90,27 @@ def test_skipped_updates_alone_speak_of_precision():
     assert "rate" in spiking.experiment
 
 
+def test_precision_is_at_fault_where_calm_updates_overflow_and_float16_is_used():
+    calm, wild = [1.0] * 100, [1.0] * 90 + [50.0] * 10
+    given = (("fp16", 0.1, calm), ("fp16", 0.01, calm), ("fp16", 0.1, wild), ("bf16", 0.1, calm))
+    found = [
+        verdicts.precision_at_fault(name, overflowed=share, gradient_norms=norms)
+        for name, share, norms in given
+    ]
+    assert [one.holds for one in found] == [True, False, False, False]
+    assert "10.0% of updates overflowed in fp16" in found[0].evidence
+    assert "bf16" in found[0].experiment
+
+
+@pytest.mark.parametrize(
+    ("zeroed", "shuffled", "holds"), [(0.3, 0.3, False), (0.79, 0.3, True), (0.3, 0.795, True)]
+)
+def test_a_model_is_blind_that_does_without_its_images_zeroed_or_exchanged(zeroed, shuffled, holds):
+    found = verdicts.blind(0.8, zeroed=zeroed, shuffled=shuffled, majority=0.25)
+    assert found.holds == holds
+    assert f"{shuffled:.1%} with those of others" in found.evidence
+
+
 @pytest.mark.parametrize(
     ("losses", "holds"),
     [([3.0, float("nan")], True), ([3.0, 2.5], True), ([9.0, 1.5], False)],

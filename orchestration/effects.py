@@ -1,0 +1,168 @@
+"""What one setting changes, all else equal: the trials of a sweep in pairs, and over their seeds.
+
+A learning-rate schedule is judged length by length, as it is worth more or less the longer a training is.
+That is the offset between schedules: their losses are compared by pairs alone, never in one ranking.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from orchestration.space import EPOCHS, SCHEDULE, SEED
+
+MOST = 6
+"""Values of a setting, beyond which its pairs say nothing that a curve would not say better."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial that has ended."""
+
+    values: Mapping[str, Any]
+    """Searched field -> value."""
+    metric: float
+    updates: int
+    """That it has made itself: a branch leaves out those of its trunk."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One value of a setting against another."""
+
+    path: str
+    value: Any
+    against: Any
+    epochs: int | None
+    """Of the trials, where they are told apart by that."""
+    pairs: int
+    change: float
+    """Mean over pairs: of a loss as a share of it, else a difference."""
+    interval: tuple[float, float] | None
+    """95 %, of two pairs at least."""
+    updates: float
+    """That all with the value have made, over those of the others."""
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        length = "" if self.epochs is None else f", {self.epochs} epochs"
+        return f"{self.path} {self.value} against {self.against}{length}"
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """The trials that differ in their seeds alone."""
+
+    values: Mapping[str, Any]
+    seeds: int
+    mean: float
+    interval: tuple[float, float] | None
+    """95 %, of two seeds at least."""
+
+
+def effects(tried: Sequence[Tried], own: Mapping[str, Any], *, relative: bool) -> list[Effect]:
+    """Every value of every setting against the experiment's own, or the first one tried.
+
+    `own` holds the searched fields as the experiment has them; `relative` is whether the metric is a loss.
+    """
+    found = []
+    for path in dict.fromkeys(path for trial in tried for path in trial.values if path != SEED):
+        values = _distinct(trial.values.get(path) for trial in tried)
+        if not 1 < len(values) <= MOST:
+            continue
+        against = next((v for v in values if repr(v) == repr(own.get(path))), values[0])
+        for value in values:
+            if repr(value) == repr(against):
+                continue
+            pairs = _pairs(tried, path, value, against)
+            lengths = _distinct(first.values.get(EPOCHS) for first, _ in pairs)
+            if path == SCHEDULE and len(lengths) > 1:
+                for epochs in sorted(lengths):
+                    own_pairs = [pair for pair in pairs if pair[0].values[EPOCHS] == epochs]
+                    found += _effect(path, value, against, epochs, own_pairs, relative)
+            found += _effect(path, value, against, None, pairs, relative)
+    return found
+
+
+def spread(
+    mean: float, interval: Sequence[float] | None, *, relative: bool, signed: bool = True
+) -> str:
+    """A mean with its interval, in percent where it is relative."""
+    unit, scale = (" %", 100) if relative else ("", 1)
+    written = ("{:+.2f}" if relative else "{:+.4f}") if signed else "{:.4f}"
+    told = [written.format(scale * value) for value in (mean, *(interval or ()))]
+    return f"{told[0]}{unit}" + (f" ({told[1]} to {told[2]}, 95 %)" if interval else "")
+
+
+def over_seeds(tried: Sequence[Tried]) -> list[Repeated]:
+    """Means over seeds, where these were searched, in the order of the trials."""
+    alike: dict[str, list[Tried]] = {}
+    for trial in tried:
+        if SEED in trial.values:
+            alike.setdefault(repr(_without(trial, SEED)), []).append(trial)
+    return [
+        Repeated(_without(group[0], SEED), len(group), *_mean([one.metric for one in group]))
+        for group in alike.values()
+    ]
+
+
+def paired(differences: Sequence[float]) -> list[float] | None:
+    """Mean of paired differences, and its 95 % interval by Student's t; none of fewer than two pairs."""
+    if not differences:
+        return None
+    mean, interval = _mean(differences)
+    return [mean, *interval] if interval else None
+
+
+def _mean(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    count, mean = len(values), float(np.mean(values))
+    if count < 2:
+        return mean, None
+    half = float(stats.t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return mean, (mean - half, mean + half)
+
+
+def _pairs(
+    tried: Sequence[Tried], path: str, value: Any, against: Any
+) -> list[tuple[Tried, Tried]]:
+    """Trials with the value, each with the one that has the other value and all else alike."""
+    others = {
+        repr(_without(trial, path)): trial
+        for trial in tried
+        if repr(trial.values.get(path)) == repr(against) and math.isfinite(trial.metric)
+    }
+    return [
+        (trial, others[key])
+        for trial in tried
+        if repr(trial.values.get(path)) == repr(value) and math.isfinite(trial.metric)
+        if (key := repr(_without(trial, path))) in others
+    ]
+
+
+def _effect(
+    path: str,
+    value: Any,
+    against: Any,
+    epochs: int | None,
+    pairs: Sequence[tuple[Tried, Tried]],
+    relative: bool,
+) -> list[Effect]:
+    if not pairs:
+        return []
+    changes = [a.metric / b.metric - 1 if relative else a.metric - b.metric for a, b in pairs]
+    made, others = (sum(pair[side].updates for pair in pairs) for side in (0, 1))
+    ratio = made / others if others else math.nan
+    return [Effect(path, value, against, epochs, len(pairs), *_mean(changes), ratio)]
+
+
+def _without(trial: Tried, path: str) -> dict[str, Any]:
+    return {name: value for name, value in trial.values.items() if name != path}
+
+
+def _distinct(values: Any) -> list[Any]:
+    """Each once; a value may be a list."""
+    return list({repr(value): value for value in values}.values())

@@ -1,0 +1,139 @@
+"""What a report says of the trials of a sweep together: what settings change, what it cost, when it ran.
+
+A file of its own because it changes with how trials are compared, and sweep_report.py with what one is.
+"""
+
+from collections.abc import Sequence
+
+from orchestration import journal
+from orchestration.effects import Tried, effects, over_seeds, spread
+from orchestration.figures import Bar, parallel, timeline
+from orchestration.page import duration, grid, note, table
+from orchestration.plots import COLOURS, Mark, Series, chart, legend
+from orchestration.record import Record, Run
+from orchestration.space import SEED
+
+ENDS: dict[str, Mark] = {"stopped": "square", "failed": "cross"}
+"""How the end of a trial is marked in a timeline, unless it is finished."""
+
+
+def changes(record: Record) -> str:
+    """Single settings against one another, all else equal, and means over seeds."""
+    search, tried = record.experiment.search, _tried(record)
+    if search is None:
+        return ""
+    relative, parts = record.sign > 0, []
+    found = effects(tried, record.experiment.searched(), relative=relative)
+    if found:
+        head = ("setting", f"change of {record.metric}, 95 %", "pairs", "updates made")
+        rows = [
+            (
+                {"data-effect": one.path},
+                (
+                    one.what,
+                    spread(one.change, one.interval, relative=relative),
+                    str(one.pairs),
+                    f"{one.updates:.2f} times",
+                ),
+            )
+            for one in found
+        ]
+        parts.append(f"<h3>What a setting changes, all else equal</h3>{table(head, rows)}")
+    repeated = over_seeds(tried)
+    if any(one.seeds > 1 for one in repeated):
+        ordered = sorted(repeated, key=lambda one: record.sign * one.mean)
+        head = ("trials that differ in their seeds alone", f"mean {record.metric}, 95 %", "seeds")
+        rows = [
+            (
+                {},
+                (
+                    ", ".join(f"{path.rpartition('.')[2]}={v}" for path, v in one.values.items()),
+                    spread(one.mean, one.interval, relative=False, signed=False),
+                    str(one.seeds),
+                ),
+            )
+            for one in ordered
+        ]
+        parts.append(f"<h3>Over seeds</h3>{table(head, rows)}")
+    return "".join(parts)
+
+
+def costs(record: Record) -> str:
+    """What each trial came to against what it took, and how its values led there."""
+    search = record.experiment.search
+    workers = search.workers if search else 1
+    sizes, series = record.sizes[:COLOURS], []
+    for trial in record.ranked:
+        look = f"c{sizes.index(trial.size)}" if trial.size in sizes else "c0"
+        minutes, value = workers * trial.seconds / 60, trial.last(record.metric)
+        label = f"{trial.name}: {value:.4g}, {duration(workers * trial.seconds)} of a worker"
+        series.append(Series([(minutes, value)], label, look, "circle"))
+    points = sorted(point for one in series for point in one.points if point[0] > 0)
+    front: list[tuple[float, float]] = []
+    for minutes, value in points:
+        if not front or record.sign * value < record.sign * front[-1][1]:
+            front += [(minutes, front[-1][1]), (minutes, value)] if front else [(minutes, value)]
+    shown = [one for one in series if one.points[0][0] > 0]
+    drawn = chart(
+        [*shown, Series(front, "the best for as much", "c1 dash")],
+        title=f"{record.metric} against cost",
+        x="minutes of a worker",
+        log_x=True,
+    )
+    names = [(f"c{i} mark", size) for i, size in enumerate(sizes)]
+    names.append(("c1 dash", "the best for as much"))
+    values = [(t.values, t.last(record.metric), t.name) for t in record.ranked]
+    lines = parallel(
+        values,
+        metric=record.metric,
+        sign=record.sign,
+        title="searched values and what they came to",
+    )
+    explained = note("A line is a trial, the darker the better; the best stands out.")
+    return f"<h3>Cost</h3>{legend(names)}{grid([drawn])}<h3>All settings at once</h3>{explained}{lines}"
+
+
+def course(record: Record) -> str:
+    """When each trial was at work."""
+    sizes, bars = record.sizes[:COLOURS], []
+    for trial in sorted(record.trials, key=_began):
+        look = f"c{sizes.index(trial.size)}" if trial.size in sizes else "c0"
+        told = f"{trial.name}: {trial.state}, {duration(trial.seconds)}"
+        bars.append(Bar(_spans(trial), told, look, ENDS.get(trial.state, "")))
+    names = [(f"c{i}", size) for i, size in enumerate(sizes)]
+    explained = "A row is a trial, in the order of their starts; gaps are interruptions. "
+    explained += "■ stopped early, ✕ failed."
+    drawn = timeline(bars, title="trials at work")
+    return f"<h3>Timeline</h3>{legend(names)}{note(explained)}{drawn}"
+
+
+def _tried(record: Record) -> list[Tried]:
+    paths = (*(record.experiment.search.space if record.experiment.search else ()), SEED)
+    return [
+        Tried(
+            {path: trial.values[path] for path in paths if path in trial.values},
+            trial.last(record.metric),
+            len(trial.curve("train/loss")),
+        )
+        for trial in record.ranked
+    ]
+
+
+def _spans(trial: Run) -> list[tuple[float, float]]:
+    """From each start of a trial to the last line before the next one."""
+    spans: list[tuple[float, float]] = []
+    for entry in journal.read(trial.folder)[0]:
+        moment = entry["time"]
+        if entry["kind"] == "start" or not spans:
+            spans.append((moment, moment))
+        spans[-1] = (spans[-1][0], moment)
+    return spans
+
+
+def _began(trial: Run) -> float:
+    spans: Sequence[tuple[float, float]] = _spans(trial)
+    return spans[0][0] if spans else float("inf")
+
+
+SECTIONS = (changes, costs, course)
+"""In the order of the page."""
