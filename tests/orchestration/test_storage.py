@@ -13,6 +13,7 @@ import pytest
 
 from orchestration import journal
 from orchestration.compose import load
+from orchestration.config import Experiment
 from orchestration.mirroring import mirror_of
 from tests.orchestration.buckets import ANYONE, Store
 from tests.orchestration.conftest import digits, run_folder
@@ -53,36 +54,35 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def test_a_training_whose_machine_is_lost_ends_on_another_one_with_the_same_bits(
-    storage, trained_run, bucket, dsvl, tmp_path, monkeypatch
+    trained_run, bucket, dsvl, tmp_path, monkeypatch
 ):
     for name, value in bucket.environment.items():
         monkeypatch.setenv(name, value)
-    raw = {"data": str(storage / "raw"), "remote": bucket.uri("walk")}
 
-    def at(name: str) -> tuple[Path, Callable[[str], Popen[str]]]:
+    def at(name: str) -> tuple[Experiment, Callable[[str], Popen[str]]]:
         """The experiment on a machine that has the raw data alone, and its commands."""
-        (tmp_path / name).mkdir()
-        place = raw | {"path": str(tmp_path / name / "runs")}
-        path = digits(tmp_path / name, "unbroken", storage=place)
-        return path, lambda verb: dsvl(verb, path, "--json", stdout=PIPE, stderr=PIPE)
+        place = [f"storage.path={tmp_path / name}", f"storage.remote={bucket.uri('walk')}"]
+        return load(trained_run, place), lambda verb: dsvl(
+            verb, trained_run, *place, "--json", stdout=PIPE, stderr=PIPE
+        )
 
     first, on_first = at("first")
     training = on_first("train")
-    mirror = mirror_of(load(first))
+    mirror = mirror_of(first)
     assert mirror is not None
     wait_until(
-        lambda: training.poll() is not None or max(mirror.whole(run_folder(first)), default=0) > 5
+        lambda: training.poll() is not None or max(mirror.whole(first.run_folder), default=0) > 5
     )
     assert training.poll() is None, training.communicate()
     lose(training)
-    saved = max(mirror.whole(run_folder(first)))
-    shutil.rmtree(first.parent / "runs")
+    saved = max(mirror.whole(first.run_folder))
+    shutil.rmtree(first.storage.path)
 
     second, on_second = at("second")
     result, said = succeed(on_second("train"))
     assert result["state"] == "finished"
     assert "fetching" in said
-    unbroken, run = run_folder(trained_run), run_folder(second)
+    unbroken, run = run_folder(trained_run), second.run_folder
     starts = [entry["step"] for entry in journal.read(run)[0] if entry["kind"] == "start"]
     assert starts == [0, saved]
     assert losses(run) == losses(unbroken)
@@ -91,13 +91,13 @@ def test_a_training_whose_machine_is_lost_ends_on_another_one_with_the_same_bits
         ours, theirs = ({p.name: p.read_bytes() for p in one.iterdir()} for one in kept)
         assert ours == theirs
 
-    shutil.rmtree(second.parent / "runs")
+    shutil.rmtree(second.storage.path)
     _, on_third = at("third")
     report, _ = succeed(on_third("report"))
     assert report["training"] == "finished"
     assert report["metrics"]["eval/loss"] == result["metrics"]["eval/loss"]
     assert Path(report["report"]).is_file()
-    assert mirror.whole(run_folder(first)) == {45, 48}
+    assert mirror.whole(first.run_folder) == {45, 48}
     assert bucket.way.counts["503"] > 0 < bucket.way.counts["closed"]
     keys = mirror.remote.files("unbroken")
     assert {"unbroken/result.json", "unbroken/report.html", "unbroken/chats.json"} <= keys.keys()
@@ -112,9 +112,9 @@ def test_a_store_that_refuses_ends_a_command_before_any_work(
 ):
     uri = bucket.uri("x") if wrong == "credentials" else bucket.uri("x", bucket="others")
     environment = os.environ | (ANYONE if wrong == "credentials" else bucket.environment)
-    place = {"data": str(storage / "raw"), "path": str(tmp_path / "runs"), "remote": uri}
-    path = digits(tmp_path, "refused", storage=place)
-    process = dsvl("prepare", path, stdout=PIPE, stderr=PIPE, env=environment)
+    path = digits(storage, "refused")
+    place = (f"storage.path={tmp_path / 'runs'}", f"storage.remote={uri}")
+    process = dsvl("prepare", path, *place, stdout=PIPE, stderr=PIPE, env=environment)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 2
     assert said.startswith("storage.remote: cannot write")
