@@ -1,8 +1,9 @@
 """One conversation with a model: show images, ask, clear."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,22 @@ class Chat:
         self._cache = self.model.decoder.cache(1)
         self._unread: list[int] = []
         """Ids at the end of the last answer that the decoder has not read."""
+        self._before: list[tuple[Any, list[int], int]] = []
+        """Where every round began: a mark of the cache, unread ids, images shown."""
+
+    def undo(self) -> bool:
+        """Forget the last question and its answer; False where there is none."""
+        if not self._before:
+            return False
+        mark, self._unread, self.images = self._before.pop()
+        self._cache.rewind(mark)
+        self.turns = self.turns[:-2]
+        return True
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are taken, of `max_tokens`."""
+        return sum(self._cache.past[0]) + len(self._unread)
 
     def ask(self, question: str, *, images: Sequence[np.ndarray] = ()) -> str:
         """Ask about new images, each (3, P, P) as the tower wants it, and all earlier ones.
@@ -76,7 +93,9 @@ class Chat:
         """
         return "".join(self.stream(question, images=images))
 
-    def stream(self, question: str, *, images: Sequence[np.ndarray] = ()) -> Iterator[str]:
+    def stream(
+        self, question: str, *, images: Sequence[np.ndarray] = ()
+    ) -> Generator[str, None, None]:
         """As `ask`, piece by piece as the answer is written."""
         size = self.model.config.vision.image_size
         for number, image in enumerate(images, start=self.images + 1):
@@ -144,6 +163,7 @@ class Chat:
         except BaseException:
             self._cache.rewind(mark)
             raise
+        self._before.append((mark, self._unread, self.images))
         answer = Part("text", text=self.encoder.decode(written))
         self.turns = [*turns, Turn("assistant", (answer,))]
         self.images += len(images)

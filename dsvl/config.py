@@ -583,7 +583,8 @@ class EvaluationConfig:
     samples: int | None = None
     """How many held-out samples are used, from the first; all when empty."""
     chats: int = 4
-    """Held-out conversations that the finished model answers, for its report."""
+    """Held-out conversations that the finished model answers, for its report; the first of them it answers
+    after every epoch."""
     new_tokens: int = 64
     """Most tokens of an answer when `dsvl evaluate` asks."""
     inspect_every: int = 50

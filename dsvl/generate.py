@@ -1,6 +1,6 @@
 """Decoding, batched and token by token, with a cache that goes on from round to round."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,7 +71,7 @@ def generate(
     *,
     end: int,
     max_new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Sequence[Sampling | None] | None = None,
     cache: Cache | None = None,
     store: ImageStore | None = None,
 ) -> Iterator[list[int | None]]:
@@ -82,7 +82,7 @@ def generate(
         batch: prompts; or what follows on those that the cache holds, a row a sample.
         end: the id that closes an answer.
         max_new_tokens: most tokens a sample.
-        sampling: how to draw; greedy without it.
+        sampling: how to draw; greedy without it. Or that of each sample, whose seed then counts alone.
         cache: `model.decoder.cache(1)`, for one sample that goes on; it comes to hold all but the last token.
         store: images known to the decoder, which are then neither encoded nor passed through it again.
             Not where the decoder runs interleaved.
@@ -126,19 +126,20 @@ def generate(
         past=cache.past if any(map(any, cache.past)) else None,
     ).to(batch.ids.device)
     text, images = model.embed(replace(batch, layout=layout), fresh=fresh)
-    draws = (
-        [
-            torch.Generator(text.device).manual_seed(sampling.numbered(n).seed)
-            for n in range(samples)
-        ]
-        if sampling
-        else []
-    )
+    if sampling is None or isinstance(sampling, Sampling):
+        sampling = [sampling and sampling.numbered(n) for n in range(samples)]
+    draws = [
+        (n, own, torch.Generator(text.device).manual_seed(own.seed))
+        for n, own in enumerate(sampling)
+        if own
+    ]
     ended = [False] * samples
     for count in range(max_new_tokens):
         states = model.decoder(text, images, layout, cache=cache, known=shown)
         logits_BV = model.logits(states[layout.wanted_positions.argsort()])
-        next_B = logits_BV.argmax(-1) if sampling is None else _draw(logits_BV, sampling, draws)
+        next_B = logits_BV.argmax(-1)
+        for n, own, draw in draws:
+            next_B[n] = _draw(logits_BV[n], own, draw)
         if hasattr(model.head.weight, "ds_tensor"):
             # Divided among the ranks (ZeRO 3), all of which take part in every pass. Those that disagreed
             # on an end, by a bit of rounding, would wait for each other: rank 0 writes for all.
@@ -165,19 +166,13 @@ def _last(kinds: np.ndarray, packing: np.ndarray | None) -> np.ndarray:
     return filled & ~follows
 
 
-def _draw(
-    logits_BV: torch.Tensor, sampling: Sampling, draws: list[torch.Generator]
-) -> torch.Tensor:
-    """(B,) tokens at random, each sample's from its own stream, whatever else is in the batch."""
+def _draw(logits_V: torch.Tensor, sampling: Sampling, draw: torch.Generator) -> torch.Tensor:
+    """A token at random, from the sample's own stream, whatever else is in the batch."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
-    nothing = torch.empty(len(logits_BV), 0, dtype=torch.long, device=logits_BV.device)
-    shares_BV = warpers(nothing, logits_BV).softmax(-1)  # pyright: ignore[reportArgumentType]
-    drawn = [
-        torch.multinomial(shares_V, 1, generator=draw)
-        for shares_V, draw in zip(shares_BV, draws, strict=True)
-    ]
-    return torch.cat(drawn)
+    nothing = torch.empty(1, 0, dtype=torch.long, device=logits_V.device)
+    shares_1V = warpers(nothing, logits_V[None]).softmax(-1)  # pyright: ignore[reportArgumentType]
+    return torch.multinomial(shares_1V[0], 1, generator=draw)[0]

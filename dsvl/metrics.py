@@ -6,7 +6,7 @@ Captions are in `captions`, intervals in `bootstrap`.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 WHOLE = """
@@ -72,25 +72,10 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
 def says_yes(answer: str) -> bool:
     """Whether an answer is a yes: its first sentence has no `No`, `no` or `not`.
 
-    As `evaluate.py` of github.com/AoiDragon/POPE reads it.
+    As `evaluate.py` of github.com/AoiDragon/POPE reads it (POPE, arXiv:2305.10355).
     """
     words = answer.partition(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
-
-
-def pope(said: Iterable[bool], true: Iterable[bool]) -> dict[str, float]:
-    """Answers to whether an object is in the image (POPE, arXiv:2305.10355); a yes is the positive class."""
-    count = Counter(zip(said, true, strict=True))
-    hits, total, positive = count[True, True], count.total(), count[True, True] + count[True, False]
-    precision = hits / max(positive, 1)
-    recall = hits / max(hits + count[False, True], 1)
-    return {
-        "accuracy": (hits + count[False, False]) / max(total, 1),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / max(precision + recall, 1e-300),
-        "yes_ratio": positive / max(total, 1),
-    }
 
 
 def choice(answer: str, letters: Collection[str]) -> str:

@@ -21,7 +21,14 @@ from pydantic_core import to_jsonable_python
 from orchestration.compose import load
 from orchestration.config import Experiment, StorageConfig
 from orchestration.problems import did_you_mean, harmless, raised_by_us
-from orchestration.verbs import FAULTS_FOUND, OF_A_FOLDER, OPTIONS, VERBS, WITHOUT_EXPERIMENT
+from orchestration.verbs import (
+    FAULTS_FOUND,
+    OF_A_FOLDER,
+    OPTIONS,
+    SEVERAL,
+    VERBS,
+    WITHOUT_EXPERIMENT,
+)
 
 QUICKSTART = Path(__file__).parent.parent / "configs/experiment/quickstart.yaml"
 
@@ -39,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = request.verb
         work = partial(VERBS[verb], **options)
         if verb not in WITHOUT_EXPERIMENT:
-            experiment = _experiment(request)
-            work = partial(work, experiment)
+            sources = _sources(request)
+            experiment = sources[0]
+            work = partial(work, sources if verb in SEVERAL else experiment)
         if verb == "chat":  # which is read while it works
             work = partial(work, out=sys.stderr if as_json else sys.stdout)
         with redirect_stdout(sys.stderr):  # what libraries print is no result
@@ -53,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ValueError) and raised_by_us(error):
             return _fail(str(error), as_json=as_json, status=2)
         cause = f"{verb} failed: {type(error).__name__}: {_first_line(error)}"
-        return _fail(cause + _log(verb, experiment), as_json=as_json, status=1)
+        return _fail(cause + _log(verb, experiment, cause), as_json=as_json, status=1)
     print(_json(result) if as_json else text)
-    return 0 if result.get("ok", True) else FAULTS_FOUND[verb]
+    return 0 if result.get("ok", True) else result.get("exit_status") or FAULTS_FOUND[verb]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,26 +88,35 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
         allow_abbrev=False,
     )
     parser.add_argument("verb", metavar=verb or "VERB")
+    options = OPTIONS.get(verb or "", {})
+    added = [parser.add_argument(name, **how) for name, how in options.items()]
     if verb not in WITHOUT_EXPERIMENT:
         named = f"a YAML file{OF_A_FOLDER.get(verb or '', '')}"
         parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help=named)
         parser.add_argument("overrides", metavar="section.field=value", nargs="*")
-    options = OPTIONS.get(verb or "", {})
-    added = [parser.add_argument(name, **how) for name, how in options.items()]
     parser.add_argument("--json", action="store_true", help="print the result as a JSON document")
     request = parser.parse_intermixed_args(arguments)
     return request, {option.dest: getattr(request, option.dest) for option in added}
 
 
-def _experiment(request: argparse.Namespace) -> Experiment | Path:
-    path, overrides = request.experiment, request.overrides
-    if request.verb == "quickstart" and (path is None or "=" in path):
+def _sources(request: argparse.Namespace) -> list[Experiment | Path]:
+    """What the verb works on: one experiment or folder, or several where it takes them."""
+    verb, path, overrides = request.verb, request.experiment, request.overrides
+    if verb == "quickstart" and (path is None or "=" in path):
         path, overrides = QUICKSTART, [*([path] if path else []), *overrides]
     if path is None and request.verb == "status":
         path = StorageConfig().path
     if path is None:
-        raise ValueError(f"name an experiment: dsvl {request.verb} EXPERIMENT")
-    if request.verb in OF_A_FOLDER and Path(path).is_dir():
+        raise ValueError(f"name an experiment: dsvl {verb} EXPERIMENT")
+    paths = [path]
+    if verb in SEVERAL:
+        paths += [word for word in overrides if "=" not in word or Path(word).is_dir()]
+        overrides = [word for word in overrides if word not in paths]
+    return [_source(verb, path, overrides) for path in paths]
+
+
+def _source(verb: str, path: str | Path, overrides: Sequence[str]) -> Experiment | Path:
+    if verb in OF_A_FOLDER and Path(path).is_dir():
         if overrides:
             told = f"{path} is a folder, whose settings are what they were; leave out {' '.join(overrides)}"
             raise ValueError(told)
@@ -120,15 +137,16 @@ def _json(document: dict[str, Any]) -> str:
     return json.dumps(plain, indent=2, allow_nan=False)
 
 
-def _log(verb: str, experiment: Experiment | Path | None) -> str:
-    """Write the traceback of the current exception beside the run, or at least somewhere; tell where."""
+def _log(verb: str, experiment: Experiment | Path | None, cause: str) -> str:
+    """Write cause and traceback of the current exception beside the run, or somewhere; tell where."""
     own = experiment.run_folder if isinstance(experiment, Experiment) else None
     for folder in (own, None):
         with suppress(OSError):  # a full disk, or one that may not be written to
             folder = folder or Path(tempfile.gettempdir())
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{verb}.error.log"
-            path.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+            text = f"{cause}\n\n{traceback.format_exc()}"
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return f"; see {path}"
     return ""
 

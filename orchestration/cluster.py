@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from orchestration.access import make_token
 from orchestration.config import Experiment
 
 # A training polls its workers every 2 s by default, which short ones spend most of their time waiting for.
@@ -22,13 +23,18 @@ TOKENS.setLevel(logging.ERROR)
 
 
 @contextmanager
-def connect(experiment: Experiment) -> Iterator[None]:
-    """Use the cluster at `cluster.address`; `local` starts one on this machine and ends it afterwards."""
+def connect(experiment: Experiment | None) -> Iterator[None]:
+    """Use the cluster at `cluster.address`; `local` starts one on this machine and ends it afterwards.
+
+    So does no experiment.
+    """
     if ray.is_initialized():
         yield
         return
-    settings: dict[str, Any] = {"address": experiment.cluster.address}
-    if experiment.cluster.address == "local":
+    address = experiment.cluster.address if experiment else "local"
+    settings: dict[str, Any] = {"address": address}
+    if address == "local":
+        make_token()
         # Tune learns from the dashboard that a stopped trial's training is gone; without it, it hangs.
         settings["include_dashboard"] = True
         # Nobody takes this machine away at a minute's notice: one process less a training.

@@ -55,6 +55,7 @@ def sweep(experiment: Experiment) -> dict:
         RuntimeError: if another process sweeps there.
     """
     folder = trials_folder(experiment)
+    search.require_room_for_trials_here(experiment)
     require_one_tokenizer(experiment)
     with sole(folder), mirrored(experiment):
         begin(experiment, folder)

@@ -14,8 +14,8 @@ from scipy import stats
 from orchestration.page import grid, note, number, percent, table
 from orchestration.plots import COLOURS, Series, chart, figure
 from orchestration.record import Record, Run
+from orchestration.space import SEED
 
-SEED = "train.seed"
 ACCURACY, LOSS, BLIND = "eval/accuracy", "eval/loss", "eval/accuracy_blind"
 
 

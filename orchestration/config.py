@@ -24,6 +24,7 @@ from dsvl.config import (
     OptimConfig,
     TrainConfig,
 )
+from orchestration.deploy import DeployConfig
 from orchestration.problems import ConfigError, Problem, explain
 from orchestration.settings import Section, path_keys, place
 from orchestration.space import WHAT, SearchConfig, across_problems, search_problems
@@ -159,6 +160,7 @@ class Experiment(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     cluster: ClusterConfig = ClusterConfig()
+    deploy: DeployConfig = DeployConfig()
     engine: EngineConfig = Field(default=EngineConfig(), validate_default=True)
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -11,7 +11,9 @@ class Course:
     """What the lines of a journal, added one after another, come to."""
 
     turns: list[Entry] = field(default_factory=list)
-    """The lines that are no metrics: starts, updates undone, ends."""
+    """Its starts, updates undone and ends."""
+    chats: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """Held-out conversations, by the update after which the model continued them."""
     latest: dict[str, float] = field(default_factory=dict)
     """The last of each metric."""
     step: int = 0
@@ -30,13 +32,17 @@ class Course:
             self.seconds += passed
             self.worker_seconds += passed * self.workers
         self.told = entry["time"]
-        if entry["kind"] == "metrics":
-            self.latest |= entry["metrics"]
-            self.step = entry["step"]
-        else:
-            self.turns.append(entry)
-        if entry["kind"] == "start":
-            self.step = entry["step"]
+        match entry["kind"]:
+            case "metrics":
+                self.latest |= entry["metrics"]
+                self.step = entry["step"]
+            case "chats":
+                self.chats[entry["step"]] = entry["chats"]
+            case "start":
+                self.turns.append(entry)
+                self.step = entry["step"]
+            case "undone" | "end":
+                self.turns.append(entry)
 
     @property
     def start(self) -> Entry:

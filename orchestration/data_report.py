@@ -1,11 +1,15 @@
 """What the page of a run says of its data: what was lost on the way, and what an epoch is made of."""
 
+from pathlib import Path
 from typing import Any
 
-from orchestration.page import facts, grid, note
+from orchestration.page import facts, grid, note, picture, table
 from orchestration.plots import COLOURS, Series, bars, chart, legend, outline
-from orchestration.record import Record, read_data
+from orchestration.record import Data, Record, read_data, read_images, read_shown
 from orchestration.statistics import measure
+
+SHOWN = 4
+"""Images of a set."""
 
 
 def data(record: Record) -> str:
@@ -25,7 +29,32 @@ def data(record: Record) -> str:
         drawn = _epoch(measure(record.experiment, record.prepared))
     except ValueError as error:  # an earlier version prepared them
         drawn = note(str(error))
-    return f"<h3>Data</h3>{facts(rows)}{drawn}"
+    return f"<h2>Data</h2>{facts(rows)}{drawn}{_images(record.prepared)}{_quarantine(found)}"
+
+
+def _images(prepared: Path) -> str:
+    """Some of the images of each set."""
+    keys = {key: name for name, some in read_shown(prepared, SHOWN).items() for key in some}
+    images = read_images(prepared, set(keys))
+    figures = (picture(f"{name}: {images[key]['path']}", images[key]) for key, name in keys.items())
+    return (
+        f'<h3>Some of the images</h3><div class="images">{"".join(figures)}</div>' if keys else ""
+    )
+
+
+def _quarantine(found: Data) -> str:
+    """The first records that were lost, of every set and for every reason."""
+    rows = [
+        ({}, (f"{one['source']}: {one['reason']}", one["record"], one["detail"] or ""))
+        for some in found.examples.values()
+        for one in some
+    ]
+    if not rows:
+        return ""
+    told = note(
+        "The first of each reason; all of them are in quarantine.jsonl of the prepared data."
+    )
+    return f"<h3>Quarantine</h3>{told}{table(('why', 'record', 'what'), rows)}"
 
 
 def _epoch(measured: dict[str, Any]) -> str:

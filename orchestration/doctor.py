@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -23,19 +22,23 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from dsvl.config import ModelConfig
+from orchestration.access import readable_by_others, token_file
 from orchestration.config import Experiment
 
 GIB = 1024**3
 PYTHON = ">=3.11"
 FLOORS = {
-    "ray": ">=2.56",  # CVE-2026-57516, code from read_webdataset; CVE-2026-41486, from Parquet
-    "mlflow": ">=3.15",  # CVE-2026-96804, pickles; CVE-2026-2652, authentication passed by
-    "torch": ">=2.10",  # CVE-2026-24747, memory corrupted by torch.load
-    "transformers": ">5.2",  # CVE-2026-5241, a config.json that runs code
-    "pillow": ">=13.0.0",  # CVE-2026-112403 and -112398, overflows in the JPEG decoder
-    "deepspeed": ">=0.19",
+    "ray": (
+        ">=2.56",
+        "CVE-2026-57516 and CVE-2026-41486, code run by reading webdatasets and Parquet",
+    ),
+    "mlflow": (">=3.15", "CVE-2026-96804, pickles; CVE-2026-2652, authentication passed by"),
+    "torch": (">=2.10", "CVE-2026-24747, memory corrupted by torch.load"),
+    "transformers": (">5.2", "CVE-2026-5241, a config.json that runs code"),
+    "pillow": (">=13.0.0", "CVE-2026-112403 and CVE-2026-112398, overflows in the JPEG decoder"),
+    "deepspeed": (">=0.19", "this project calls what older ones lack"),
 }
-"""Versions below have known vulnerabilities, or lack what this project calls."""
+"""Versions that do, and what is known of those below."""
 HOME = Path(__file__).parent.parent
 """The folder that the paths of the shipped experiments start at."""
 CONSTRAINTS = HOME / "constraints.txt"
@@ -75,6 +78,10 @@ def examine(experiment: Experiment) -> dict[str, Any]:
         *(port(number, purpose) for number, purpose in PORTS.items()),
         *token(),
     ]
+    if experiment.cluster.address != "local":
+        from orchestration.nodes import examine_nodes
+
+        checks += examine_nodes(experiment)
     return {
         "ok": all(check.ok for check in checks if check.essential),
         "checks": [
@@ -104,12 +111,13 @@ def packages() -> Iterator[Check]:
     """Python and packages: no older than is safe, and which differ from the tested ones."""
     python = platform.python_version()
     yield Check("python", _within(python, PYTHON), python, f"use Python {PYTHON}")
-    for name, floor in FLOORS.items():
+    for name, (floor, known) in FLOORS.items():
         found = _version(name)
+        fit = found is not None and _within(found, floor)
         yield Check(
             name,
-            found is not None and _within(found, floor),
-            f"{found or 'not installed'} (needs {floor})",
+            fit,
+            f"{found or 'not installed'} (needs {floor}{'' if fit else f': {known}'})",
             f"pip install --constraint constraints.txt '{name}{floor}'",
         )
     if CONSTRAINTS.exists():
@@ -185,7 +193,7 @@ def resources(experiment: Experiment) -> Iterator[Check]:
         )
     gpus = _gpus()
     if cluster.address != "local":
-        yield Check("machine", True, f"{cluster.address} carries the work; look there too")
+        yield Check("machine", True, f"{cluster.address} carries the work")
         yield Check("GPUs", True, f"{len(gpus)} here", essential=False)
         return
     cpus, needed = _cpus(), workers * cluster.cpus_per_worker
@@ -216,24 +224,25 @@ def port(number: int, purpose: str) -> Check:
     with socket.socket() as probe:
         probe.settimeout(1)
         free = probe.connect_ex(("127.0.0.1", number)) != 0
+    open_to = "" if free or not _reachable(number) else ", and reachable from other machines"
     return Check(
         f"port {number}",
         free,
-        f"free for {purpose}" if free else f"used by {_listener(number)}",
-        f"{purpose} must take another port, unless that is it",
+        f"free for {purpose}" if free else f"used by {_listener(number)}{open_to}",
+        f"{purpose} must take another port, unless that is it"
+        + ("; bind it to 127.0.0.1 and forward the port to who may use it" if open_to else ""),
         essential=False,
     )
 
 
 def token() -> Iterator[Check]:
     """Whether others may read the token that lets one use Ray, where there is one."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
+    path = token_file()
     if path.exists():
-        mode = stat.S_IMODE(path.stat().st_mode)
         yield Check(
             "Ray's token",
-            not mode & 0o077,
-            f"{path} has mode {mode:04o}",
+            not readable_by_others(path),
+            f"{path} has mode {path.stat().st_mode & 0o777:04o}",
             f"chmod 600 {path}; whoever reads it may run code on the cluster",
             essential=False,
         )
@@ -283,6 +292,18 @@ def _gpus() -> list[str]:
         return []
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+
+
+def _reachable(number: int) -> bool:
+    """Whether something listens on a port of an interface that other machines may reach."""
+    addresses = [address for those in psutil.net_if_addrs().values() for address in those]
+    for address in addresses:
+        if address.family == socket.AF_INET and not address.address.startswith("127."):
+            with socket.socket() as probe:
+                probe.settimeout(1)
+                if probe.connect_ex((address.address, number)) == 0:
+                    return True
+    return False
 
 
 def _listener(number: int) -> str:

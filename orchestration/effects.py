@@ -1,4 +1,4 @@
-"""What one setting changes, all else equal: the trials of a sweep in pairs, and over their seeds.
+"""What one setting changes, all else equal: the trials of a sweep in pairs.
 
 A learning-rate schedule is judged length by length, as it is worth more or less the longer a training is.
 That is the offset between schedules: their losses are compared by pairs alone, never in one ranking.
@@ -53,17 +53,6 @@ class Effect:
         return f"{self.path} {self.value} against {self.against}{length}"
 
 
-@dataclass(frozen=True)
-class Repeated:
-    """The trials that differ in their seeds alone."""
-
-    values: Mapping[str, Any]
-    seeds: int
-    mean: float
-    interval: tuple[float, float] | None
-    """95 %, of two seeds at least."""
-
-
 def effects(tried: Sequence[Tried], own: Mapping[str, Any], *, relative: bool) -> list[Effect]:
     """Every value of every setting against the experiment's own, or the first one tried.
 
@@ -88,42 +77,22 @@ def effects(tried: Sequence[Tried], own: Mapping[str, Any], *, relative: bool) -
     return found
 
 
-def spread(
-    mean: float, interval: Sequence[float] | None, *, relative: bool, signed: bool = True
-) -> str:
-    """A mean with its interval, in percent where it is relative."""
+def spread(effect: Effect, *, relative: bool) -> str:
+    """A change with its interval, in percent where it is relative."""
     unit, scale = (" %", 100) if relative else ("", 1)
-    written = ("{:+.2f}" if relative else "{:+.4f}") if signed else "{:.4f}"
-    told = [written.format(scale * value) for value in (mean, *(interval or ()))]
-    return f"{told[0]}{unit}" + (f" ({told[1]} to {told[2]}, 95 %)" if interval else "")
+    written = "{:+.2f}" if relative else "{:+.4f}"
+    told = [written.format(scale * value) for value in (effect.change, *(effect.interval or ()))]
+    return f"{told[0]}{unit}" + (f" ({told[1]} to {told[2]}, 95 %)" if effect.interval else "")
 
 
-def over_seeds(tried: Sequence[Tried]) -> list[Repeated]:
-    """Means over seeds, where these were searched, in the order of the trials."""
-    alike: dict[str, list[Tried]] = {}
-    for trial in tried:
-        if SEED in trial.values:
-            alike.setdefault(repr(_without(trial, SEED)), []).append(trial)
-    return [
-        Repeated(_without(group[0], SEED), len(group), *_mean([one.metric for one in group]))
-        for group in alike.values()
-    ]
-
-
-def paired(differences: Sequence[float]) -> list[float] | None:
-    """Mean of paired differences, and its 95 % interval by Student's t; none of fewer than two pairs."""
-    if not differences:
-        return None
-    mean, interval = _mean(differences)
-    return [mean, *interval] if interval else None
-
-
-def _mean(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    count, mean = len(values), float(np.mean(values))
+def paired(values: Sequence[float]) -> list[float] | None:
+    """Mean of values, or paired differences, and its 95 % interval by Student's t; none of fewer than two."""
+    count = len(values)
     if count < 2:
-        return mean, None
-    half = float(stats.t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
-    return mean, (mean - half, mean + half)
+        return None
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(count)
+    half = float(stats.t.ppf(0.975, count - 1)) * error
+    return [mean, mean - half, mean + half]
 
 
 def _pairs(
@@ -156,7 +125,9 @@ def _effect(
     changes = [a.metric / b.metric - 1 if relative else a.metric - b.metric for a, b in pairs]
     made, others = (sum(pair[side].updates for pair in pairs) for side in (0, 1))
     ratio = made / others if others else math.nan
-    return [Effect(path, value, against, epochs, len(pairs), *_mean(changes), ratio)]
+    known = paired(changes)
+    mean, interval = (known[0], (known[1], known[2])) if known else (changes[0], None)
+    return [Effect(path, value, against, epochs, len(pairs), mean, interval, ratio)]
 
 
 def _without(trial: Tried, path: str) -> dict[str, Any]:

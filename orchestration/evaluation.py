@@ -9,11 +9,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 
 from dsvl.converse import Question, answers_of
 from dsvl.data.blend import Epoch
@@ -26,9 +28,11 @@ from dsvl.suites import Dialogue, SuiteConfig, dialogues, vocabulary
 from dsvl.template import ANSWER, QUESTION
 from orchestration import tracking
 from orchestration.asking import BLANK, Sample, answers_folder, ask, encoder, held_out
-from orchestration.config import Experiment
+from orchestration.config import Experiment, digest
 from orchestration.journal import sole, write_json, write_whole
 from orchestration.prepare import prepare
+from orchestration.problems import did_you_mean
+from orchestration.record import read_if_there
 from orchestration.results import require_same_data
 from orchestration.scores import Row, differences, figures, grouped
 from orchestration.trained import Trained, choose
@@ -36,6 +40,9 @@ from orchestration.worker import held_out_samples
 
 log = logging.getLogger(__name__)
 
+TABLE = ("set", "sample", "round", "question", "expected", "answer")
+TABLE_ROWS = 1000
+"""What MLflow shows of the rounds, and of how many."""
 HELD_OUT = "held out"
 """The name of the set that every evaluation has."""
 
@@ -71,11 +78,10 @@ def evaluate(
     chosen = choose(source, step=step)
     other = read_rounds(against) if against else None
     experiment, folder = chosen.experiment, answers_folder(chosen)
-    prepared_folder = Path(prepare(experiment)["folder"])
-    require_same_data(experiment, chosen.folder, prepared_folder)
-    prepared, code = open_store(prepared_folder), encoder(experiment)
+    prepared, code = open_store(_data(chosen)), encoder(experiment)
     rows: list[Row] = []
     sets: dict[str, Any] = {}
+    vocabularies: dict[str, Objects | None] = {}
     with sole(folder):
         epoch = held_out_samples(prepared, experiment)
         rows += _held_out(chosen, epoch, prepared, code, folder)
@@ -83,6 +89,7 @@ def evaluate(
         for name, (suite, home) in described.items():
             found, faults, objects = _suite(chosen, name, suite, home, prepared, code, folder)
             sets[name] = _told(found, objects) | {"left_out": faults}
+            vocabularies[name] = objects
             rows += found
         result: dict[str, Any] = {
             "folder": str(folder),
@@ -97,8 +104,10 @@ def evaluate(
                 ours, theirs = (
                     [row for row in some if row["set"] == name] for some in (rows, other)
                 )
-                compared[name] = differences(ours, theirs)
+                compared[name] = differences(ours, theirs, vocabularies.get(name))
             result["against"] = compared
+        # Of what nobody said there is no figure: strict JSON has no number for it.
+        result = to_jsonable_python(result, inf_nan_mode="null")
         write_whole(folder / "rounds.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_json(folder / "evaluation.json", result)
     tracking.measured(
@@ -106,13 +115,27 @@ def evaluate(
         chosen.folder,
         {
             f"evaluation/{name.replace(' ', '_')}/{figure}": of["value"]
-            for name, told in sets.items()
+            for name, told in result["sets"].items()
             for figure, of in told["figures"].items()
+            if of["value"] is not None
         },
         step=chosen.checkpoint.step,
         path=folder / "evaluation.json",
+        table=[{name: row[name] for name in TABLE} for row in rows[:TABLE_ROWS]],
     )
     return result
+
+
+def _data(chosen: Trained) -> Path:
+    """The prepared data that a run was held to, made again where they are gone."""
+    held = read_if_there(chosen.folder / "data.json")
+    folder = Path(held.get("folder", ""))
+    manifest = read_if_there(folder / "manifest.json") if held else {}
+    if manifest and digest(manifest["files"]) == held["digest"]:
+        return folder
+    folder = Path(prepare(chosen.experiment)["folder"])
+    require_same_data(chosen.experiment, chosen.folder, folder)
+    return folder
 
 
 def read_suite(path: Path) -> tuple[SuiteConfig, Path]:
@@ -129,15 +152,27 @@ def read_suite(path: Path) -> tuple[SuiteConfig, Path]:
         return SuiteConfig(format=form, files=(path.name,)), path.parent
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return TypeAdapter(SuiteConfig).validate_python(settings), path.parent
     except yaml.YAMLError as error:
         raise ValueError(f"--suite {path}: is no YAML: {error}") from None
+    known = [field.name for field in fields(SuiteConfig)]
+    if not isinstance(settings, dict):
+        raise ValueError(f"--suite {path}: must describe a suite by {', '.join(known)}")
+    told = [
+        f"{name}: no such field{did_you_mean(str(name), known)}"
+        for name in settings
+        if name not in known
+    ]
+    suite = None
+    try:
+        suite = TypeAdapter(SuiteConfig).validate_python(settings)
     except ValidationError as error:
-        told = [
+        told += [
             ": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"])))
             for each in error.errors()
         ]
-        raise ValueError("\n".join(f"--suite {path}: {each}" for each in told)) from None
+    if told or suite is None:
+        raise ValueError("\n".join(f"--suite {path}: {each}" for each in told))
+    return suite, path.parent
 
 
 def read_rounds(run: Path) -> list[Row]:
@@ -195,6 +230,7 @@ def _rounds(example: Example, sample: Sample, code: Encoder) -> Iterator[Row]:
         yield {
             "round": number,
             "images": shown,
+            "shows": list(question.images),
             "question": text,
             "kind": "said",
             "expected": [code.decode(example.ids[start : end - 1].tolist())],
@@ -332,7 +368,7 @@ def render(result: Mapping[str, Any]) -> str:
         for dimension, groups in told.get("by", {}).items():
             for group, some in groups.items():
                 shown = ", ".join(
-                    f"{key} {some[key]['value']:.3f}" for key in some if key != "rounds"
+                    f"{key} {_number(some[key]['value'])}" for key in some if key != "rounds"
                 )
                 lines.append(f"  by {dimension} {group}: {some['rounds']:,} rounds, {shown}")
     for name, told in result.get("against", {}).items():
@@ -345,6 +381,10 @@ def render(result: Mapping[str, Any]) -> str:
 def _table(told: Mapping[str, Mapping[str, float]]) -> list[str]:
     width = max(map(len, told), default=0)
     return [
-        f"  {name:<{width}}  {of['value']:9.4f}  [{of['low']:.4f}, {of['high']:.4f}]"
+        f"  {name:<{width}}  {_number(of['value']):>9}  [{_number(of['low'])}, {_number(of['high'])}]"
         for name, of in told.items()
     ]
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.4f}"

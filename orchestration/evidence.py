@@ -12,7 +12,6 @@ import yaml
 
 from orchestration.across import AcrossSizes, Recommendation
 from orchestration.climb import Climb, confirmations, values_of
-from orchestration.comparison import paired
 from orchestration.config import Experiment
 from orchestration.cost import GRID_RATES
 from orchestration.effects import paired

@@ -3,6 +3,7 @@
 One process writes at a time. A line is one of
 `{"kind": "start", "time", "identity", "params", "step", "steps", "workers"}`,
 `{"kind": "metrics", "time", "step", "metrics"}`,
+`{"kind": "chats", "time", "step", "chats"}`, what `dsvl.chat.transcript` gave after update `step`,
 `{"kind": "undone", "time", "fault"}` where updates since the last checkpoint are made again without one,
 and `{"kind": "end", "time", "state", "reason"}` with state finished, stopped (by a scheduler) or failed.
 """
@@ -107,6 +108,10 @@ class Journal:
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """What was measured after update `step`."""
         self._append({"kind": "metrics", "step": step, "metrics": metrics})
+
+    def chats(self, step: int, chats: list[dict]) -> None:
+        """Held-out conversations as the model continued them after update `step`."""
+        self._append({"kind": "chats", "step": step, "chats": chats})
 
     def undone(self, fault: str) -> None:
         """The run goes back to its newest checkpoint."""

@@ -7,12 +7,17 @@ text is escaped, and nothing is loaded from elsewhere.
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from io import BytesIO
 from math import isfinite
 from string import Template
 from typing import Any
 
+from PIL import Image
+
 Attributes = Mapping[str, object]
 
+LARGEST = 640
+"""Pixels of an image on a page, either way."""
 IMAGES = ("image/png", "image/jpeg", "image/webp")
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$name</title>
@@ -52,6 +57,7 @@ gap:1rem 1.5rem}figure{margin:0}
 .chart polyline{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round}
 .chart polyline.thin{stroke-width:1.2}.chart polyline.faint{opacity:.3;stroke-width:1}
 .chart polyline.dash{stroke-dasharray:5 3}
+.chart .band{fill:currentColor;opacity:.18}
 .chart .mark{fill:currentColor;stroke:var(--page);stroke-width:1}
 .chart .cross{fill:none;stroke:currentColor;stroke-width:2.2}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}
@@ -62,6 +68,8 @@ table{border-collapse:collapse;font-size:.925rem}
 th,td{text-align:left;padding:.3rem .9rem .3rem 0;vertical-align:top}
 thead th{color:var(--soft);font-weight:500;border-bottom:1px solid var(--line)}
 .facts th{color:var(--soft);font-weight:400;padding-right:1.5rem}
+.wide{overflow-x:auto}.matrix td,.matrix th{border-bottom:1px solid var(--line)}
+.matrix tbody th{color:var(--soft);font-weight:400}
 .trials{width:100%}.trials td{border-bottom:1px solid var(--line)}.trials .best{font-weight:600}
 .number,.number td{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .heat{width:100%;max-width:30rem;table-layout:fixed}
@@ -81,8 +89,8 @@ font-size:.9rem;max-width:30rem;margin-top:.4rem}
 .chat dl{margin:.3rem 0 .9rem;display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem}
 .chat dt{color:var(--soft)}.chat dd{margin:0;min-width:0}
 .images{display:flex;flex-wrap:wrap;gap:.6rem}
-.chat img{display:block;max-width:100%;max-height:18rem;border:1px solid var(--line)}
-.chat .small{image-rendering:pixelated;width:6rem;height:auto}
+.images img,.chat img{display:block;max-width:100%;max-height:18rem;border:1px solid var(--line)}
+.images .small,.chat .small{image-rendering:pixelated;width:6rem;height:auto}
 .sample{margin-top:1rem}.sample h3{margin:0}.sample div{white-space:pre-wrap}
 .sample figure{display:inline-block;white-space:normal;margin:.2rem .6rem .2rem 0;max-width:100%}
 .sample mark{background:color-mix(in srgb,var(--c2) 22%,transparent);color:inherit;
@@ -152,20 +160,52 @@ def table(head: Sequence[str], rows: Iterable[tuple[Attributes, Sequence[str]]])
     return f'<table class="trials"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
-def chat(told: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]]) -> str:
-    """A chat with its images, and whether each answer is exactly the true one."""
+def matrix(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Rows with a name each over columns that may be many: what is too wide is scrolled."""
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    lines = []
+    for name, cells in rows:
+        written = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{escape(name)}</th>{written}</tr>')
+    return (
+        f'<div class="wide" tabindex="0"><table class="matrix"><thead><tr><td></td>{top}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def chat(
+    told: Mapping[str, Any],
+    images: Mapping[str, Mapping[str, Any]],
+    *,
+    earlier: Sequence[tuple[int, Sequence[str]]] = (),
+) -> str:
+    """A chat with its images, and whether each answer is exactly the true one.
+
+    `earlier` has (update, answers round by round) of the same model before.
+    """
     parts = [note(told["id"])]
-    for part in told["rounds"]:
-        figures = [_image(f"image {i + 1}", images.get(told["images"][i])) for i in part["images"]]
+    for number, part in enumerate(told["rounds"]):
+        figures = [picture(f"image {i + 1}", images.get(told["images"][i])) for i in part["images"]]
         parts += [f'<div class="images">{"".join(figures)}</div>'] if figures else []
-        right = part["model"].strip() == part["answer"].strip()
-        look, verdict = ("right", "✓ right") if right else ("wrong", "✗ wrong")
+        said = [
+            (f"update {step:,}", answers[number])
+            for step, answers in earlier
+            if number < len(answers)
+        ]
+        answers = [
+            _answer(when, one, part["answer"]) for when, one in [*said, ("model", part["model"])]
+        ]
         parts.append(
             f"<dl><dt>question</dt><dd>{escape(part['question'])}</dd>"
-            f"<dt>true answer</dt><dd>{escape(part['answer'])}</dd><dt>model</dt>"
-            f'<dd>{escape(part["model"])} <span class="{look}">{verdict}</span></dd></dl>'
+            f"<dt>true answer</dt><dd>{escape(part['answer'])}</dd>{''.join(answers)}</dl>"
         )
     return f'<article class="chat">{"".join(parts)}</article>'
+
+
+def _answer(when: str, said: str, true: str) -> str:
+    right = said.strip() == true.strip()
+    look, verdict = ("right", "✓ right") if right else ("wrong", "✗ wrong")
+    return f'<dt>{when}</dt><dd>{escape(said)} <span class="{look}">{verdict}</span></dd>'
 
 
 def sample(told: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]]) -> str:
@@ -175,7 +215,7 @@ def sample(told: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]]) -> 
         if "image" in piece:
             at = told["images"][piece["image"] - 1]
             name = f"image {piece['image']}: {at['path']}, {at['width']} × {at['height']}"
-            inside.append(_image(f"{name}, {at['key'][:12]}", images.get(at["key"])))
+            inside.append(picture(f"{name}, {at['key'][:12]}", images.get(at["key"])))
         else:
             tag = "mark" if piece["trained"] else "span"
             inside.append(f"<{tag}>{escape(piece['text'])}</{tag}>")
@@ -186,14 +226,26 @@ def sample(told: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]]) -> 
     )
 
 
-def _image(name: str, image: Mapping[str, Any] | None) -> str:
+def picture(name: str, image: Mapping[str, Any] | None) -> str:
+    """A prepared image with its name, or what to say where it is not there."""
     if image is None or image["mime"] not in IMAGES:
         caption = f"<figcaption>{escape(name)}: not in the prepared data</figcaption>"
         return f"<figure>{caption}</figure>"
     small = {"class": "small"} if max(image["width"], image["height"]) < 96 else {}
-    source = f"data:{image['mime']};base64,{b64encode(image['bytes']).decode()}"
+    mime, content = _fit(image)
+    source = f"data:{mime};base64,{b64encode(content).decode()}"
     tag = attributes({"src": source, "alt": name, **small})
     return f"<figure><img{tag}><figcaption>{escape(name)}</figcaption></figure>"
+
+
+def _fit(image: Mapping[str, Any]) -> tuple[str, bytes]:
+    """Kind and bytes of an image, made smaller where it is larger than a page shows it."""
+    if max(image["width"], image["height"]) <= LARGEST:
+        return image["mime"], image["bytes"]
+    smaller = Image.open(BytesIO(image["bytes"])).convert("RGB")
+    smaller.thumbnail((LARGEST, LARGEST))
+    smaller.save(file := BytesIO(), "JPEG", quality=85)
+    return "image/jpeg", file.getvalue()
 
 
 def number(value: float) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state
+from ray._private.utils import get_num_cpus
 
 from orchestration.config import Experiment
 
@@ -51,6 +52,25 @@ def require_room(experiment: Experiment, *, workers: int, beside: float = 0.0) -
         f"{experiment.cluster.address} hold {room} ({found or 'there is none'}); set fewer workers or less "
         "cluster.cpus_per_worker, or add nodes"
     )
+
+
+def require_room_here(experiment: Experiment, *, workers: int, beside: float = 0.0) -> None:
+    """The same before Ray starts on this machine, which takes seconds; GPUs and labels are left to it.
+
+    Raises:
+        ValueError: with the arithmetic.
+    """
+    cluster = experiment.cluster
+    if cluster.address != "local" or ray.is_initialized():
+        return
+    cpus, needed = get_num_cpus(), workers * cluster.cpus_per_worker + beside
+    if needed > cpus + GRAIN:
+        own = f" and {beside:g} CPU for the trial itself" if beside else ""
+        raise ValueError(
+            f"{workers} workers of {cluster.cpus_per_worker:g} CPU{own} can never be placed: they take "
+            f"{needed:g} CPU, and this machine has {cpus}; set fewer workers, less cluster.cpus_per_worker, "
+            "or a cluster.address of more machines"
+        )
 
 
 def _room(offered: Mapping[str, float], needed: dict[str, float]) -> int:

@@ -12,7 +12,7 @@ from typing import Literal
 from orchestration.page import attributes, note
 
 Point = tuple[float, float]
-Mark = Literal["", "circle", "square", "cross"]
+Mark = Literal["", "circle", "square", "cross", "band"]
 
 COLOURS = 6
 """Colours that stay apart for colour-blind readers, as classes c0, c1, ..."""
@@ -37,7 +37,7 @@ class Series:
     look: str = "c0"
     """Classes: a colour, and `dash` or `faint`."""
     mark: Mark = ""
-    """A mark at each point instead of a line through them."""
+    """A mark at each point instead of a line through them, or a `band`, of which they are the outline."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,10 @@ def thin(points: Sequence[Point], most: int) -> list[Point]:
 
 def drawn(one: Series, places: Sequence[Point]) -> str:
     """A line through places of a figure, or a mark at each."""
+    way = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    if one.mark == "band":
+        return f'<polygon class="band" points="{way}"/>'
     if not one.mark:
-        way = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         return f'<polyline class="{one.look}" points="{way}"/>'
     shapes = {
         "circle": '<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="4"/>',

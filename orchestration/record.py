@@ -4,6 +4,7 @@ A file of its own because it changes with what workers and sweeps write down, an
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from orchestration import journal
-from orchestration.config import Experiment
+from orchestration.config import Experiment, StorageConfig, validated
+from orchestration.course import Course
 from orchestration.plan import prepared_folder
-from orchestration.results import EVIDENCE, refuse_another
+from orchestration.results import EVIDENCE, experiment_of, refuse_another
 from orchestration.space import SCHEDULE, SEED
 
 SIZE = "model.size"
+EXAMPLES = 3
+"""Records of each reason for which one may be quarantined."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,17 @@ class Run:
     """finished, stopped, failed, unfinished (running or interrupted) or waiting."""
     reason: str
     curves: dict[str, list[tuple[int, float]]]
-    seconds: float
-    """Spent training, over all resumes."""
-    ended: float
-    """When its last line was written."""
+    course: Course
+
+    @property
+    def seconds(self) -> float:
+        """Spent training, over all resumes."""
+        return self.course.seconds
+
+    @property
+    def ended(self) -> float:
+        """When its last line was written."""
+        return inf if self.course.told is None else self.course.told
 
     @property
     def size(self) -> str:
@@ -78,19 +89,36 @@ def read(folder: Path, *, name: str) -> Run:
     curves: dict[str, list[tuple[int, float]]] = {}
     for metric, step, value, _ in journal.points(entries):
         curves.setdefault(metric, []).append((step, value))
+    course = Course()
+    for entry in entries:
+        course.add(entry)
     result = read_if_there(folder / "result.json")
-    last = next((e for e in reversed(entries) if e["kind"] in ("start", "end")), {})
     return Run(
         name=name,
         folder=folder,
         values=read_if_there(folder / "values.json"),
         fields=read_if_there(folder / "experiment.json").get("fields", {}),
-        state=result.get("state") or last.get("state") or ("unfinished" if entries else "waiting"),
-        reason=last.get("reason", ""),
+        state=result.get("state")
+        or course.end.get("state")
+        or ("unfinished" if entries else "waiting"),
+        reason=course.end.get("reason", ""),
         curves=curves,
-        seconds=journal.seconds(entries),
-        ended=entries[-1]["time"] if entries else inf,
+        course=course,
     )
+
+
+def stored(folder: Path) -> Experiment:
+    """The experiment whose run folder this is, with its search if a sweep lies there, wherever it lies now.
+
+    Raises:
+        ValueError: if the folder is of no run.
+    """
+    trials = folder / "trials"
+    if not (trials / "experiment.json").is_file():
+        return experiment_of(folder)
+    experiment = validated(read_if_there(trials / "experiment.json")["experiment"])
+    here = StorageConfig(path=str(folder.absolute().parent), data=experiment.storage.data)
+    return experiment.model_copy(update={"name": folder.absolute().name, "storage": here})
 
 
 class Record:
@@ -108,6 +136,9 @@ class Record:
             if before := read_if_there(path):
                 refuse_another(experiment, before, where=path)
         self.experiment = experiment
+        self.is_trial = (folder / "values.json").is_file()
+        self.whole = _of_its_own(experiment) if self.is_trial else experiment
+        """The experiment, fit for a file: a trial as a run of its own beside its sweep."""
         self.metric = search.metric if search else "eval/loss"
         self.sign = -1 if search and search.mode == "max" else 1
         training = read(folder, name=experiment.name)
@@ -136,7 +167,15 @@ class Record:
         self.sizes = [size for size in experiment.model.languages if size in tried]
         self.evidence = read_if_there(folder / EVIDENCE)
         """What a search across sizes has found, if there was one: see `evidence`."""
-        self.prepared = prepared_folder(experiment)
+        self.prepared = self._prepared()
+
+    def _prepared(self) -> Path | None:
+        """The data that its runs were held to if they are there, or else any that it would take."""
+        for run in [*([self.training] if self.training else []), *self.trials]:
+            named = read_if_there(run.folder / "data.json").get("folder")
+            if named and Path(named, "manifest.json").is_file():
+                return Path(named)
+        return prepared_folder(self.experiment)
 
     def best_of(self, size: str) -> Run | None:
         """The best trial of a size."""
@@ -173,6 +212,13 @@ class Record:
         return not self._comparable(run), value if isfinite(value) else inf, run.name
 
 
+def _of_its_own(trial: Experiment) -> Experiment:
+    folder = trial.run_folder.absolute()
+    storage = trial.storage.model_copy(update={"path": str(folder.parents[2])})
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{folder.parents[1].name}-{folder.name}")[:100]
+    return trial.model_copy(update={"name": name, "storage": storage})
+
+
 @dataclass(frozen=True)
 class Data:
     """What a folder of prepared data holds."""
@@ -184,18 +230,38 @@ class Data:
     """What the manifest says of each set."""
     lost: dict[str, Counter[str]]
     """Why records of each set were quarantined."""
+    examples: dict[tuple[str, str], list[dict[str, Any]]]
+    """The first lines of the quarantine of each set and reason."""
 
 
 def read_data(folder: Path) -> Data:
     """Count prepared data without reading the images."""
     sources = read_if_there(folder / "manifest.json")["sources"]
     lost = {name: Counter[str]() for name in sources}
+    examples: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         lost[record["source"]][record["reason"]] += 1
+        some = examples.setdefault((record["source"], record["reason"]), [])
+        if len(some) < EXAMPLES:
+            some.append(record)
     splits = pq.read_table(folder / "samples", columns=["split"])["split"]
     images = sum(file.metadata.num_rows for file in _image_files(folder))
-    return Data(Counter(splits.to_pylist()), images, sources, lost)
+    return Data(Counter(splits.to_pylist()), images, sources, lost, examples)
+
+
+def read_shown(folder: Path, most: int) -> dict[str, list[str]]:
+    """Keys of at most so many images of each set, from all over its samples."""
+    table = pq.read_table(folder / "samples", columns=["source", "images"])
+    by_set: dict[str, list[str]] = {}
+    for source, images in zip(
+        table["source"].to_pylist(), table["images"].to_pylist(), strict=True
+    ):
+        by_set.setdefault(source, []).extend(images)
+    unlike = {source: list(dict.fromkeys(keys)) for source, keys in by_set.items()}
+    return {
+        source: keys[:: max(1, len(keys) // most)][:most] for source, keys in unlike.items() if keys
+    }
 
 
 def read_images(folder: Path, keys: set[str]) -> dict[str, dict[str, Any]]:

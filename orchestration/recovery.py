@@ -17,6 +17,7 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 from ray.train.v2.api.exceptions import ControllerError
 
 from dsvl.checkpoint_folder import held
+from orchestration.results import place_of
 
 
 class RecoveringTrainer(TorchTrainer):
@@ -92,6 +93,14 @@ def first_cause(error: TrainingFailedError) -> Exception:
         for rank, failure in _worker_errors(error).items()
     ]
     return min(ranked, key=lambda entry: entry[:3])[-1] if ranked else error
+
+
+def told(error: TrainingFailedError, folder: Path) -> str:
+    """What a training in this folder failed of: which rank, on which node, of which exception."""
+    cause = first_cause(error)
+    ranks = [rank for rank, failure in _worker_errors(error).items() if failure is cause]
+    where = "".join(f"rank {rank} on {place_of(folder, rank)}: " for rank in ranks[:1])
+    return f"{where}{type(cause).__name__}: {cause}"
 
 
 def _worker_errors(error: TrainingFailedError) -> dict[int, Exception]:

@@ -1,7 +1,7 @@
 """One HTML page on a training, a sweep or both, from the files of the run folder alone.
 
-This file says what stands on the page, section by section; data_report.py and sweep_report.py do the same
-for data and for sweeps.
+This file says what stands on the page, section by section; run_report.py, data_report.py and sweep_report.py
+do the same for a training, for data and for sweeps.
 No server, no Ray and no torch is needed, and the page asks no other host for anything. What a dataset, a
 model or a configuration says is escaped: it may hold HTML.
 """
@@ -12,6 +12,7 @@ from collections import Counter
 from datetime import datetime
 from html import escape
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,16 +22,17 @@ from orchestration import (
     comparison,
     data_report,
     evaluation_report,
+    run_report,
     sweep_report,
     trials_report,
     verdict_report,
 )
 from orchestration.config import Experiment
 from orchestration.journal import write_whole
-from orchestration.page import cards, chat, document, duration, facts, grid, note, number, percent
+from orchestration.page import cards, document, duration, facts, number, percent
 from orchestration.parameters import language_parameters, parameters
-from orchestration.plots import SHARES, Series, chart, figure, thin
-from orchestration.record import Record, Run, read_if_there, read_images
+from orchestration.plots import SHARES
+from orchestration.record import Record, Run, stored
 
 PACKAGES = ("ray", "deepspeed", "torch", "transformers", "mlflow", "numpy", "pyarrow", "pillow")
 TOLD = {
@@ -41,32 +43,36 @@ TOLD = {
 }
 
 
-def write(experiment: Experiment) -> dict[str, Any]:
-    """Write `report.html` into the run folder, and the whole experiment beside it as YAML.
+def write(source: Experiment | Path, html: Path | None = None) -> dict[str, Any]:
+    """Write the page, `report.html` in the run folder unless told where, and the experiment as YAML.
+
+    `source` may be the folder of a run, a sweep or a trial.
 
     Raises:
         FileNotFoundError: if there is neither a training nor a trial in the folder.
         ValueError: if the folder holds the run of another experiment; the fields are named.
     """
+    experiment = source if isinstance(source, Experiment) else stored(source)
     if experiment.storage.remote is None:
-        return _write(experiment)
+        return _write(experiment, html)
     from orchestration.mirroring import fetch_data, mirrored  # which loads torch
 
     with mirrored(experiment, writer=False):
         fetch_data(experiment)
-        return _write(experiment)
+        return _write(experiment, html)
 
 
-def _write(experiment: Experiment) -> dict[str, Any]:
+def _write(experiment: Experiment, html: Path | None) -> dict[str, Any]:
     """Write both of what is here."""
     folder, record = experiment.run_folder, Record(experiment)
-    settings = yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True)
+    html = html or folder / "report.html"
+    settings = yaml.safe_dump(record.whole.as_dict(), sort_keys=False, allow_unicode=True)
     write_whole(folder / "experiment.yaml", settings)
-    write_whole(folder / "report.html", page(record))
+    write_whole(html, page(record))
     best = record.best
     evaluated = sorted(key for key in best.curves if key.startswith("eval/")) if best else []
     return {
-        "report": str(folder / "report.html"),
+        "report": str(html),
         "training": record.training.state if record.training else "waiting",
         "trials": dict(Counter(trial.state for trial in record.trials)),
         "best": best.name if best else None,
@@ -77,13 +83,13 @@ def _write(experiment: Experiment) -> dict[str, Any]:
 
 def page(record: Record) -> str:
     """The whole page; each section is a function below."""
-    sections = [headline, asked, data_report.data]
-    sections += [curves] if record.training else []
+    sections = [headline, asked, run_report.cost, data_report.data]
+    sections += run_report.SECTIONS if record.training else []
     sections += [verdict_report.verdicts]
     sections += across_report.SECTIONS if record.evidence else []
     sections += [comparison.section] if record.trials else []
     sections += [*sweep_report.SECTIONS, *trials_report.SECTIONS] if record.trials else []
-    sections += [evaluation_report.evaluations, chats, again]
+    sections += [evaluation_report.evaluations, run_report.chats, again]
     return document(record.experiment.name, [section(record) for section in sections])
 
 
@@ -147,61 +153,21 @@ def asked(record: Record) -> str:
     return f"<h2>What was asked</h2>{facts(rows)}"
 
 
-def curves(record: Record) -> str:
-    """Loss, learning rate and accuracy of the training."""
-    run = record.training
-    assert run is not None
-    loss = run.curve("train/loss")
-    losses = [
-        Series(thin(loss, 400), "train, update by update", "c0 faint"),
-        Series(thin(loss, 60), "train, smoothed"),
-        Series(run.curve("eval/loss"), "held out", "c1", "circle"),
-    ]
-    rates = [Series(thin(run.curve("train/lr"), 400), "learning rate")]
-    accuracies = [
-        Series(run.curve(metric), name, look, mark)
-        for metric, name, look in SHARES
-        for mark in ("", "circle")
-    ]
-    right = "held-out answers exactly right"
-    figures = [
-        figure(
-            chart(losses, title="loss, nats a token", x="update"),
-            [("c0", "train, smoothed"), ("c1 mark", "held out")],
-        ),
-        figure(chart(rates, title="learning rate", x="update", frame=[(1, 0)])),
-        figure(
-            chart(accuracies, title=right, x="update", shares=True),
-            [(look, name) for _, name, look in SHARES],
-        ),
-    ]
-    return f"<h2>Training</h2>{grid(figures)}"
-
-
-def chats(record: Record) -> str:
-    """Held-out chats with the best model that has chatted."""
-    if record.speaker is None:
-        return ""
-    told = read_if_there(record.speaker.folder / "chats.json")
-    keys = {key for one in told for key in one["images"]}
-    images = read_images(record.prepared, keys) if record.prepared else {}
-    return (
-        f"<h2>Held-out chats with {escape(record.speaker.name)}</h2>"
-        f"{note('An answer is right if it is exactly the true one.')}"
-        f'<div class="chats">{"".join(chat(one, images) for one in told)}</div>'
-    )
-
-
 def again(record: Record) -> str:
     """The commands to go on with, and the software that was there."""
-    it = record.experiment
-    path, new = shlex.quote(str(it.run_folder / "experiment.yaml")), f"name={it.name}-again"
+    folder, it = record.experiment.run_folder, record.whole
+    path, new = shlex.quote(str(folder / "experiment.yaml")), f"name={it.name}-again"
     verbs = (["train"] if record.training else []) + (["sweep"] if record.trials else [])
-    lines = [
-        *("# talk to the best model", f"dsvl chat {path}", ""),
-        "# go on where it stopped; what is done is not done again",
-        *(f"dsvl {verb} {path}" for verb in verbs),
-        *("", "# all of it again, from nothing"),
+    subject = shlex.quote(str(folder)) if record.is_trial else path
+    lines = ["# talk to the best model", f"dsvl chat {subject}", ""]
+    if not record.is_trial:
+        lines += [
+            "# go on where it stopped; what is done is not done again",
+            *(f"dsvl {verb} {path}" for verb in verbs),
+            "",
+        ]
+    lines += [
+        "# all of it again, from nothing",
         *(f"dsvl {verb} {path} {shlex.quote(new)}" for verb in verbs),
         *("", "# every run, curve and setting"),
         f"mlflow ui --backend-store-uri {shlex.quote(it.tracking_uri)}",

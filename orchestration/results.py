@@ -1,5 +1,7 @@
 """What a run leaves in its folder: whose it is, its result, and its evaluations."""
 
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 from orchestration.config import Experiment, StorageConfig, digest, validated
@@ -7,6 +9,31 @@ from orchestration.journal import points, read, read_json, write_json
 
 EVIDENCE = "evidence.json"
 """What a search across sizes has found, in the run folder of its experiment."""
+JOB = "DSVL_JOB"
+"""Names, in the environment of all its processes, the job that a cluster runs."""
+
+
+def logs(folder: Path) -> Path:
+    """Where a run keeps its logs: what a cluster runs has a folder for each job."""
+    return folder / "logs" / os.environ.get(JOB, "")
+
+
+BEGINS = "begins on "
+
+
+def note_place(log: Path, place: str) -> None:
+    """Begin a rank's log, or go on with it, by where it runs."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {BEGINS}{place}\n")
+
+
+def place_of(folder: Path, rank: int) -> str:
+    """Where a rank of a run ran when it was last begun, as its log says."""
+    log = logs(folder) / f"rank-{rank}.log"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    begun = [line.partition(BEGINS)[2] for line in lines if BEGINS in line]
+    return begun[-1] if begun else "a node that it never began on"
 
 
 def experiment_of(folder: Path) -> Experiment:

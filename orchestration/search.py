@@ -19,11 +19,11 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from orchestration.budget import Budgeted, spent
 from orchestration.climb import Climb, proposal
 from orchestration.config import Experiment
-from orchestration.effects import Effect, Repeated, Tried, effects, over_seeds, spread
+from orchestration.effects import Effect, Tried, effects, spread
 from orchestration.journal import Journal, curve, read, read_json, write_json
 from orchestration.mirroring import mirror_of
 from orchestration.parzen import Parzen
-from orchestration.placement import require_room
+from orchestration.placement import require_room, require_room_here
 from orchestration.proposals import Listed, Proposal, proposals
 from orchestration.results import (
     begin,
@@ -95,6 +95,11 @@ def search(experiment: Experiment, prepared: Path) -> None:
 def require_room_for_trials(experiment: Experiment) -> None:
     """Refuse a search of which the cluster can never hold a single trial, with a ValueError."""
     require_room(experiment, workers=_settings(experiment).workers, beside=TRIAL_CPUS)
+
+
+def require_room_for_trials_here(experiment: Experiment) -> None:
+    """The same before Ray starts, where it would on this machine."""
+    require_room_here(experiment, workers=_settings(experiment).workers, beside=TRIAL_CPUS)
 
 
 def _settings(experiment: Experiment) -> SearchConfig:
@@ -248,7 +253,7 @@ def summarize(experiment: Experiment) -> dict:
 
 
 def compare(experiment: Experiment, trials: Sequence[Mapping[str, Any]]) -> dict:
-    """What single settings change among the trials of a summary, and what these come to over seeds."""
+    """What single settings change among the trials of a summary."""
     search = _settings(experiment)
     tried = [
         Tried(
@@ -260,11 +265,7 @@ def compare(experiment: Experiment, trials: Sequence[Mapping[str, Any]]) -> dict
     ]
     relative = search.mode == "min"
     changed = effects(tried, experiment.searched(), relative=relative)
-    return {
-        "relative": relative,
-        "effects": [*map(asdict, changed)],
-        "over_seeds": [*map(asdict, over_seeds(tried))],
-    }
+    return {"relative": relative, "effects": [*map(asdict, changed)]}
 
 
 def _ended(folder: Path) -> tuple[str | None, str]:
@@ -285,10 +286,7 @@ def render(summary: dict) -> str:
     ]
     lines += [f"failed: {failure}" for failure in summary["failed"]]
     for effect in (Effect(**one) for one in summary["effects"]):
-        change = spread(effect.change, effect.interval, relative=summary["relative"])
+        change = spread(effect, relative=summary["relative"])
         counted = f"{effect.pairs} pairs, {effect.updates:.2f} of the updates"
         lines.append(f"{effect.what}: {change}, {counted}")
-    for repeated in (Repeated(**one) for one in summary["over_seeds"]):
-        mean = spread(repeated.mean, repeated.interval, relative=False, signed=False)
-        lines.append(f"{trial_name(repeated.values)}: {mean} over {repeated.seeds} seeds")
     return "\n".join(lines)

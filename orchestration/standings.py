@@ -2,9 +2,10 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import StringIO
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -52,6 +53,12 @@ def render(standings: Sequence[Standing], *, terminal: bool) -> str:
     with console.capture() as captured:
         console.print(_view(standings))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def shipped(synced: Mapping[str, Any]) -> str:
+    """What a synchronisation with MLflow came to, as a line."""
+    waits = "".join(f"; {folder} is at work and ships by itself" for folder in synced["at_work"])
+    return f"\n{synced['store']} has {synced['runs']} runs{waits}"
 
 
 def watch(source: Watch) -> list[Standing]:

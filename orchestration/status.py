@@ -120,11 +120,15 @@ class Watch:
         now, found = time.time(), []
         for folder in self._folders():
             if (folder / NAME).is_file() or (folder / "experiment.json").is_file():
-                driver = folder.parent if (folder / "values.json").is_file() else folder
+                driver = folder.parent if _is_trial(folder) else folder
                 found.append(self._of(folder).look(at_work=busy(driver / LOCK), now=now))
             if (folder / "trials" / NAME).is_file():
                 found.append(self._sweep(folder, now))
         return found
+
+    def owners(self) -> list[Path]:
+        """The run folders of experiments, also of those of which only a trial was asked for."""
+        return [run.parent.parent if _is_trial(run) else run for run in self._folders()]
 
     def _folders(self) -> Iterator[Path]:
         folders = [self._source.absolute()]
@@ -167,6 +171,10 @@ class Watch:
 def _order(trial: Standing) -> tuple[bool, float, str]:
     """Those under way first, then the best."""
     return trial.state not in UNDER_WAY, inf if trial.loss is None else trial.loss, trial.name
+
+
+def _is_trial(folder: Path) -> bool:
+    return (folder / "values.json").is_file()
 
 
 def _has_run(folder: Path) -> bool:

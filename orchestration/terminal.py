@@ -1,11 +1,13 @@
 """Talking to a trained model in a terminal."""
 
 import logging
+import re
 import shlex
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -17,34 +19,18 @@ from dsvl.data.encode import load_tokenizer
 from dsvl.data.images import ImageProcessor, load
 from dsvl.data.sources import BadImage, Images
 from orchestration.config import Experiment
-from orchestration.journal import read_json
-from orchestration.trained import CHAT, choose, manner
+from orchestration.journal import write_json
+from orchestration.problems import harmless
+from orchestration.trained import Subject, find
 
 log = logging.getLogger(__name__)
 
-HELP = """A line is a question. `/image PATH [PATH ...]` shows images with the next question,
-`/clear` begins anew, `/quit` (or Ctrl-D) ends."""
-
-
-class Subject(NamedTuple):
-    """What is talked to."""
-
-    folder: Path
-    """Of the model."""
-    tokenizer: str
-    """The folder that has it, or a name on the hub."""
-    processor: str
-    """The same."""
-    manner: dict[str, Any]
-
-
-def find(source: Experiment | Path) -> Subject:
-    """The model of an exported folder, else what `choose` chooses, with what it raises."""
-    if isinstance(source, Path) and (source / CHAT).is_file():
-        return Subject(source, str(source), str(source), read_json(source / CHAT))
-    experiment, _, checkpoint = choose(source)
-    parts = experiment.model.language.checkpoint, experiment.model.vision.checkpoint
-    return Subject(checkpoint.folder, *parts, manner(experiment))
+HELP = """A line is a question. `/image PATH [PATH ...]`, or paths in a line, as dropped files are, show
+images with the next question; `/images` lists them. `/undo` takes the last question back, `/clear` begins
+anew, `/save FILE` keeps the conversation as JSON. Ctrl-C stops an answer; `/quit` (or Ctrl-D) ends."""
+WORD = re.compile(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s\\'"])+""")
+"""A word of a line as shells and file managers write it, in quotes or with escaped blanks."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def open_chat(subject: Subject) -> Chat:
@@ -82,52 +68,134 @@ def talk(source: Experiment | Path, *, out: TextIO) -> dict:
         return processor.normalise(image.fitted)
 
     images: list[Path] = []
-    rounds: list[dict] = []
+    conversation: list[dict] = []
+    asked: list[dict] = []
     print(HELP, file=sys.stderr)
-    while (line := _read_line(chat.images, len(images))) is not None:
+    while (line := _read_line(chat, len(images))) is not None:
         command, _, rest = line.partition(" ")
-        if command == "/quit":
-            break
-        if command == "/clear":
-            chat.clear()
-            images = []
-        elif command == "/image":
-            try:
-                images += [Path(path).expanduser().resolve() for path in shlex.split(rest)]
-            except ValueError as error:  # a quotation without its end
-                print(f"{line}: {error}", file=sys.stderr)
-        elif command.startswith("/"):
-            print(f"no command {command}. {HELP}", file=sys.stderr)
-        elif line:
-            said = {
-                "round": len(chat.turns) // 2 + 1,
-                "images": list(map(str, images)),
-                "question": line,
-            }
-            try:
-                pieces = chat.stream(line, images=list(map(pixels, images)))
-                said["answer"] = _show(pieces, out)
-            except (BadImage, ValueError) as error:
-                print(error, file=sys.stderr)
-                said["error"] = str(error)
-            rounds.append(said)
-            images = []
-    return {"answered": sum("answer" in said for said in rounds), "rounds": rounds}
+        match command:
+            case "/quit":
+                break
+            case "/clear":
+                chat.clear()
+                images, conversation = [], []
+            case "/undo":
+                if chat.undo():
+                    conversation.pop()
+                else:
+                    print("there is nothing to take back", file=sys.stderr)
+            case "/save":
+                _save(rest, conversation)
+            case "/images":
+                shown = [path for said in conversation for path in said["images"]]
+                for number, path in enumerate([*shown, *images], start=1):
+                    waits = "" if number <= len(shown) else ", shown with the next question"
+                    print(f"image {number}: {path}{waits}", file=sys.stderr)
+            case "/image":
+                try:
+                    images += [_path(word) for word in shlex.split(rest)]
+                except ValueError as error:  # a quotation without its end
+                    print(f"{line}: {error}", file=sys.stderr)
+            case _:
+                try:
+                    question, dropped = _taken_apart(line)
+                except ValueError as error:
+                    print(error, file=sys.stderr)
+                    continue
+                images += dropped
+                if not question:
+                    continue
+                said = {
+                    "round": len(chat.turns) // 2 + 1,
+                    "images": list(map(str, images)),
+                    "question": question,
+                }
+                try:
+                    pieces = chat.stream(question, images=list(map(pixels, images)))
+                    said["answer"] = _show(pieces, out)
+                    conversation.append(said)
+                except (BadImage, ValueError) as error:
+                    print(error, file=sys.stderr)
+                    said["error"] = str(error)
+                asked.append(said)
+                images = []
+    return {"answered": sum("answer" in said for said in asked), "rounds": asked}
 
 
-def _show(pieces: Iterable[str], out: TextIO) -> str:
-    """Write the pieces of an answer as they come, and return it."""
+def _taken_apart(line: str) -> tuple[str, list[Path]]:
+    """The question of a line, and the images whose paths were dropped into it.
+
+    Raises ValueError for a command that is none, and for the URL of an image.
+    """
+    paths = []
+
+    def take(found: re.Match[str]) -> str:
+        word = re.sub(r"\\(.)", r"\1", found[0].strip("'\"")).removeprefix("file://")
+        if not word.lower().endswith(SUFFIXES):
+            return found[0]
+        if "://" in word:
+            raise ValueError(f"{word}: is not fetched; save the image, and name its file")
+        path = _path(word)
+        if path.is_file() or word.startswith(("/", "~", "./", "../")):
+            paths.append(path)
+            return ""
+        return found[0]
+
+    question = " ".join(WORD.sub(take, line).split()) if "." in line else line
+    if question.startswith("/") and not paths:
+        raise ValueError(f"no command {question.split()[0]}. {HELP}")
+    return question if paths else line, paths
+
+
+def _path(word: str) -> Path:
+    return Path(word).expanduser().resolve()
+
+
+def _save(name: str, conversation: list[dict]) -> None:
+    """Write a conversation into a file that is not there yet."""
+    path = _path(name.strip() or "conversation.json")
+    if path.exists():
+        print(f"{path}: is there already; name another file", file=sys.stderr)
+        return
+    try:
+        write_json(path, {"rounds": conversation})
+        print(f"{path}: {len(conversation)} rounds", file=sys.stderr)
+    except OSError as error:
+        print(f"{path}: {error.strerror}", file=sys.stderr)
+
+
+def _show(pieces: Generator[str, None, None], out: TextIO) -> str:
+    """Write the pieces of an answer as they come, and return it. Ctrl-C stops it, twice the program."""
     answer = ""
-    for piece in pieces:
-        print(piece, end="", file=out, flush=True)
-        answer += piece
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        for piece in pieces:
+            print(harmless(piece), end="", file=out, flush=True)
+            answer += piece
+            if stopped:
+                pieces.close()
+                print("\n(stopped)", end="", file=sys.stderr)
+                break
+    finally:
+        signal.signal(signal.SIGINT, before)
     print(file=out, flush=True)
+    if not answer:
+        print("(an empty answer)", file=sys.stderr)
     return answer
 
 
-def _read_line(shown: int, waiting: int) -> str | None:
-    """The next line, or None at the end; the prompt tells how many images there are."""
+def _read_line(chat: Chat, waiting: int) -> str | None:
+    """The next line, or None at the end; the prompt tells how many images there are, and of the room."""
+    room = f"{chat.tokens}/{chat.encoder.max_tokens} tokens" if sys.stdin.isatty() else ""
     try:
-        return input(f"[{shown}+{waiting} images] > " if sys.stdin.isatty() else "").strip()
+        return input(f"[{chat.images}+{waiting} images, {room}] > " if room else "").strip()
     except (EOFError, KeyboardInterrupt):
         return None

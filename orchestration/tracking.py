@@ -10,10 +10,11 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -22,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
 from orchestration import journal
-from orchestration.config import Experiment
+from orchestration.config import Experiment, digest
 from orchestration.record import read_if_there
 from orchestration.space import SearchConfig
 
@@ -219,9 +220,19 @@ class Store:
 
 
 def measured(
-    experiment: Experiment, folder: Path, metrics: Mapping[str, float], *, step: int, path: Path
+    experiment: Experiment,
+    folder: Path,
+    metrics: Mapping[str, float],
+    *,
+    step: int,
+    path: Path,
+    table: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Keep what was measured of a trained model, and its file, with the MLflow run of its folder, if any."""
+    """Keep what was measured of a trained model with the MLflow run of its folder, if any.
+
+    Beside the metrics, the file and the table of what was said, of which MLflow shows those of several runs
+    side by side.
+    """
     if not (run_id := read_if_there(folder / RECORD).get("run_id")):
         return
     try:
@@ -231,5 +242,12 @@ def measured(
             for first in range(0, len(points), BATCH):
                 store.client.log_batch(run_id, metrics=points[first : first + BATCH])
             store.client.log_artifact(run_id, str(path))
+            columns = (
+                {name: [str(row[name]) for row in table] for name in table[0]} if table else {}
+            )
+            # MLflow appends to a table that is there: a name of its content keeps it from doing so twice.
+            name = f"rounds-{digest(columns)}.json"
+            if name not in {held.path for held in store.client.list_artifacts(run_id)}:
+                store.client.log_table(run_id, columns, name)
     except Exception as error:  # each kind of store has its own; the file is there all the same
         log.warning("tracking store %s: %s; %s is not in it", experiment.tracking_uri, error, path)

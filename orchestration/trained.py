@@ -15,6 +15,29 @@ CHAT = "chat.json"
 """In an exported model: how one chats with it."""
 
 
+class Subject(NamedTuple):
+    """A model to talk to."""
+
+    name: str
+    folder: Path
+    """Of the model."""
+    tokenizer: str
+    """The folder that has it, or a name on the hub."""
+    processor: str
+    """The same."""
+    manner: dict[str, Any]
+
+
+def find(source: Experiment | Path) -> Subject:
+    """The model of an exported folder, else what `choose` chooses, with what it raises."""
+    if isinstance(source, Path) and (source / CHAT).is_file():
+        name = source.resolve().name
+        return Subject(name, source, str(source), str(source), read_json(source / CHAT))
+    experiment, _, checkpoint = choose(source)
+    parts = experiment.model.language.checkpoint, experiment.model.vision.checkpoint
+    return Subject(experiment.name, checkpoint.folder, *parts, manner(experiment))
+
+
 class Trained(NamedTuple):
     """A model as it was at some update."""
 

@@ -15,8 +15,8 @@ from orchestration.config import Experiment
 from orchestration.journal import Journal
 from orchestration.placement import resources
 from orchestration.problems import raised_by_us
-from orchestration.recovery import Legal, Patience, RecoveringTrainer, first_cause
-from orchestration.results import content_of
+from orchestration.recovery import Legal, Patience, RecoveringTrainer, first_cause, told
+from orchestration.results import JOB, content_of
 
 
 def fit(
@@ -72,7 +72,7 @@ def fit(
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         cause = first_cause(error)
-        reason = f"{type(cause).__name__}: {cause}"
+        reason = told(error, folder)
         Journal(folder).end("failed", reason=reason)
         if isinstance(cause, ValueError) and isinstance(error, ray.train.WorkerGroupError):
             raise ValueError(str(cause)) from error
@@ -81,7 +81,8 @@ def fit(
 
 def work(config: dict) -> None:
     """What Ray calls on each worker: the model's modules are imported there, the driver needs none."""
-    os.chdir(config["directory"])  # what relative paths of the experiment start at
+    if JOB not in os.environ:  # to which Ray has given a folder of its own on each node
+        os.chdir(config["directory"])  # what relative paths of the experiment start at
     if not config["experiment"]["cluster"]["gpus_per_worker"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = (
             ""  # Ray leaves a GPU visible to who did not ask for one

@@ -6,7 +6,7 @@ A file of its own because it changes with how trials are compared, and sweep_rep
 from collections.abc import Sequence
 
 from orchestration import journal
-from orchestration.effects import Tried, effects, over_seeds, spread
+from orchestration.effects import Tried, effects, spread
 from orchestration.figures import Bar, parallel, timeline
 from orchestration.page import duration, grid, note, table
 from orchestration.plots import COLOURS, Mark, Series, chart, legend
@@ -18,44 +18,28 @@ ENDS: dict[str, Mark] = {"stopped": "square", "failed": "cross"}
 
 
 def changes(record: Record) -> str:
-    """Single settings against one another, all else equal, and means over seeds."""
+    """Single settings against one another, all else equal."""
     search, tried = record.experiment.search, _tried(record)
     if search is None:
         return ""
-    relative, parts = record.sign > 0, []
+    relative = record.sign > 0
     found = effects(tried, record.experiment.searched(), relative=relative)
-    if found:
-        head = ("setting", f"change of {record.metric}, 95 %", "pairs", "updates made")
-        rows = [
+    if not found:
+        return ""
+    head = ("setting", f"change of {record.metric}, 95 %", "pairs", "updates made")
+    rows = [
+        (
+            {"data-effect": one.path},
             (
-                {"data-effect": one.path},
-                (
-                    one.what,
-                    spread(one.change, one.interval, relative=relative),
-                    str(one.pairs),
-                    f"{one.updates:.2f} times",
-                ),
-            )
-            for one in found
-        ]
-        parts.append(f"<h3>What a setting changes, all else equal</h3>{table(head, rows)}")
-    repeated = over_seeds(tried)
-    if any(one.seeds > 1 for one in repeated):
-        ordered = sorted(repeated, key=lambda one: record.sign * one.mean)
-        head = ("trials that differ in their seeds alone", f"mean {record.metric}, 95 %", "seeds")
-        rows = [
-            (
-                {},
-                (
-                    ", ".join(f"{path.rpartition('.')[2]}={v}" for path, v in one.values.items()),
-                    spread(one.mean, one.interval, relative=False, signed=False),
-                    str(one.seeds),
-                ),
-            )
-            for one in ordered
-        ]
-        parts.append(f"<h3>Over seeds</h3>{table(head, rows)}")
-    return "".join(parts)
+                one.what,
+                spread(one, relative=relative),
+                str(one.pairs),
+                f"{one.updates:.2f} times",
+            ),
+        )
+        for one in found
+    ]
+    return f"<h3>What a setting changes, all else equal</h3>{table(head, rows)}"
 
 
 def costs(record: Record) -> str:

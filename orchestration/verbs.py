@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -92,11 +92,14 @@ def _sweep(experiment: Experiment) -> Result:
     return result, render(result)
 
 
-def _report(experiment: Experiment) -> Result:
-    """Write the page of a run or a sweep."""
-    from orchestration.report import write
+def _report(sources: list[Experiment | Path], *, html: Path | None) -> Result:
+    """Write the page of a run or a sweep, or of a comparison of several."""
+    from orchestration import report, side_by_side
 
-    return described(write(experiment))
+    if len(sources) == 1:
+        return described(report.write(sources[0], html))
+    result = side_by_side.write(sources, html or Path("comparison.html"))
+    return result, side_by_side.render(result)
 
 
 def _evaluate(
@@ -109,15 +112,30 @@ def _evaluate(
     return result, harmless(render(result))
 
 
-def _status(source: Experiment | Path, *, watch: bool) -> Result:
+def _status(source: Experiment | Path, *, watch: bool, sync: bool) -> Result:
     """Say where runs and sweeps stand: state, progress, faults, losses, cost."""
     from orchestration import standings
     from orchestration.status import Watch
 
-    seen = Watch(source)
+    seen, synced = Watch(source), []
+    if sync:
+        from orchestration.record import stored
+        from orchestration.shipping import catch_up
+
+        owners = [source] if isinstance(source, Experiment) else map(stored, seen.owners())
+        synced = [catch_up(experiment) for experiment in owners]
     found = standings.watch(seen) if watch else seen.look()
     told = standings.render(found, terminal=_on_a_terminal()) if found else "no runs yet"
-    return {"runs": list(map(asdict, found))}, told
+    told += "".join(map(standings.shipped, synced))
+    return {"runs": list(map(asdict, found))} | ({"synced": synced} if sync else {}), told
+
+
+def _submit(experiment: Experiment, **options: Any) -> Result:
+    """Carry work to a cluster; typed again, tell how it is there."""
+    from orchestration.submit import render, submit
+
+    result = submit(experiment, **options)
+    return result, harmless(render(result))
 
 
 def _doctor(experiment: Experiment) -> Result:
@@ -134,6 +152,16 @@ def _chat(experiment: Experiment | Path, *, out: TextIO) -> Result:
 
     result = talk(experiment, out=out)
     return result, f"answered: {result['answered']}"
+
+
+def _serve(sources: Sequence[Experiment | Path], *, host: str, port: int) -> Result:
+    """Serve models to browsers and OpenAI's clients until Ctrl-C; of several, answers stand side by side."""
+    try:
+        from orchestration.serve import run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs {error.name}; pip install 'dsvl[serve]'") from error
+
+    return described(run(sources, host=host, port=port))
 
 
 def _export(
@@ -199,17 +227,57 @@ VERBS: dict[str, Callable[..., Result]] = {
     "report": _report,
     "evaluate": _evaluate,
     "chat": _chat,
+    "serve": _serve,
     "export": _export,
+    "submit": _submit,
     "doctor": _doctor,
 }
 
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "submit": {
+        "work": {
+            "metavar": "WORK",
+            "choices": ("check", "prepare", "train", "sweep", "report", "evaluate"),
+            "help": "check, prepare, train, sweep, report or evaluate",
+        },
+        "--to": {
+            "choices": ("ray", "kuberay", "slurm", "aws", "machines"),
+            "default": "ray",
+            "help": "a Ray cluster that runs (the default), KubeRay, Slurm, or what `ray up` starts",
+        },
+        "--address": {
+            "metavar": "URL",
+            "help": "its dashboard; http://127.0.0.1:8265 if neither given nor RAY_API_SERVER_ADDRESS",
+        },
+        "--dry-run": {"action": "store_true", "help": "say what would be sent, and send nothing"},
+        "--check": {"action": "store_true", "help": "say what is wrong with it, and send nothing"},
+        "--wait": {
+            "action": "store_true",
+            "help": "show what the job says until it ends; the exit status is its own",
+        },
+        "--stop": {"dest": "stopping", "action": "store_true", "help": "stop the job"},
+        "--again": {"action": "store_true", "help": "once more, although it has succeeded"},
+    },
+    "serve": {
+        "--host": {
+            "default": "127.0.0.1",
+            "help": "where to listen; this machine alone if not given",
+        },
+        "--port": {"type": int, "default": 8000, "metavar": "N", "help": "8000 if not given"},
+    },
     "preview": {
         "--count": {"type": int, "default": 4, "metavar": "N", "help": "how many; 4 if not given"},
         "--blend": {"metavar": "NAME", "help": "of this blend, instead of all in turn"},
         "--epoch": {"type": int, "default": 0, "metavar": "E", "help": "as drawn for this epoch"},
         "--html": {"type": Path, "metavar": "FILE", "help": "write a page with the pictures"},
+    },
+    "report": {
+        "--html": {
+            "type": Path,
+            "metavar": "FILE",
+            "help": "write it there; report.html in the run's folder if not given, or comparison.html here",
+        },
     },
     "evaluate": {
         "--suite": {
@@ -234,6 +302,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "status": {
         "--watch": {"action": "store_true", "help": "show it anew until Ctrl-C"},
+        "--sync": {"action": "store_true", "help": "bring to MLflow what it has missed"},
     },
     "export": {
         "--to": {
@@ -281,10 +350,15 @@ WITHOUT_EXPERIMENT = ("convert",)
 OF_A_FOLDER = {
     "evaluate": ", or the folder of a run",
     "chat": ", or the folder of a run or of an exported model",
+    "serve": ", or the folder of a run or of an exported model; any number of both",
     "export": ", or the folder of a run",
+    "report": ", or the folder of a run, sweep or trial; several of them are compared",
     "status": ", the folder of a run, or one of many; the storage's own if not given",
 }
 """What verbs take in place of an experiment."""
 
-FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1}
+SEVERAL = ("serve", "report")
+"""Verbs that take any number of experiments and folders."""
+
+FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1, "submit": 1}
 """Exit status where a verb did its work and found faults: of the request, of records, of the machine."""

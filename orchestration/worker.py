@@ -1,9 +1,11 @@
 """What each Ray Train worker does: build, resume, and the `for` over the library's steps."""
 
 import logging
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from socket import gethostname
 
 import ray.train
 import torch
@@ -28,8 +30,9 @@ from orchestration.features import features_folder
 from orchestration.flops import flop_utilisation
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
+from orchestration.meters import Meters
 from orchestration.mirroring import Uploads, catch_up, mirror_of, require_prepared
-from orchestration.results import write_result
+from orchestration.results import logs, note_place, write_result
 from orchestration.watchdog import Watchdog
 
 
@@ -53,8 +56,9 @@ def work(config: dict) -> None:
         catch_up(experiment, folder, lambda mirror: mirror.fetch(folder, writer=True))
         # Before anything is read: a killed run's last process may still be writing.
         journal = Journal(folder)
-    watchdog = Watchdog(folder / "logs", rank=rank, seconds=experiment.cluster.hang_timeout_s)
-    keep_log(folder / "logs" / f"rank-{rank}.log")
+    watchdog = Watchdog(logs(folder), rank=rank, seconds=experiment.cluster.hang_timeout_s)
+    note_place(log := logs(folder) / f"rank-{rank}.log", f"{gethostname()}, process {os.getpid()}")
+    keep_log(log)
     torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
     # What fits among all workers need not fit among the few that an elastic training may have.
     world = {"cluster.workers": torch.distributed.get_world_size(), "cluster.min_workers": None}
@@ -88,9 +92,17 @@ def work(config: dict) -> None:
         evaluation_batch=batch,
     )  # fmt: skip
     start = checkpoints.resume()
+    meters = Meters(folder) if journal else None
+    if meters:
+        meters.begin(quarantined=prepared.quarantined)
     if journal and start == 0:
         journal.metrics(0, {"data/quarantined": prepared.quarantined})
     majority = majority_accuracy(blender.epoch(0), samples) if rank == 0 else 0.0
+
+    answers = partial(
+        transcript, model, tokenizer, prepared, max_tokens=experiment.data.max_tokens,
+        device=engine.device, alive=partial(watchdog.wind, "answering"),
+    )  # fmt: skip
 
     for step in guarded(
         engine, prepared, blender, train=train, config=engine_config, start=start,
@@ -116,8 +128,14 @@ def work(config: dict) -> None:
                 seconds=step.seconds,
                 workers=engine.workers,
             )
-        if journal:
+        chats = []
+        if step.ends_epoch and step.number < plan.steps:
+            chats = answers(count=min(1, experiment.evaluation.chats))
+        if journal and meters:
+            meters.update(step, metrics)
             journal.metrics(step.number, metrics)
+            if chats:
+                journal.chats(step.number, chats)
         if checkpoints.due(step.number, ends_epoch=step.ends_epoch):
             watchdog.wind(f"saving update {step.number}")
             checkpoints.save(step.number, measured)
@@ -126,11 +144,7 @@ def work(config: dict) -> None:
         watchdog.wind(f"update {step.number + 1}")
 
     watchdog.wind("answering")
-    chats = transcript(
-        model, tokenizer, prepared, count=experiment.evaluation.chats,
-        max_tokens=experiment.data.max_tokens, device=engine.device,
-        alive=partial(watchdog.wind, "answering"),
-    )  # fmt: skip
+    chats = answers(count=experiment.evaluation.chats)
     if journal:
         write_json(folder / "chats.json", chats)
         journal.end("finished")

@@ -28,6 +28,7 @@ ELSEWHERE = {
     ". .venv/bin/activate": ("Makefile", "venv"),
     "mlflow ui": ("tests/orchestration/test_tracking.py", "mlflow"),
     "dsvl chat": ("tests/orchestration/test_terminal.py", "chat"),
+    "dsvl serve": ("tests/orchestration/test_serve.py", "serve"),
     "dsvl export": ("tests/orchestration/test_export.py", "export"),
     "dsvl doctor": ("tests/orchestration/test_doctor.py", "doctor"),
     "dsvl check": ("tests/orchestration/test_prepare.py", "check"),
@@ -39,6 +40,7 @@ ELSEWHERE = {
     "dsvl sweep": ("tests/orchestration/test_search.py", "sweep"),
     "dsvl evaluate": ("tests/orchestration/test_evaluation.py", "evaluate"),
     "dsvl status": ("tests/orchestration/test_status.py", "status"),
+    "dsvl submit": ("tests/orchestration/test_submit.py", "submit"),
     "dsvl report": ("tests/orchestration/test_report.py", "report"),
 }
 """How a longer command begins -> the file that tries it out, and a word that stands in it."""

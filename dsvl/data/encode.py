@@ -125,13 +125,16 @@ class Encoder:
             refs=positions.refs,
         )
 
-    def prompt(self, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
+    def prompt(
+        self, turns: Sequence[Turn], *, whole: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(S,) int32 ids and (S,) int8 kinds of what follows on the last answer, or of all if there is none.
 
-        A generation goes on from them; what came before is never tokenised a second time.
+        A generation goes on from them; what came before is not tokenised a second time, unless the `whole`
+        conversation is wanted.
         """
         pieces = list(prompt(turns, self.template))
-        ends = [place for place, piece in enumerate(pieces) if piece.type == "end"]
+        ends = [] if whole else [at for at, piece in enumerate(pieces) if piece.type == "end"]
         positions = self._positions(pieces[ends[-1] + 1 if ends else 0 :])
         return positions.ids, positions.kinds
 

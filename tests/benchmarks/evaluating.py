@@ -169,11 +169,12 @@ def render(found: dict) -> str:
     """The figures for people."""
     seconds, faster = found["seconds"], found["faster"]
     span = f"{faster['least']:.1f} to {faster['most']:.1f}; target {found['target']:g}"
+    parts, load = len(found["parts"][OURS]), found["load"]
     return f"""# Answers to {found["chats"]:,} chats
 
 `python -m tests.benchmarks.evaluating RUN`: digits that the model (size {found["size"]}, float32) has not
-seen, {found["rounds"]:,} rounds, greedy, one thread, processor time, in {len(found["parts"][OURS])} paired
-parts. Measured while {found["load"]:.0f} processes wanted two cores: the ratio is what holds, not the seconds.
+seen, {found["rounds"]:,} rounds, greedy, one thread, processor time, in {parts} paired parts. Measured while
+{load:.0f} processes wanted two cores: the ratio is what holds, not the seconds.
 
 | | processor seconds |
 |---|---|

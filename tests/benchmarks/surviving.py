@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,18 +145,20 @@ def told(run: Run) -> dict[str, Any]:
     return {"lost": lost, "seconds_away": round(away, 1)}
 
 
-def survive(kinds: list[str], seeds: int, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def survive(
+    kinds: Mapping[str, Disturb], start: type[Run], seeds: int, folder: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Disturb `seeds` trainings in each way; yields what became of them, way by way."""
     chats.write(folder / "raw/digits", train=96, evaluation=8)
-    whole = Run(digits(folder, "unbroken"))
+    whole = start(digits(folder, "unbroken"))
     whole.start()
     whole.end()
     expected = whole.outcome()
     for kind in kinds:
         runs = []
         for seed in range(seeds):
-            began, run = time.monotonic(), Run(digits(folder, f"{kind}-{seed}"))
-            KINDS[kind](random.Random(f"{kind}{seed}"), run)
+            began, run = time.monotonic(), start(digits(folder, f"{kind}-{seed}"))
+            kinds[kind](random.Random(f"{kind}{seed}"), run)
             run.end()
             same = run.outcome() == expected
             runs.append({"seed": seed, "same": same, **told(run), **run.notes})
@@ -165,7 +167,7 @@ def survive(kinds: list[str], seeds: int, folder: Path) -> Iterator[tuple[str, d
         yield (
             kind,
             {
-                "what": (KINDS[kind].__doc__ or "").strip(),
+                "what": (kinds[kind].__doc__ or "").strip(),
                 "runs": len(runs),
                 "same_bits": sum(run["same"] for run in runs),
                 "most_updates_lost": max(run["lost"] for run in runs),
@@ -178,20 +180,24 @@ def survive(kinds: list[str], seeds: int, folder: Path) -> Iterator[tuple[str, d
         )
 
 
-def main() -> None:
+def main(
+    name: str = "surviving", ways: Mapping[str, Disturb] = KINDS, start: type[Run] = Run
+) -> None:
     """Survive and print the document; exit code 1 where bits differ, or too many updates were lost."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
+    parser.add_argument("--only", nargs="+", choices=ways, default=list(ways), metavar="KIND")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
-    file = options.write / "surviving.json" if options.write else None
+    file = options.write / f"{name}.json" if options.write else None
     kinds = json.loads(file.read_text())["kinds"] if file and file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        for kind, found in survive(options.only, options.seeds, Path(folder)):
+        for kind, found in survive(
+            {kind: ways[kind] for kind in options.only}, start, options.seeds, Path(folder)
+        ):
             kinds[kind] = found
             document = {
-                "command": f"python -m tests.benchmarks.surviving --seeds {options.seeds}",
+                "command": f"python -m tests.benchmarks.{name} --seeds {options.seeds}",
                 "checkpoint_every": EVERY,
                 "updates": UPDATES,
                 "kinds": kinds,

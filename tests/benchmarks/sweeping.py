@@ -164,7 +164,7 @@ def failing(folder: Path, trials: int) -> dict[str, Any]:
         deadline = time.monotonic() + 60
         while (left := placement_groups()) and time.monotonic() < deadline:
             time.sleep(0.2)
-        ever = len(list_placement_groups())
+        ever = len(list_placement_groups(address=here()))
     finally:
         ray.shutdown()
         del os.environ[faults.VARIABLE]
@@ -182,7 +182,12 @@ def failing(folder: Path, trials: int) -> dict[str, Any]:
 
 def placement_groups() -> list[Any]:
     """Those that Ray's state API knows and that hold something, or wait to."""
-    return list_placement_groups(filters=[("state", "!=", "REMOVED")])
+    return list_placement_groups(address=here(), filters=[("state", "!=", "REMOVED")])
+
+
+def here() -> str:
+    """The cluster of this process: the machine may have others."""
+    return ray.get_runtime_context().gcs_address
 
 
 def refused(folder: Path) -> dict[str, Any]:

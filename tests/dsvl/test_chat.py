@@ -271,6 +271,18 @@ def test_clear_forgets_all_that_was_said_and_shown(any_model, begin):
     assert ask_all(chat, ROUNDS) == fresh
 
 
+def test_a_round_that_is_undone_might_never_have_been(any_model, begin):
+    chat, fresh = begin(any_model), begin(any_model)
+    assert not chat.undo()
+    ask_all(chat, ROUNDS[:1])
+    ask_all(fresh, ROUNDS[:1])
+    ask_all(chat, ROUNDS[2:4])
+    assert chat.undo()
+    assert chat.undo()
+    assert (chat.turns, chat.images, chat.tokens) == (fresh.turns, fresh.images, fresh.tokens)
+    assert ask_all(chat, ROUNDS[1:]) == ask_all(fresh, ROUNDS[1:])
+
+
 def test_a_conversation_without_room_stays_as_it_was(any_model, begin):
     free, tight = begin(any_model), begin(any_model, max_tokens=180)
     rounds = ROUNDS[:2]

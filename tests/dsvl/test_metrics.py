@@ -38,15 +38,9 @@ def test_vqa_accuracy_counts_the_people_who_agree_each_left_out_once():
     assert metrics.vqa_accuracy(" t-shirt\n", ["t-shirt"] * 10) == 1
 
 
-def test_pope_reads_an_answer_and_counts_as_its_program_does():
+def test_pope_reads_an_answer_as_its_program_does():
     said = ["Yes, there is.", "No, there is not.", "There is no dog. Yes", "no", "Nothing at all"]
-    read = [metrics.says_yes(answer) for answer in said]
-    assert read == [True, False, False, False, True]
-    found = metrics.pope(read, [True, True, False, False, False])
-    assert found == pytest.approx(
-        {"accuracy": 3 / 5, "precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "yes_ratio": 2 / 5}
-    )
-    assert metrics.pope([False], [True])["f1"] == 0
+    assert [metrics.says_yes(answer) for answer in said] == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize(

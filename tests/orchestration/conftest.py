@@ -151,6 +151,16 @@ def machines() -> Iterator[Machines]:
 
 
 @pytest.fixture(scope="session")
+def cluster_of_jobs() -> Iterator[Machines]:
+    """A head that carries no work, with a dashboard that asks for a token, and a node of two CPUs."""
+    started = Machines(cpus=0, dashboard=True)
+    started.add(cpus=2)
+    started.wait_for_dashboard()
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="session")
 def trained_run(storage: Path, cluster: None) -> Path:
     """The file of an experiment that was trained on two workers without a break."""
     from orchestration.commands import train

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
@@ -30,28 +32,50 @@ print(json.dumps(result))
 class Machines:
     """A head without CPUs of its own, unless it is given some, and the nodes that join it."""
 
-    def __init__(self, *, cpus: int) -> None:
+    def __init__(self, *, cpus: int, dashboard: bool = False) -> None:
+        """`dashboard`: whether jobs can be submitted."""
         self._folder = tempfile.mkdtemp(
             prefix="dsvl-", dir="/tmp"
         )  # sockets allow short paths only
         self._environment = os.environ | {
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_AUTH_TOKEN": (token := secrets.token_hex(32)),
             "RAY_DISABLE_IMPORT_WARNING": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
+        self.token = token
+        port, web = free_port(), free_port()
+        self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{web}"
         self._nodes: list[subprocess.Popen[bytes]] = []
         self._start(
             "--head", f"--port={port}", f"--temp-dir={self._folder}", f"--num-cpus={cpus}",
-            "--include-dashboard=false", *self._scaling(),
+            f"--include-dashboard={dashboard}", f"--dashboard-port={web}", *self._scaling(),
         )  # fmt: skip
 
-    def add(self, *, cpus: int) -> subprocess.Popen[bytes]:
-        """A node more."""
-        return self._start(f"--address={self.address}", f"--num-cpus={cpus}")
+    def add(self, *, cpus: int, **options: str) -> subprocess.Popen[bytes]:
+        """A node more; options are those of `ray start`."""
+        given = (f"--{name.replace('_', '-')}={value}" for name, value in options.items())
+        own = f"--temp-dir={self._folder}/{len(self._nodes)}"  # or nodes would unpack jobs into one folder
+        return self._start(f"--address={self.address}", f"--num-cpus={cpus}", own, *given)
+
+    def wait_for_dashboard(self) -> None:
+        """Wait until jobs can be submitted."""
+        port = urlsplit(self.dashboard).port
+
+        def answers() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_until(answers)
+
+    def known(self, kind: str) -> list[dict[str, Any]]:
+        """What the cluster's state API lists: `actors`, `tasks` or `nodes`, those that have ended too."""
+        request = urllib.request.Request(
+            f"{self.dashboard}/api/v0/{kind}?detail=1&limit=10000",
+            headers={"Authorization": f"Bearer {self.token}"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["data"]["result"]["result"]
 
     def running(self, title: str) -> int:
         """How many processes of the nodes have a title that begins so: a program, or what Ray calls them."""
@@ -106,12 +130,15 @@ class Machines:
 
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
         node = subprocess.Popen(
-            [str(Path(sys.executable).parent / "ray"), "start", "--block", *options],
+            [
+                str(Path(sys.executable).parent / "ray"), "start", "--block",
+                f"--dashboard-agent-listen-port={free_port()}", *options,
+            ],
             env=self._environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-        )
+        )  # fmt: skip
         self._nodes.append(node)
         return node
 
@@ -119,9 +146,9 @@ class Machines:
 class Autoscaled(Machines):
     """A head that has no CPU and starts nodes of one, up to `most`, as there is work; idle ones end."""
 
-    def __init__(self, *, most: int) -> None:
+    def __init__(self, *, most: int, dashboard: bool = False) -> None:
         self._most = most
-        super().__init__(cpus=0)
+        super().__init__(cpus=0, dashboard=dashboard)
 
     @property
     def nodes(self) -> int:
@@ -155,6 +182,13 @@ class Autoscaled(Machines):
         path = Path(self._folder) / "scaling.json"
         path.write_text(json.dumps(settings))
         return (f"--autoscaling-config={path}",)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def finished(driver: subprocess.Popen[bytes]) -> tuple[Any, list[str]]:

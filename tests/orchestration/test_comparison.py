@@ -1,9 +1,11 @@
 """Ways of training are compared seed by seed, and an evaluation stands on the page with its figures."""
 
+import json
+
 import pytest
 
 from orchestration import evaluation_report
-from orchestration.comparison import compare, paired, section
+from orchestration.comparison import compare, section
 from orchestration.config import Experiment, validated
 from orchestration.journal import Journal, write_json
 from orchestration.record import Record
@@ -64,13 +66,6 @@ def test_the_page_has_the_table_and_the_curves(experiment):
     assert "causal_cross" not in told, "a single seed is no comparison"
 
 
-def test_an_interval_is_students(experiment):
-    assert paired([1.0]) is None
-    mean, low, high = paired([0.0, 1.0, 2.0])
-    assert (mean, high - mean) == pytest.approx((1, 4.3027 / 3**0.5), rel=1e-4)
-    assert mean - low == pytest.approx(high - mean)
-
-
 def test_an_evaluation_stands_on_the_page_with_what_a_set_calls_itself_as_text(experiment):
     record = Record(experiment)
     assert evaluation_report.evaluations(record) == ""
@@ -83,7 +78,12 @@ def test_an_evaluation_stands_on_the_page_with_what_a_set_calls_itself_as_text(e
         folder / "evaluation.json",
         {"checkpoint": {"step": 20}, "sets": {"<b>": told, "held out": told | {"by": by}}},
     )
+    row = {"sample": "s", "kind": "said", "shows": ["0" * 64], "blend": "b", "question": "What?"}
+    rows = [row | {"answer": answer, "expected": ["seven"]} for answer in ("seven", "<b>nine")]
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     page = evaluation_report.evaluations(record)
+    assert "&lt;b&gt;nine" in page
+    assert "✗ wrong" in page
     assert "&lt;b&gt;" in page
     assert "1,234 rounds" in page
     assert page.count("0.500") == 3

@@ -1,11 +1,10 @@
-"""What one setting changes, by pairs of trials, and what trials come to over seeds."""
+"""What one setting changes, by pairs of trials."""
 
 import math
 
 import pytest
-from scipy import stats
 
-from orchestration.effects import MOST, Tried, effects, over_seeds, paired, spread
+from orchestration.effects import MOST, Tried, effects, spread
 
 RATES, LENGTHS, SEEDS = (1e-3, 1e-2), (1, 2), (1, 2, 3)
 
@@ -69,22 +68,13 @@ def test_values_may_be_lists_and_an_own_value_that_was_not_tried_gives_way_to_th
     assert (found.against, found.change, found.interval) == ([0.0, 0.95], -0.5, None)
 
 
-def test_over_seeds_a_mean_has_the_interval_of_its_seeds():
-    found = over_seeds(ladder("cosine"))
-    assert len(found) == 4
-    assert all(one.seeds == 3 and "train.seed" not in one.values for one in found)
-    first = [loss(1e-3, 1, seed, "cosine") for seed in SEEDS]
-    low, high = stats.t.interval(0.95, 2, loc=sum(first) / 3, scale=stats.sem(first))
-    assert found[0].mean == pytest.approx(sum(first) / 3)
-    assert found[0].interval == pytest.approx((low, high))
-    assert over_seeds([Tried({"optim.lr": 1.0}, 1.0, 1)]) == []
-
-
 def test_one_pair_has_no_interval():
-    assert paired([0.5]) is None
-    assert paired([]) is None
-    assert spread(-0.05, None, relative=True) == "-5.00 %"
-    assert spread(-0.05, (-0.1, 0.0), relative=True) == "-5.00 % (-10.00 to +0.00, 95 %)"
-    assert (
-        spread(0.5, (0.25, 0.75), relative=False, signed=False) == "0.5000 (0.2500 to 0.7500, 95 %)"
+    tried = [Tried({"train.precision": p}, m, 1) for p, m in (("fp32", 0.5), ("bf16", 0.475))]
+    (one,) = effects(tried, {}, relative=True)
+    assert spread(one, relative=True) == "-5.00 %"
+    more = [Tried(one.values | {"optim.lr": 1.0}, one.metric, 1) for one in tried]
+    several = effects(
+        [*(Tried(t.values | {"optim.lr": 2.0}, 0.5, 1) for t in tried), *more], {}, relative=True
     )
+    told = [spread(one, relative=True) for one in several if one.path == "train.precision"]
+    assert told == ["-2.50 % (-34.27 to +29.27, 95 %)"]

@@ -8,6 +8,7 @@ import pytest
 
 from orchestration import cli
 from orchestration.compose import load
+from orchestration.evaluation import read_suite
 from orchestration.trained import choose
 from tests.orchestration.conftest import digits, run_folder
 
@@ -123,7 +124,6 @@ def load_json(path: Path) -> dict:
     ("arguments", "told"),
     [
         (["--checkpoint", "3"], "must be one of those in"),
-        (["--suite", "nowhere.yaml"], "--suite nowhere.yaml: no such file"),
         (["--against", "nowhere"], "holds no evaluation; run dsvl evaluate nowhere first"),
     ],
 )
@@ -132,12 +132,29 @@ def test_a_wrong_request_is_refused_with_its_remedy(trained_run, capsys, argumen
     assert told in capsys.readouterr().err
 
 
-def test_a_suite_that_describes_nothing_is_refused_field_by_field(trained_run, tmp_path, capsys):
-    (tmp_path / "suite.yaml").write_text("format: jsonl\nfiles: 3\nimage: here\n")
-    assert cli.main(["evaluate", str(trained_run), "--suite", str(tmp_path / "suite.yaml")]) == 2
-    told = capsys.readouterr().err
-    assert "files: " in told
-    assert "image: " in told
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "format: jsonl\nfiles: 3\nimage: here\n",
+            ["files: ", "image: no such field; did you mean"],
+        ),
+        ("format: vqa\nfiles: [a.json]\n", ["must be one of visualchat, jsonl, vqav2"]),
+        ("- format\n", ["must describe a suite by format, files"]),
+        ("format: [\n", ["is no YAML"]),
+    ],
+)
+def test_a_suite_that_describes_nothing_is_refused_with_all_that_is_wrong(tmp_path, text, told):
+    (tmp_path / "suite.yaml").write_text(text)
+    with pytest.raises(ValueError, match="--suite") as refused:
+        read_suite(tmp_path / "suite.yaml")
+    assert all(each in str(refused.value) for each in told)
+
+
+def test_a_suite_that_is_not_there_is_refused_before_any_work(storage, capsys):
+    path = digits(storage, "untrained")
+    assert cli.main(["evaluate", str(path), "--suite", "nowhere.yaml"]) == 2
+    assert "--suite nowhere.yaml: no such file" in capsys.readouterr().err
 
 
 def test_the_checkpoint_that_is_meant_is_the_one_measured(trained_run, folder, capsys):

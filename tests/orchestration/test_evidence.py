@@ -117,6 +117,26 @@ def test_nothing_is_written_while_no_trial_has_ended(tmp_path):
     assert not experiment.run_folder.exists()
 
 
+def test_each_size_has_a_map_of_the_law_with_what_was_trained_on_it(searched):
+    experiment, _ = searched
+    found = told(experiment)
+    for size, points in found["maps"].items():
+        least = min(points, key=lambda point: point["loss"])
+        assert least["epochs"] == 4
+        probable, low, high = found["best_rates"][size][-1]
+        assert low / 1.2 < least["lr"] < high * 1.2
+        assert low < probable < high
+    write(experiment)
+    page = (experiment.run_folder / "report.html").read_text()
+    drawn = [map.split("</svg>")[0] for map in page.split('aria-label="')[1:]]
+    maps = {size: next(d for d in drawn if d.startswith(f'{size}"')) for size in found["maps"]}
+    for size, one in maps.items():
+        trained = sum(len(t["losses"]) for t in found["trunks"] if t["size"] == size)
+        assert one.count("<circle") == trained
+        assert one.count("m-4.5-4.5") == (size == "large")  # recommended
+        assert one.count(" foretold</title>") == len(found["maps"][size])
+
+
 def test_the_page_tells_what_to_train_and_by_which_numbers(searched):
     experiment, _ = searched
     found = told(experiment)

@@ -33,6 +33,19 @@ def test_workers_that_no_node_will_ever_hold_are_refused(cluster, storage, capsy
     assert not (storage / f"runs/too-many-{verb}/checkpoints").exists()
 
 
+def test_what_this_machine_can_never_hold_is_refused_before_ray_starts(
+    storage, capsys, monkeypatch
+):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("Ray was started"))
+    search = {"space": {"optim.lr": {"kind": "grid", "values": [1e-2]}}}
+    path = digits(storage, "too-many-here", search=search)
+    assert cli.main(["sweep", str(path), "train.batch=4096", "search.workers=1024"]) == 2
+    *_, said = capsys.readouterr().err.splitlines()
+    assert "they take 768.1 CPU, and this machine has " in said
+    assert not (storage / "runs/too-many-here").exists()
+
+
 def test_what_is_placed_to_the_last_core_is_not_refused(cluster, storage):
     cpus = int(ray.cluster_resources()["CPU"])
     options = [f"train.batch={12 * cpus}", f"cluster.cpus_per_worker={1 / 3}"]

@@ -19,7 +19,8 @@ from ray.train.v2.api.exceptions import ControllerError
 from orchestration import faults
 from orchestration.config import validated
 from orchestration.journal import curve, read
-from orchestration.recovery import Patience, first_cause
+from orchestration.recovery import Patience, first_cause, told
+from orchestration.results import note_place
 from tests.orchestration.conftest import digits, run_folder, steps_done
 from tests.orchestration.machines import Machines, wait_until
 
@@ -96,6 +97,17 @@ def test_the_cause_of_a_failure_is_what_cannot_mend_else_who_is_gone_else_the_fi
     assert first_cause(ControllerError(LOST)) is LOST
     unknown = WorkerGroupError("a hang", {})
     assert first_cause(unknown) is unknown
+
+
+def test_a_failure_is_told_with_its_rank_its_node_and_its_exception(tmp_path):
+    log = tmp_path / "logs/rank-1.log"
+    note_place(log, "node-3, process 11")
+    note_place(log, "node-7, process 22")
+    failed = WorkerGroupError("", {0: LOST, 1: DIVERGED})
+    assert told(failed, tmp_path) == (
+        "rank 1 on node-7, process 22: FloatingPointError: update 12 diverged"
+    )
+    assert told(ControllerError(LOST), tmp_path) == f"RuntimeError: {LOST}"
 
 
 @pytest.mark.ray

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from io import BytesIO
@@ -21,13 +23,18 @@ from transformers import PreTrainedTokenizerFast
 from dsvl.data.encode import Encoder
 from dsvl.data.images import StoredImage
 from dsvl.data.types import Conversation, ImageRef, Part, Rejected, Turn
+from orchestration import side_by_side
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
 from orchestration.journal import Journal, write_json
-from orchestration.plots import outline
+from orchestration.page import picture
+from orchestration.plan import plan
+from orchestration.plots import outline, short
 from orchestration.report import write
+from orchestration.results import begin
 from tests.dsvl.data import prepared
 from tests.dsvl.data.prepared import Sample
+from tests.orchestration import browser
 
 ROOT = Path(__file__).parents[2]
 RATES = (0.003, 0.01, 0.03)
@@ -35,6 +42,7 @@ EPOCHS = (1, 2)
 STEPS = 20
 """Updates of an epoch."""
 HOSTILE = "<script>alert('what?')</script> & <img src=https://example.com/x.png>"
+BEST = {"model.size": "large", "optim.lr": 0.01, "train.epochs": 2}
 STOPPED, FAILED = ("small", 0.003, 2), ("large", 0.03, 2)
 
 
@@ -48,12 +56,10 @@ def run(
 ) -> None:
     """A run folder as a worker leaves it after so many epochs, with its result if it has ended."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "experiment.json",
-        {"identity": experiment.identity(), "fields": experiment.identity_fields()},
-    )
+    begin(experiment, folder)
     journal = Journal(folder)
-    journal.start(identity=experiment.identity(), params={}, step=0)
+    total = experiment.train.epochs * STEPS
+    journal.start(identity=experiment.identity(), params={}, step=0, steps=total, workers=2)
     metrics: dict[str, float] = {}
     for step in range(1, epochs * STEPS + 1):
         metrics = {"train/loss": 3 / step + loss_of(size, lr, 2), "train/lr": lr * step / STEPS}
@@ -74,7 +80,7 @@ def trial_name(size: str, lr: float, epochs: int) -> str:
     return f"size={size},lr={lr:.4g},epochs={epochs}"
 
 
-def picture(shade: int) -> bytes:
+def shaded(shade: int) -> bytes:
     """A PNG of 8 x 8 pixels."""
     image = Image.new("L", (8, 8))
     image.putdata([(shade * (i + 3) * (i % 7)) % 256 for i in range(64)])
@@ -102,6 +108,7 @@ def sweep(experiment, tokenizer) -> Experiment:
     """2 sizes x 3 rates x 2 epochs, one stopped, one failed; the best one has chats."""
     root = experiment.run_folder / "trials"
     keys = make_prepared(experiment, tokenizer)
+    begin(experiment, root)
     for size, lr, epochs in product(("small", "large"), RATES, EPOCHS):
         values = {"model.size": size, "optim.lr": lr, "train.epochs": epochs}
         folder = root / trial_name(size, lr, epochs)
@@ -129,7 +136,7 @@ def make_chats(keys: list[str]) -> list[dict]:
 
 def make_prepared(experiment: Experiment, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Prepared data of 35 chats over three images, and the keys of those."""
-    pictures = {hashlib.sha256(data).hexdigest(): data for data in map(picture, (3, 5, 11))}
+    pictures = {hashlib.sha256(data).hexdigest(): data for data in map(shaded, (3, 5, 11))}
     stored = {
         key: StoredImage(key, data, f"{key}.png", 8, 8, "image/png", np.zeros((3, 8, 8), np.uint8))
         for key, data in pictures.items()
@@ -242,6 +249,39 @@ def test_a_cell_of_the_heat_map_holds_the_loss_of_its_trial(sweep):
     assert sorted(best) == [("large", 0.01, 2), ("small", 0.01, 2)]
 
 
+def test_the_trials_of_a_sweep_are_shown_together(sweep):
+    page = page_of(sweep)
+    charts = {attributes["aria-label"]: text for attributes, text in page.all("svg", "role")}
+    began = charts["trials at work"]
+    assert began.count(": finished, ") == 10
+    assert f"{trial_name(*STOPPED)}: stopped" in began
+    ended = trial_name("large", 0.01, 2)
+    assert f"{ended}: 0.5" in charts["searched values and what they came to"]
+    assert f"{ended}: 0.5, " in charts["eval/loss against cost"]
+    changed = [text for attributes, text in page.all("tr", "data-effect")]
+    (size,) = (text for text in changed if "model.size" in text)
+    assert size.startswith("model.size large against small")
+    pairs = [
+        (loss_of("large", lr, n), loss_of("small", lr, n))
+        for lr, n in product(RATES, EPOCHS)
+        if ("small", lr, n) != STOPPED and ("large", lr, n) != FAILED
+    ] + [(loss_of("large", STOPPED[1], 2), loss_of("small", STOPPED[1], 1))]
+    mean = sum(large / small - 1 for large, small in pairs) / len(pairs)
+    assert f"{100 * mean:+.2f} %" in size
+
+
+def test_the_best_trial_is_judged_by_its_curves_and_others_where_something_is_wrong(sweep):
+    text = page_of(sweep).text
+    judged = text.partition(f"Verdicts on {trial_name('large', 0.01, 2)}")[2]
+    assert "blind to images: no" in judged
+    assert "25.0% with those of others" in judged
+    verdicts = {one["name"]: one["holds"] for one in write(sweep)["verdicts"]}
+    assert verdicts == {"diverged": False, "overfit": False, "blind to images": False}
+    blind = sweep.run_folder / "trials" / trial_name("small", 0.01, 1)
+    Journal(blind).metrics(STEPS, {"eval/accuracy": 0.26})
+    assert f"{trial_name('small', 0.01, 1)}: blind to images" in page_of(sweep).text
+
+
 def test_a_cell_that_was_never_tried_is_blank(sweep):
     missing = sweep.run_folder / "trials" / trial_name("large", 0.003, 1)
     missing.rename(sweep.run_folder / "elsewhere")
@@ -296,6 +336,7 @@ def test_what_data_and_models_say_is_text_and_never_html(sweep):
 def test_sample_chats_show_their_images_and_whether_the_answer_is_right(sweep):
     page = page_of(sweep)
     images = [attributes for attributes, _ in page.all("img")]
+    images = [image for image in images if image["alt"].startswith("image ")]
     assert [image["alt"] for image in images] == ["image 1", "image 2", "image 1"]
     assert all(image["class"] == "small" for image in images)
     chats = [text for attributes, text in page.all("article")]
@@ -333,6 +374,92 @@ def test_the_outline_of_a_histogram_covers_an_area_of_its_samples(counts, width)
     area = sum((right - left) * y for (left, y), (right, _) in pairwise(points))
     assert area == pytest.approx(100 * width)
     assert points[0][1] == points[-1][1] == 0
+
+
+def test_a_sweep_and_a_trial_have_pages_by_their_folders(sweep):
+    whole = write(sweep.run_folder)
+    assert whole["trials"] == {"finished": 10, "stopped": 1, "failed": 1}
+    trial = sweep.run_folder / "trials" / trial_name("large", 0.01, 2)
+    write_json(trial / "data.json", {"folder": sweep.storage.path + "/prepared/tiny-0123"})
+    alone = write(trial)
+    assert (alone["training"], alone["trials"]) == ("finished", {})
+    again = load(Path(alone["report"]).with_name("experiment.yaml"))
+    assert again.identity() == sweep.trial(BEST).identity()
+    assert again.run_folder.parent == Path(sweep.storage.path)
+    text = Tree(Path(alone["report"]).read_text()).text
+    assert "30 to train, 5 held out" in text
+    with pytest.raises(ValueError, match="name the folder of a run"):
+        write(sweep.run_folder / "trials/ray")
+
+
+def test_the_course_of_a_training_is_told_turn_by_turn(experiment):
+    run(experiment.run_folder, experiment, epochs=1, size="small", lr=0.01, end=None)
+    journal = Journal(experiment.run_folder)
+    journal.start(identity="", params={}, step=15, steps=40, workers=1)
+    journal.metrics(16, {"train/loss": 1.0})
+    journal.undone(HOSTILE)
+    journal.start(identity="", params={}, step=15, steps=40, workers=1)
+    journal.end("failed", "out of memory")
+    page = page_of(experiment)
+    assert "Restarts: 1; updates undone: 1." in page.text
+    (rows,) = (text for _, text in page.all("tbody") if "begins with" in text)
+    told = ["begins with 2 workers", "goes on from update 15 with 1 workers, 5 updates again"]
+    told += [f"undone: {HOSTILE}", "failed: out of memory"]
+    assert [rows.index(turn) for turn in told] == sorted(rows.index(turn) for turn in told)
+
+
+def test_what_a_training_cost_stands_beside_what_was_planned(experiment):
+    priced = {"cluster.gpu_hour_price": 3600.0, "cluster.gpu_tflops": 1e-3}
+    priced |= {"cluster.workers": 2, "data.sets.chats.records": 240}
+    experiment = experiment.with_overrides(priced)
+    run(experiment.run_folder, experiment, epochs=2, size="small", lr=0.01, end="finished")
+    (table,) = (text for text in tables(page_of(experiment)) if "training, planned" in text[0])
+    assert table[0] == ["", "training, planned", "training", "sweep, planned"][:3]
+    rows = {row[0]: row[1:] for row in table[1:]}
+    planned = plan(experiment).run
+    assert rows["updates"] == [f"{planned.steps:,}", "40"]
+    assert planned.money is not None
+    assert rows["money"][0] == short(planned.money)
+    assert float(rows["money"][1]) == pytest.approx(3600 * float(rows["GPU-hours"][1]), rel=0.01)
+
+
+def tables(page: Tree) -> list[list[list[str]]]:
+    """The cells of every matrix of a page, row by row."""
+    found: list[list[list[str]]] = []
+    for tag, attributes, text in page.tags:
+        if tag == "table":
+            found.append([])
+            wanted = attributes.get("class") == "matrix"
+        elif tag == "tr" and found and wanted:
+            found[-1].append([])
+        elif tag in ("td", "th") and found and wanted:
+            found[-1][-1].append("".join(text))
+    return [table for table in found if table]
+
+
+def test_images_of_every_set_are_shown_and_large_ones_are_made_smaller(sweep):
+    images = [attributes for attributes, _ in page_of(sweep).all("img")]
+    assert sum(image["alt"].startswith("chats: ") for image in images) == 3
+    Image.new("RGB", (2000, 1000)).save(file := BytesIO(), "PNG")
+    large = {"bytes": file.getvalue(), "mime": "image/png", "width": 2000, "height": 1000}
+    shown = re.search(r'base64,([^"]*)"', picture("large", large)).group(1)
+    assert Image.open(BytesIO(b64decode(shown))).size == (640, 320)
+
+
+def test_quarantined_records_are_shown_with_their_reason(sweep):
+    page = page_of(sweep)
+    rows = [text for _, text in page.all("tr") if "chats: bad_roles" in text]
+    assert rows == [f"chats: bad_rolesrecordchats.json:35{HOSTILE}"] or HOSTILE in rows[0]
+
+
+def test_a_chat_shows_what_the_model_answered_earlier(sweep):
+    folder = sweep.run_folder / "trials" / trial_name("large", 0.01, 2)
+    (first, _) = json.loads((folder / "chats.json").read_text())
+    first["rounds"][0]["model"] = "four"
+    Journal(folder).chats(STEPS, [first])
+    (shown, _) = (text for attributes, text in page_of(sweep).all("article"))
+    assert f"update {STEPS}four ✗ wrong" in shown
+    assert "modelseven ✓ right" in shown
 
 
 @pytest.mark.parametrize(
@@ -403,6 +530,22 @@ def test_a_report_on_the_run_of_another_experiment_is_refused(experiment):
     run(experiment.run_folder, experiment, epochs=1, size="small", lr=0.01, end="finished")
     with pytest.raises(ValueError, match=r"optim\.lr .*; set these fields back, or give"):
         write(experiment.with_overrides({"optim.lr": 0.5}))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.PROGRAM is None, reason="needs Chromium (Debian: chromium)")
+def test_pages_in_a_real_browser_ask_for_nothing_and_can_be_read_wide_and_narrow(sweep, tmp_path):
+    run(sweep.run_folder, sweep, epochs=2, size="small", lr=0.01, end="finished")
+    pages = [Path(write(sweep)["report"]), tmp_path / "comparison.html"]
+    side_by_side.write([sweep.run_folder], pages[1])
+    for page, width, dark in product(pages, (1400, 390), (False, True)):
+        picture = tmp_path / f"{page.stem}-{width}{'-dark' * dark}.png"
+        seen = browser.look(page, picture, width=width, dark=dark)
+        assert seen.requests == [page.as_uri()]
+        assert seen.complaints == []
+        assert (seen.wider, seen.overlap, seen.cut) == (0, [], [])
+        assert seen.least >= 10
+        assert Image.open(picture).size == (width, seen.height)
 
 
 def test_the_report_needs_neither_torch_nor_ray(sweep, tmp_path):

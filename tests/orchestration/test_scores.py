@@ -34,10 +34,21 @@ def test_controls_have_figures_of_their_own():
     assert values(rows, "loss", "loss_blind", "accuracy", "accuracy_blind") == [0.5, 1.5, 1, 0]
 
 
-def test_yes_and_no_choices_and_objects_are_measured_by_their_protocols():
-    said = [("Yes", "yes"), ("No.", "yes"), ("no", "no"), ("Yes", "no")]
-    rows = [row(k, answer, [true], kind="yes_no") for k, (answer, true) in enumerate(said)]
-    assert values(rows, "exact", "precision", "recall", "f1", "yes_ratio") == [0.5] * 5
+def test_yes_and_no_are_counted_as_popes_program_does():
+    """Its formulas: three hit, one is a false alarm, two are missed, two rightly denied."""
+    said = ["Yes"] * 3 + ["Yes, there is."] + ["No"] * 2 + ["There is no dog."] * 2
+    true = ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 2
+    rows = [
+        row(k, answer, [label], kind="yes_no")
+        for k, (answer, label) in enumerate(zip(said, true, strict=True))
+    ]
+    precision, recall = 3 / 4, 3 / 5
+    assert values(rows, "exact", "precision", "recall", "f1", "yes_ratio") == pytest.approx(
+        [5 / 8, precision, recall, 2 * precision * recall / (precision + recall), 4 / 8]
+    )
+
+
+def test_choices_and_objects_are_measured_by_their_protocols():
     rows = [row(k, answer, ["A", "A", "B"], kind="choice") for k, answer in enumerate("AB?")]
     assert values(rows, "exact", "no_choice") == pytest.approx([1 / 3, 1 / 3])
     objects = Objects({"dog": [], "cat": []})

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from orchestration.cli import main
 from orchestration.config import Experiment, validated
@@ -20,7 +21,7 @@ from orchestration.journal import LOCK, NAME, Journal, busy, curve, sole, write_
 from orchestration.results import begin
 from orchestration.standings import render
 from orchestration.status import Standing, Watch
-from tests.orchestration.conftest import SETTINGS, run_folder
+from tests.orchestration.conftest import SETTINGS, histories, run_folder
 
 ROOT = Path(__file__).parents[2]
 WRITER = """
@@ -245,6 +246,21 @@ def test_looking_loads_nothing_heavy(experiment):
         "import sys; assert not {'torch', 'ray', 'mlflow', 'pyarrow', 'numpy'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_what_mlflow_has_missed_is_brought_to_it(experiment, capsys):
+    begin(experiment, experiment.run_folder)
+    journal = Journal(experiment.run_folder)
+    journal.start(identity="i", params={"optim.lr": 0.1}, step=0, steps=2, workers=1)
+    for step in (1, 2):
+        journal.metrics(step, {"train/loss": 1.0 / step})
+    journal.end("finished")
+    assert main(["status", experiment.storage.path, "--sync", "--json"]) == 0
+    (synced,) = json.loads(capsys.readouterr().out)["synced"]
+    assert synced == {"store": experiment.tracking_uri, "runs": 1, "at_work": []}
+    client = MlflowClient(experiment.tracking_uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("dsvl").experiment_id])
+    assert histories(client, run.info.run_id)["train/loss"] == [(1, 1.0), (2, 0.5)]
 
 
 @pytest.mark.ray

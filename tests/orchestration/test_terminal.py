@@ -2,14 +2,18 @@
 
 import io
 import json
+import os
+import signal
 from pathlib import Path
 from subprocess import PIPE
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orchestration import cli, terminal
 from orchestration.compose import load
+from tests.orchestration.serving import model_folder, picture
 
 pytestmark = pytest.mark.ray
 
@@ -105,6 +109,98 @@ def test_an_answer_appears_piece_by_piece(trained_run, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("one two three\nfour five\n"))
     assert terminal.talk(load(trained_run), out=out)["answered"] == 2
     assert out.getvalue() == "one two three \nfour five \n"
+
+
+@pytest.fixture
+def chatting(tmp_path_factory, monkeypatch, capsys):
+    """Talk to an untrained model in this process: lines -> the document, and what stderr says."""
+    folder = model_folder(tmp_path_factory.mktemp("chat") / "digits")
+
+    def chatting(*lines: str) -> tuple[dict, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        document = terminal.talk(folder, out=io.StringIO())
+        return document, capsys.readouterr().err
+
+    return chatting
+
+
+def test_paths_in_a_line_are_shown_and_urls_are_not_fetched(chatting, tmp_path):
+    plain, odd = tmp_path / "a.png", tmp_path / "it's a digit.png"
+    for number, path in enumerate((plain, odd)):
+        path.write_bytes(picture(number))
+    escaped = str(odd).replace(" ", "\\ ").replace("'", "\\'")
+    document, err = chatting(
+        f"{plain} What is it?",
+        f'"{odd}" {escaped} file://{plain}',
+        "And what are these?",
+        "https://127.0.0.1/cat.png What is it?",
+        f"{tmp_path}/none.png What?",
+        "Is a.png a name?",
+        *[f"/image {plain}"] * 11,
+        "And all of these?",
+        "/images",
+    )
+    asked = [(said["images"], said["question"], "answer" in said) for said in document["rounds"]]
+    assert asked == [
+        ([str(plain)], "What is it?", True),
+        ([str(odd), str(odd), str(plain)], "And what are these?", True),
+        ([str(tmp_path / "none.png")], "What?", False),
+        ([], "Is a.png a name?", True),
+        ([str(plain)] * 11, "And all of these?", True),
+    ]
+    assert "https://127.0.0.1/cat.png: is not fetched" in err
+    assert "'none.png' is not a file" in err
+    assert f"image 15: {plain}\n" in err
+
+
+def test_a_question_taken_back_is_forgotten_and_the_rest_saved(chatting, tmp_path):
+    document, err = chatting(
+        "/undo",
+        "Who are you?",
+        "What digit is it?",
+        "/undo",
+        "What digit is it?",
+        f"/save {tmp_path}/said.json",
+        f"/save {tmp_path}/said.json",
+        f"/save {tmp_path}/none/said.json",
+    )
+    first, second, again = document["rounds"]
+    assert again == second
+    assert json.loads((tmp_path / "said.json").read_text()) == {"rounds": [first, second]}
+    for message in ("nothing to take back", "is there already", "none/said.json: No such file"):
+        assert message in err
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(monkeypatch, capsys):
+    left = []
+
+    class Endless:
+        """A chat that never ends by itself, but for an answer of no words."""
+
+        turns, images = (), 0
+
+        def stream(self, question, *, images):
+            try:
+                for number in range(0 if question == "nothing" else 10**6):
+                    if number == 2:
+                        os.kill(os.getpid(), signal.SIGINT)
+                    yield f"{question} "
+            finally:
+                left.append(question)
+
+    monkeypatch.setattr(terminal, "open_chat", lambda subject: Endless())
+    processor = SimpleNamespace(from_checkpoint=lambda _: None)
+    monkeypatch.setattr(terminal, "ImageProcessor", processor)
+    monkeypatch.setattr(
+        terminal, "find", lambda source: SimpleNamespace(processor="", manner={}, folder="")
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\nnothing\n\ntwo\n"))
+    document = terminal.talk(Path(), out=io.StringIO())
+    assert [said["answer"] for said in document["rounds"]] == ["one " * 3, "", "two " * 3]
+    assert left == ["one", "nothing", "two"]
+    err = capsys.readouterr().err
+    assert err.count("(stopped)") == 2
+    assert err.count("(an empty answer)") == 1
 
 
 def test_quit_ends_a_conversation_before_its_input_does(trained_run, monkeypatch):

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -78,6 +79,10 @@ def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
     assert result["identity"] == experiment.identity()
     (chat,) = json.loads((folder / "chats.json").read_text())
     assert all(turn["model"] for turn in chat["rounds"])
+    earlier = {line["step"]: line["chats"] for line in read(folder)[0] if line["kind"] == "chats"}
+    assert {step: told["id"] for step, (told,) in earlier.items()} == dict.fromkeys(
+        (12, 24, 36), chat["id"]
+    )
     found = logged(experiment)
     for metric in ("train/loss", "train/lr", "train/grad_norm"):
         assert [step for step, _ in found[metric]] == list(range(1, STEPS + 1))
@@ -92,16 +97,19 @@ def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
 
 
 def test_a_training_whose_weights_are_all_divided_ends_with_chats(storage, cluster):
-    """As those of 70B are: DeepSpeed keeps weights as small as these whole unless it is told not to."""
+    """As those of 70B are: DeepSpeed keeps weights as small as these whole unless it is told not to.
+
+    It also trains on after the chat that ends an epoch.
+    """
     divide = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     engine = {"zero_stage": 3, "micro_batch": 4, "deepspeed": divide}
     experiment = load(
-        digits(storage, "divided", engine=engine), ["train.epochs=1", "optim.lr=1e-3"]
+        digits(storage, "divided", engine=engine), ["train.epochs=2", "optim.lr=1e-3"]
     )
     commands.train(experiment)
     (chat,) = json.loads((experiment.run_folder / "chats.json").read_text())
     assert all(turn["model"] for turn in chat["rounds"])
-    whole = load(digits(storage, "undivided"), ["train.epochs=1", "optim.lr=1e-3"])
+    whole = load(digits(storage, "undivided"), ["train.epochs=2", "optim.lr=1e-3"])
     commands.train(whole)
     assert json.loads((whole.run_folder / "chats.json").read_text()) == [chat]
     losses = [curve(run.run_folder, "train/loss") for run in (whole, experiment)]
@@ -216,7 +224,9 @@ def test_a_worker_that_refuses_what_is_asked_ends_the_training_at_once(
     folder = run_folder(path)
     assert starts(folder) == [0]
     end = read(folder)[0][-1]
-    assert (end["state"], end["reason"]) == ("failed", f"ValueError: {told}")
+    assert end["state"] == "failed"
+    where = rf"rank 1 on {re.escape(socket.gethostname())}, process \d+"
+    assert re.fullmatch(f"{where}: ValueError: {re.escape(told)}", end["reason"])
 
 
 def test_a_value_error_of_a_library_refuses_nothing(tmp_path, monkeypatch):
