@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
@@ -31,6 +31,14 @@ from orchestration.space import WHAT, SearchConfig, across_problems, search_prob
 
 BLENDING = ("blends", "temperature", "max_rounds")
 """Settings of `data` that change no prepared data."""
+
+
+STORES: dict[str, set[str]] = {
+    "s3": {"region", "scheme", "endpoint_override"},
+    "gs": {"scheme", "endpoint_override"},
+    "file": set(),
+}
+"""Kinds of object stores, and what their URIs may say beside the place."""
 
 
 class ClusterConfig(Section):
@@ -84,6 +92,11 @@ class StorageConfig(Section):
 
     path: str = "runs"
     """The folder of prepared data, runs and the default tracking store."""
+    remote: str | None = None
+    """An object store that keeps what is in `path`, and from which it is fetched where it is missing:
+    s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///FOLDER. Then `path` need be no shared folder.
+    `?region=`, `scheme=` and `endpoint_override=HOST:PORT` lead to stores that are not Amazon's;
+    credentials come from the environment alone."""
     data: str = "data"
     """The folder of raw datasets."""
 
@@ -92,9 +105,28 @@ class StorageConfig(Section):
     def _is_a_folder(cls, path: str) -> str:
         if "://" in path:
             raise ValueError(
-                f"{path!r} must be a folder that all machines see under this name; mount the store there"
+                f"{path!r} must be a folder; name the store in storage.remote, and here where to work"
             )
         return path
+
+    @field_validator("remote")
+    @classmethod
+    def _is_a_store(cls, remote: str | None) -> str | None:
+        if remote is None:
+            return None
+        parts = urlsplit(remote)
+        if "@" in parts.netloc:
+            raise ValueError("must hold no credentials; give them in the environment alone")
+        if parts.scheme not in STORES or not (parts.netloc or parts.scheme == "file"):
+            raise ValueError(
+                f"{remote!r} must be s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///FOLDER"
+            )
+        if others := parse_qs(parts.query, keep_blank_values=True).keys() - STORES[parts.scheme]:
+            known = ", ".join(sorted(STORES[parts.scheme])) or "nothing"
+            raise ValueError(
+                f"?{', '.join(sorted(others))}: of {parts.scheme}:// may be said {known}"
+            )
+        return remote
 
 
 class TrackingConfig(Section):

@@ -127,7 +127,7 @@ def require_same_data(experiment: Experiment, folder: Path, prepared: Path) -> N
     manifest, blends = read_json(prepared / "manifest.json"), blends_file(prepared, experiment)
     ours = {
         "folder": str(prepared),
-        "digest": digest(manifest["files"]),
+        "digest": content_of(prepared),
         "sources": manifest["sources"],
         "blends": read_json(blends) if blends.exists() else {},
     }
@@ -140,6 +140,12 @@ def require_same_data(experiment: Experiment, folder: Path, prepared: Path) -> N
                 f"changed since ({prepared}); restore the raw data, or give this run another name"
             )
     write_json(folder / "data.json", ours)
+
+
+def content_of(prepared: Path) -> str | None:
+    """A digest of all that is in prepared data, or None where there are none."""
+    path = prepared / "manifest.json"
+    return digest(read_json(path)["files"]) if path.is_file() else None
 
 
 BRANCHING = ("train.epochs", "optim.schedule", "optim.decay_fraction")
