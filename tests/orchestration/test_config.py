@@ -427,7 +427,7 @@ def test_a_store_that_is_no_folder_is_refused(settings, field):
     settings |= {"storage": {field: "s3://bucket/runs"}}
     (said,) = lines(settings)
     assert said.startswith(
-        f"storage.{field}: 's3://bucket/runs' must be a folder that all machines"
+        f"storage.{field}: 's3://bucket/runs' must be a folder; name the store in storage.remote"
     )
 
 
