@@ -88,7 +88,7 @@ font-size:.9rem;max-width:30rem;margin-top:.4rem}
 .chat{background:var(--card);border-radius:.4rem;padding:.8rem 1rem}
 .chat dl{margin:.3rem 0 .9rem;display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem}
 .chat dt{color:var(--soft)}.chat dd{margin:0;min-width:0}
-.images{display:flex;flex-wrap:wrap;gap:.6rem}
+.images{display:flex;flex-wrap:wrap;gap:.6rem}.images figure{max-width:100%;overflow-wrap:anywhere}
 .images img,.chat img{display:block;max-width:100%;max-height:18rem;border:1px solid var(--line)}
 .images .small,.chat .small{image-rendering:pixelated;width:6rem;height:auto}
 .sample{margin-top:1rem}.sample h3{margin:0}.sample div{white-space:pre-wrap}

@@ -31,7 +31,8 @@ MEASURE = """(() => {
     && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()));
   const sizes = all.map(e => parseFloat(getComputedStyle(e).fontSize)
     * (e.closest('svg.chart') ? scale(e) : 1));
-  return {wider: document.documentElement.scrollWidth - innerWidth, overlap, cut,
+  const {scrollWidth, clientWidth} = document.documentElement;
+  return {wider: scrollWidth - clientWidth, overlap, cut,
     least: Math.min(...sizes), height: document.documentElement.scrollHeight};
 })()"""
 
