@@ -1,6 +1,7 @@
 """Small experiments: as settings, independent of the shipped ones, and on the shipped digits."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -111,6 +112,7 @@ def experiment(
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with few chats about digits, and all that is made of them: see `digits`."""
     folder = tmp_path_factory.mktemp("digits")
+    os.environ |= SECRETS
     chats.write(folder / "raw/digits", train=96, evaluation=8)
     return folder
 
@@ -170,6 +172,11 @@ def trained_run(storage: Path, cluster: None) -> Path:
     return path
 
 
+SECRETS = {
+    name: f"canary-{name.lower()}-8c1f6b"
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD")
+}
+"""In the environment of all that is done with `storage`; they must be nowhere else."""
 HOSTILE = "<script>alert('why?')</script> & \x1b[31m<mark>⟦no⟧</mark>"
 """A text that must stay one, in a terminal and on a page."""
 

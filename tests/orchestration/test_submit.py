@@ -12,6 +12,7 @@ from ray.job_submission import JobSubmissionClient
 
 from orchestration import cli
 from orchestration.journal import curve
+from orchestration.ray_jobs import killed
 from tests.orchestration.conftest import digits, run_folder, steps_done
 from tests.orchestration.machines import Machines, wait_until
 
@@ -101,6 +102,11 @@ def test_interrupted_it_goes_on_is_followed_again_stopped_and_gone_on_with(
     steps = [step for step, _ in curve(folder, "train/loss")]
     assert sorted(set(steps)) == list(range(1, 49))
     assert (folder / "logs" / job / "rank-0.log").parent.is_dir()
+
+
+def test_a_driver_that_was_killed_is_told_from_one_that_failed():
+    assert all(map(killed, (None, -9, 137)))
+    assert not any(map(killed, (0, 1, 2)))
 
 
 @pytest.mark.parametrize(
