@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dsvl.digits import chats
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
 from orchestration.journal import curve
-from tests.orchestration.machines import Machines
+from tests.orchestration.machines import Machines, wait_until
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHARDS = 12
@@ -158,6 +159,13 @@ def cluster_of_jobs() -> Iterator[Machines]:
     started = Machines(cpus=0, dashboard=True)
     started.add(cpus=2)
     started.wait_for_dashboard()
+
+    def joined() -> bool:
+        with suppress(OSError):  # the dashboard answers before it knows of nodes
+            return sum(node["state"] == "ALIVE" for node in started.known("nodes")) == 2
+        return False
+
+    wait_until(joined)
     yield started
     started.end()
 
@@ -247,8 +255,12 @@ def steps_done(folder: Path) -> int:
 
 
 def histories(client: Any, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """Every metric of an MLflow run as (step, value) by step, all that were ever logged."""
+    """Every metric of a training in MLflow as (step, value) by step, all that were ever logged.
+
+    What `dsvl evaluate` has found of its checkpoints is left out.
+    """
     return {
         key: sorted((point.step, point.value) for point in client.get_metric_history(run_id, key))
         for key in client.get_run(run_id).data.metrics
+        if not key.startswith("evaluation/")
     }
