@@ -110,6 +110,7 @@ def shippers(folder: Path) -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if p.cmdline()[1:] == command]
 
 
+@pytest.mark.slow
 def test_a_shipper_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(shipping, "PERIOD_SECONDS", 0.1)
     experiment = made(tmp_path, "killed")
@@ -172,6 +173,7 @@ def test_what_a_killed_command_has_written_is_shipped_and_the_run_told_killed(tm
 QUICK, ALL = range(2), [pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [*QUICK, *ALL])
 def test_whoever_is_killed_the_journal_is_whole_and_mlflow_complete(tmp_path_factory, seed):
     storage = tmp_path_factory.getbasetemp() / "kills"
