@@ -78,6 +78,14 @@ def start(command: str, *arguments: object, **options: object) -> subprocess.Pop
     return subprocess.Popen([sys.executable, "-c", command, *map(str, arguments)], **options)
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """What it was started with; nothing once it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # zombies among them
+        return []
+
+
 def disturb(
     experiment: Experiment, seed: int, *, steps: int = 300, kills: int = 3
 ) -> dict[str, int]:
@@ -91,7 +99,7 @@ def disturb(
             break
         whom, processes = draw.choice(list(killed)), {"driver": [psutil.Process(driver.pid)]}
         children = processes["driver"][0].children()
-        processes["shipper"] = [p for p in children if "orchestration.shipping" in p.cmdline()]
+        processes["shipper"] = [p for p in children if "orchestration.shipping" in command_of(p)]
         processes["worker"] = [p for p in children if p not in processes["shipper"]]
         for process in processes[whom]:
             process.kill()

@@ -16,7 +16,7 @@ from orchestration.journal import Journal
 from orchestration.results import begin, trials_folder
 from orchestration.shipping import catch_up, shipped
 from tests.orchestration.conftest import SETTINGS
-from tests.orchestration.lives import SWEEP, disturb, run_id
+from tests.orchestration.lives import SWEEP, command_of, disturb, run_id
 from tests.orchestration.lives import start as start_life
 from tests.orchestration.outages import OUTAGES, TOKEN, Door, Server, differences
 from tests.orchestration.postgres import PASSWORD, Postgres, programs
@@ -107,10 +107,9 @@ def _undergo(doors: dict[str, Door], runs: dict[str, Experiment]) -> None:
 def shippers(folder: Path) -> list[psutil.Process]:
     """Those of a folder."""
     command = ["-m", "orchestration.shipping", str(folder)]
-    return [p for p in psutil.Process().children() if p.cmdline()[1:] == command]
+    return [p for p in psutil.Process().children() if command_of(p)[1:] == command]
 
 
-@pytest.mark.slow
 def test_a_shipper_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(shipping, "PERIOD_SECONDS", 0.1)
     experiment = made(tmp_path, "killed")
@@ -158,7 +157,7 @@ def test_what_a_killed_command_has_written_is_shipped_and_the_run_told_killed(tm
         time.sleep(0.05)
     assert catch_up(experiment)["runs"] in (0, 1)
     (shipper,) = [
-        p for p in psutil.Process(command.pid).children() if "shipping" in str(p.cmdline())
+        p for p in psutil.Process(command.pid).children() if "shipping" in str(command_of(p))
     ]
     command.kill()
     command.wait()
@@ -173,7 +172,6 @@ def test_what_a_killed_command_has_written_is_shipped_and_the_run_told_killed(tm
 QUICK, ALL = range(2), [pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [*QUICK, *ALL])
 def test_whoever_is_killed_the_journal_is_whole_and_mlflow_complete(tmp_path_factory, seed):
     storage = tmp_path_factory.getbasetemp() / "kills"
