@@ -60,6 +60,8 @@ class ClusterConfig(Section):
     """Labels of the nodes that prepare data, as `ray start --labels` gives them; any node when empty."""
     gpu_labels: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that train and run the tower."""
+    autoscaled: bool = False
+    """Whether nodes come while work waits for them: then it waits, however few there are when it begins."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of a GPU that a worker may fill; a plan that needs more is refused."""
     host_memory_gib: float | None = Field(default=None, gt=0)

@@ -64,6 +64,7 @@ def test_pools_come_from_the_experiment():
     settings = next(yaml.safe_load_all((JOBS / "kuberay.yaml").read_text()))["data"]
     inside = yaml.safe_load(settings["experiment.yaml"])["cluster"]
     assert (inside["cpu_labels"], inside["gpu_labels"]) == (cpu["labels"], gpu["labels"])
+    assert inside["autoscaled"], "or a training would be refused while there is no node yet"
 
 
 def test_no_manifest_holds_a_secret_and_all_ask_for_a_token():
