@@ -85,7 +85,7 @@ def pools(experiment: Any) -> dict[str, Any]:
 
 
 def labelled(experiment: Any) -> Any:
-    """The experiment where nodes come by themselves, with a label for each kind: no work lands on the other's.
+    """The experiment where nodes come by themselves, with a label for each kind: each has its own work.
 
     Raises:
         ValueError: if a label is a rule, which no node can carry.

@@ -182,7 +182,7 @@ def storage(folder: Path) -> Iterator[Check]:
 
 
 def store(uri: str | None) -> Iterator[Check]:
-    """Whether the object store, if there is one, takes, lists and gives back a file, and what its clock says."""
+    """Whether the object store, if there is one, takes, lists and gives back a file; and its clock."""
     if uri is None:
         return
     from orchestration.mirroring import SKEW_SECONDS

@@ -61,7 +61,9 @@ def test_only_nodes_with_the_labels_count_unless_others_come(cluster, storage):
         ValueError, match=r"labels {'pool': 'a100'} of the .* hold 0 \(there is none\)"
     ):
         require_room(load(digits(storage, "labelled"), options), workers=1)
-    require_room(load(digits(storage, "labelled"), [*options, "cluster.autoscaled=true"]), workers=1)
+    require_room(
+        load(digits(storage, "labelled"), [*options, "cluster.autoscaled=true"]), workers=1
+    )
 
 
 def test_gpus_that_no_node_has_are_refused(cluster, storage):
