@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.submitting [--seeds 5] [--only KIND ...] [--write tests/benchmarks/results]
 
-As `tests.benchmarks.surviving`, but every run is `dsvl submit train --wait` to a cluster behind a token, a head
-and two nodes of a CPU, and prepares its own data: a quarter of the moments fall into that. Prepared data and
-losses are held against those of the undisturbed run as well.
+As `tests.benchmarks.surviving`, but every run is `dsvl submit train --wait` to a cluster behind a token, of a
+head that carries no work and two nodes of a CPU, and prepares its own data: a quarter of the moments fall in
+there. Prepared data and losses are held against those of the undisturbed run as well.
 """
 
 import json

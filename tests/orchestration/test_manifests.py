@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -109,6 +110,31 @@ def pod(spec: dict[str, Any]) -> dict[str, Any]:
 def test_a_mistake_in_a_rayjob_is_told(change, told):
     found = "\n".join(map(str, MANIFESTS["kuberay"].check(planted(change))))
     assert told in found
+
+
+@pytest.mark.skipif("DSVL_CRD" not in os.environ, reason="DSVL_CRD names no ray.io_rayjobs.yaml")
+def test_the_example_is_valid_by_the_schema_of_kuberay_itself_and_by_no_field_more():
+    """DSVL_CRD=ray.io_rayjobs.yaml pytest tests/orchestration/test_manifests.py -k schema."""
+    crd = yaml.load(Path(os.environ["DSVL_CRD"]).read_text(), Loader=yaml.CSafeLoader)
+    (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
+    schema = closed(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {}
+    jsonschema.validate(job(), schema)
+    for mistake in ({"backofLimit": 1}, {"backoffLimit": "3"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**job(), "spec": job()["spec"] | mistake}, schema)
+
+
+def closed(schema: Any) -> Any:
+    """A schema that takes no fields but those it names, as Kubernetes does under strict validation."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {key: closed(part) for key, part in schema.items()}
+    if parts.get("x-kubernetes-int-or-string"):
+        parts.pop("type", None)
+    return {"additionalProperties": False} | parts if "properties" in parts else parts
 
 
 def test_a_mistake_in_a_cluster_or_a_script_is_told():
