@@ -10,7 +10,7 @@ from orchestration import evidence, search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.journal import sole
-from orchestration.mirroring import mirrored
+from orchestration.mirroring import catch_up, mirrored
 from orchestration.placement import require_room
 from orchestration.prepare import prepare, require_one_tokenizer
 from orchestration.results import begin, finished, require_same_data, trials_folder, trunk_of
@@ -41,6 +41,8 @@ def train(experiment: Experiment) -> dict:
                     prepared = Path(prepare(experiment)["folder"])
                     require_same_data(experiment, folder, prepared)
                     fit(experiment, folder, prepared, workers=workers)
+                # What rank 0 wrote on a machine of its own is to reach the tracking store as well.
+                catch_up(experiment, folder, lambda mirror: mirror.fetch(folder))
     result = finished(experiment, folder)
     assert result is not None
     return {"folder": str(folder)} | result

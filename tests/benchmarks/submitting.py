@@ -34,8 +34,9 @@ class Submitted(Run):
 
     def write(self, folder: Path, name: str) -> Path:
         """Its experiment, with a storage of its own."""
-        places = {"path": str(folder / name), "data": str(folder / "raw")}
-        return digits(folder, name, storage=places)
+        (own := folder / name).mkdir()
+        (own / "raw").symlink_to(folder / "raw")
+        return digits(own, name)
 
     @classmethod
     def cluster(cls) -> Machines:
