@@ -31,7 +31,7 @@ from tests.benchmarks.mmca import machine
 from tests.orchestration.conftest import digits, run_folder, steps_done
 
 UPDATES, EVERY = 48, 5
-Disturb = Callable[[random.Random, "Run"], None]
+Disturb = Callable[[random.Random, Any], None]
 
 
 class Run:
