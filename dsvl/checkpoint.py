@@ -11,14 +11,13 @@ A checkpoint is a folder `step-NNNNNN`, written under a temporary name and renam
 - `manifest.json`: sha256 of each file and of itself, step, identity of the experiment, digests of the frozen
   parts, metrics; see `dsvl.checkpoint_folder`.
 
-The first three are written by three ranks at once, where rank 0's machine has as many; rank 0 alone reads. So
-the machines of a training need no folder in common.
+The first three are written by three ranks at once, if as many see the folder; rank 0 alone reads. So the
+machines of a training need no folder in common.
 """
 
 import errno
 import json
 import math
-import os
 import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -88,14 +87,20 @@ def save(
     require_room(engine, folder)
     if step == 0:
         _create_optimizer_state(engine, updates=0)
-    # Ranks of one machine follow each other.
-    beside = from_rank_0(lambda: int(os.environ.get("LOCAL_WORLD_SIZE", engine.workers)))
-    writers = {MASTER: 0} | {key: n % beside for n, key in enumerate(MOMENTS, start=1)}
-    tensors = _gather(engine, [key for key, rank in writers.items() if rank == engine.rank])
-    _require_finite(tensors, step)
-    generators = _all_ranks(torch.get_rng_state(), engine.device)
     target = folder / f"step-{step:06d}"
     unfinished = Path(from_rank_0(lambda: tempfile.mkdtemp(prefix=f".{target.name}-", dir=folder)))
+    seen: list[Any] = [None] * engine.workers
+    dist.all_gather_object(seen, unfinished.is_dir())
+    able = [rank for rank, sees in enumerate(seen) if sees]
+    writers = {MASTER: 0} | {key: able[n % len(able)] for n, key in enumerate(MOMENTS, start=1)}
+    tensors = _gather(engine, [key for key, rank in writers.items() if rank == engine.rank])
+    try:
+        _require_finite(tensors, step)
+    except RuntimeError:
+        if engine.rank == 0:
+            unfinished.rmdir()
+        raise
+    generators = _all_ranks(torch.get_rng_state(), engine.device)
     if engine.rank == 0:
         unfinished.chmod(0o755)  # mkdtemp makes it private
         pretrained.write(unfinished, engine.model.config, tensors.pop(MASTER), frozen=frozen)

@@ -70,11 +70,11 @@ def _worker(rank, world, port, config, folder, options):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    if options.get("apart"):  # each rank on a machine of its own, of which one has the checkpoints
-        os.environ["LOCAL_WORLD_SIZE"] = "1"
-        if rank:
-            for name in ("safe_open", "load_file", "save_file"):
-                delattr(checkpoint, name)
+    if options.get("apart") and rank:  # on a machine that has no checkpoints
+        kind = type(Path())
+        vars(checkpoint)["Path"] = type("Elsewhere", (kind,), {"is_dir": lambda _: False})
+        for name in ("safe_open", "load_file", "save_file"):
+            delattr(checkpoint, name)
     join(backend="nccl" if options.get("device") == "cuda" else "gloo")
     torch.manual_seed(rank)
     engine_config = EngineConfig(
