@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.submitting [--seeds 5] [--only KIND ...] [--write tests/benchmarks/results]
 
-As `tests.benchmarks.surviving`, but every run is `dsvl submit train --wait` to a cluster behind a token, of a
-head that carries no work and two nodes of a CPU. The first and the fifth of each kind are disturbed while they
-prepare the data, the others while they train on those of the undisturbed run. Prepared data and losses are held
-against its own as well.
+As `tests.benchmarks.surviving`, but every run is `dsvl submit train --wait` to a cluster behind a token, of
+a head that carries no work and two nodes of a CPU. The first and the fifth of each kind are disturbed while
+they prepare the data, the others while they train on those of the undisturbed run. Prepared data and losses
+are held against its own as well.
 """
 
 import json
