@@ -67,7 +67,7 @@ class Machines:
     ) -> subprocess.Popen[bytes]:
         """A node more; options are those of `ray start`. `disk`: what it finds in the place of a folder."""
         given = (f"--{name.replace('_', '-')}={value}" for name, value in options.items())
-        own = f"--temp-dir={self._folder}/{len(self._nodes)}"  # or nodes would unpack jobs into one folder
+        own = f"--temp-dir={self._folder}/{self._next_node_id}"  # or nodes would unpack jobs into one folder
         node = (f"--address={self.address}", f"--num-cpus={cpus}", own, *given)
         return self._start(*node, within=apart(*disk) if disk else ())
 
@@ -162,7 +162,7 @@ class Nodes(FakeMultiNodeProvider):
     def _create_node_with_resources_and_labels(self, *given: Any) -> None:
         with self.lock:
             own = partial(
-                RayParams, temp_dir=f"{self.provider_config['folder']}/{len(self._nodes)}"
+                RayParams, temp_dir=f"{self.provider_config['folder']}/{self._next_node_id}"
             )
             with patch.object(parameter, "RayParams", own):
                 super()._create_node_with_resources_and_labels(*given)
