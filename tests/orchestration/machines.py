@@ -67,7 +67,7 @@ class Machines:
     ) -> subprocess.Popen[bytes]:
         """A node more; options are those of `ray start`. `disk`: what it finds in the place of a folder."""
         given = (f"--{name.replace('_', '-')}={value}" for name, value in options.items())
-        own = f"--temp-dir={self._folder}/{self._next_node_id}"  # or nodes would unpack jobs into one folder
+        own = f"--temp-dir={self._folder}/{len(self._nodes)}"  # or nodes would unpack jobs into one folder
         node = (f"--address={self.address}", f"--num-cpus={cpus}", own, *given)
         return self._start(*node, within=apart(*disk) if disk else ())
 
@@ -159,13 +159,16 @@ class Machines:
 class Nodes(FakeMultiNodeProvider):
     """Processes of this machine that are nodes, each with a folder of its own, as in `Machines.add`."""
 
-    def _create_node_with_resources_and_labels(self, *given: Any) -> None:
+    def _create_node_with_resources_and_labels(
+        self, node_config: Any, tags: Any, count: int, resources: Any, labels: Any
+    ) -> None:
         with self.lock:
-            own = partial(
-                RayParams, temp_dir=f"{self.provider_config['folder']}/{self._next_node_id}"
-            )
-            with patch.object(parameter, "RayParams", own):
-                super()._create_node_with_resources_and_labels(*given)
+            own = f"{self.provider_config['folder']}/{self._next_node_id}"
+            settings = partial(RayParams, temp_dir=own)
+            with patch.object(parameter, "RayParams", settings):
+                super()._create_node_with_resources_and_labels(
+                    node_config, tags, count, resources, labels
+                )
 
 
 class Autoscaled(Machines):
