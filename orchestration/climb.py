@@ -14,11 +14,12 @@ from dsvl.pretrained import embedding_rms
 from orchestration.across import AcrossSizes, Recommendation
 from orchestration.config import Experiment
 from orchestration.cost import flops_of_a_step
+from orchestration.domains import LogUniform
 from orchestration.parameters import parameters
 from orchestration.proposals import Proposal
 from orchestration.rounds import Outcome
 from orchestration.scaling import Ladder, Size, Trunk
-from orchestration.space import EPOCHS, SEED, LogUniform
+from orchestration.space import EPOCHS, SEED
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]

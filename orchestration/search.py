@@ -20,10 +20,12 @@ from orchestration.budget import Budgeted, spent
 from orchestration.climb import Climb, proposal
 from orchestration.config import Experiment
 from orchestration.effects import Effect, Tried, effects, spread
+from orchestration.front import front
 from orchestration.journal import Journal, curve, read, read_json, write_json
 from orchestration.mirroring import mirror_of
 from orchestration.parzen import Parzen
 from orchestration.placement import require_room, require_room_here
+from orchestration.planned import reached
 from orchestration.proposals import Listed, Proposal, proposals
 from orchestration.results import (
     begin,
@@ -230,7 +232,8 @@ def describe(folder: Path) -> str:
 def summarize(experiment: Experiment) -> dict:
     """The finished trials, the best first by `search.metric`, and the names of those that failed.
 
-    Trials of another schedule than the best one's come after all of its own: they are no ranking together.
+    `front` names those that none beats in all `objectives`. Trials of another schedule than the best one's
+    come after all of its own: they are no ranking together.
     """
     search, root = _settings(experiment), trials_folder(experiment)
     trials, failures = [], []
@@ -249,7 +252,15 @@ def summarize(experiment: Experiment) -> dict:
     trials.sort(key=lambda t: (math.isnan(t[search.metric]), sign * t[search.metric]))
     first = list(dict.fromkeys(trial.get(SCHEDULE) for trial in trials))
     trials.sort(key=lambda trial: first.index(trial.get(SCHEDULE)))
-    return {"best": trials[0] if trials else None, "trials": trials, "failed": failures}
+    signs = search.objectives
+    ends = [[s * trial.get(name, math.nan) for name, s in signs.items()] for trial in trials]
+    names = [trials[at]["trial"] for at in front(ends)]
+    return {
+        "best": trials[0] if trials else None,
+        "front": {"objectives": list(signs), "trials": names},
+        "trials": trials,
+        "failed": failures,
+    }
 
 
 def compare(experiment: Experiment, trials: Sequence[Mapping[str, Any]]) -> dict:
@@ -264,7 +275,8 @@ def compare(experiment: Experiment, trials: Sequence[Mapping[str, Any]]) -> dict
         for trial in trials
     ]
     relative = search.mode == "min"
-    changed = effects(tried, experiment.searched(), relative=relative)
+    own = experiment.searched()
+    changed = effects(tried, own, relative=relative, under=search.under)
     return {"relative": relative, "effects": [*map(asdict, changed)]}
 
 
@@ -276,7 +288,7 @@ def _ended(folder: Path) -> tuple[str | None, str]:
 
 
 def render(summary: dict) -> str:
-    """The trials as a table, the best first, and what single settings change."""
+    """The trials as a table, the best first, those of the front, and what single settings change."""
     width = max(len(trial["trial"]) for trial in summary["trials"])
     lines = [f"{'trial':<{width}}  state     eval/loss  accuracy  blind"]
     lines += [
@@ -284,6 +296,14 @@ def render(summary: dict) -> str:
         f"{trial['eval/accuracy']:8.1%}  {trial['eval/accuracy_blind']:5.1%}"
         for trial in summary["trials"]
     ]
+    objectives, named = summary["front"]["objectives"], summary["front"]["trials"]
+    if len(objectives) > 1:
+        lines.append(f"beaten by none in {' and '.join(objectives)}:")
+        lines += [
+            f"  {', '.join(reached(name, trial[name]) for name in objectives)}: {trial['trial']}"
+            for trial in summary["trials"]
+            if trial["trial"] in named
+        ]
     lines += [f"failed: {failure}" for failure in summary["failed"]]
     for effect in (Effect(**one) for one in summary["effects"]):
         change = spread(effect, relative=summary["relative"])

@@ -1,14 +1,16 @@
 """What a search goes over, and whether every trial in it would be an experiment."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from math import prod
+from itertools import product, takewhile
+from random import Random
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
 from dsvl.config import ModelConfig, require
+from orchestration.domains import Domain, Grid, Values
 from orchestration.problems import Problem, explain, fields_at, unknown_field
 from orchestration.settings import Section, path_keys, place
 
@@ -18,69 +20,6 @@ WHAT = ("model", "data", "optim", "train")
 EPOCHS, SCHEDULE, SEED = "train.epochs", "optim.schedule", "train.seed"
 ACROSS = {"model.size": "grid", "optim.lr": "loguniform", EPOCHS: "grid"}
 """What a search across sizes searches, and over what kind of domain."""
-
-
-class _Listed(Section):
-    values: tuple[Any, ...] = Field(min_length=1)
-
-    def probes(self) -> tuple[Any, ...]:
-        """Values that must all be legal for the domain to be."""
-        return self.values
-
-    def holds(self, value: object) -> bool:
-        """Whether the value is of the domain."""
-        return value in self.values
-
-
-class Grid(_Listed):
-    """Every one of the values, combined with every value of the other grids."""
-
-    kind: Literal["grid"]
-
-
-class Choice(_Listed):
-    """One of the values at random."""
-
-    kind: Literal["choice"]
-
-
-class _Range(Section):
-    low: float
-    high: float
-
-    @model_validator(mode="after")
-    def _low_is_below_high(self) -> Self:
-        require(self.low < self.high, "low", self.low, f"must be below high={self.high}")
-        return self
-
-    def probes(self) -> tuple[Any, ...]:
-        """Values that must all be legal for the domain to be."""
-        between = self.low + (self.high - self.low) / 3**0.5  # a field of whole numbers refuses it
-        return self.low, between, self.high
-
-    def holds(self, value: object) -> bool:
-        """Whether the value is of the domain."""
-        return isinstance(value, float) and self.low <= value <= self.high
-
-
-class Uniform(_Range):
-    """A real number between `low` and `high`."""
-
-    kind: Literal["uniform"]
-
-
-class LogUniform(_Range):
-    """A real number between `low` and `high`, each order of magnitude as likely as another."""
-
-    kind: Literal["loguniform"]
-
-    @model_validator(mode="after")
-    def _low_is_positive(self) -> Self:
-        require(self.low > 0, "low", self.low, "must be positive")
-        return self
-
-
-Domain = Annotated[Grid | Choice | Uniform | LogUniform, Field(discriminator="kind")]
 
 
 class NoScheduler(Section):
@@ -119,6 +58,10 @@ class Median(Section):
     """Trials that the median is taken of, at least."""
 
 
+Objective = Literal["eval/loss", "eval/accuracy", "train/flops"]
+MOST = ("eval/accuracy",)
+"""Objectives of which more is better."""
+
 ONLY_ACROSS = ("target_epochs", "verify", "confirm")
 """Fields of a search across sizes alone."""
 
@@ -153,6 +96,10 @@ class SearchConfig(Section):
     """Draws from the space; a grid is tried whole at each."""
     seed: int = Field(0, ge=0)
     metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
+    """By which trials are ranked, and the best one is told from the others."""
+    tradeoffs: tuple[Objective, ...] = ()
+    """What else is searched for, `train/flops` for trainings that cost little: the answer is then a front,
+    trials of which none is beaten in all of it."""
     sampler: Literal["random", "tpe"] = "random"
     """What draws from domains that are no grid: chance, or Optuna's tree-structured Parzen estimator, which
     learns from the trials that have ended, as many at a time as run at once."""
@@ -198,7 +145,12 @@ class SearchConfig(Section):
         require(
             SEED not in others, "space", SEED, "across has seeds of its own: see search.confirm"
         )
+        for path, domain in self.space.items():
+            rule = "across searches no field under a condition; leave `when` out"
+            require(not domain.when, "space", path, rule)
         require(self.metric == "eval/loss", "metric", self.metric, "across foretells eval/loss")
+        rule = "must be left out with across, which foretells eval/loss alone"
+        require(not self.tradeoffs, "tradeoffs", self.tradeoffs, rule)
         require(self.samples == 1, "samples", self.samples, "must be 1 with across")
         rule = "must be none with across, which stops trials itself"
         require(self.scheduler.kind == "none", "scheduler", self.scheduler.kind, rule)
@@ -215,6 +167,19 @@ class SearchConfig(Section):
             require(SCHEDULE not in self.space, "sampler", self.sampler, rule)
         return self
 
+    @model_validator(mode="after")
+    def _objectives_differ(self) -> Self:
+        if self.tradeoffs:
+            rule = f"must differ from one another and from metric={self.metric}"
+            require(
+                len(self.objectives) == 1 + len(self.tradeoffs), "tradeoffs", self.tradeoffs, rule
+            )
+            rule = "must be none with tradeoffs: no single one of them says which trial is worse"
+            require(self.scheduler.kind == "none", "scheduler", self.scheduler.kind, rule)
+            rule = f"a front would rank the schedules of {SCHEDULE} with one another; leave it out"
+            require(SCHEDULE not in self.space, "tradeoffs", self.tradeoffs, rule)
+        return self
+
     @property
     def constants(self) -> dict[str, Any]:
         """What every trial of a search across sizes has beside its size, rate and epochs."""
@@ -223,14 +188,69 @@ class SearchConfig(Section):
     @property
     def mode(self) -> Literal["min", "max"]:
         """Whether less or more of the metric is better."""
-        return "min" if self.metric == "eval/loss" else "max"
+        return "max" if self.metric in MOST else "min"
+
+    @property
+    def objectives(self) -> dict[str, int]:
+        """All that is searched for, `metric` first: 1 where less is better, else -1."""
+        return {name: -1 if name in MOST else 1 for name in (self.metric, *self.tradeoffs)}
+
+    def values(self, of: Callable[[str], Any]) -> dict[str, Any]:
+        """The values of a trial, asked for field by field; fields whose `when` does not hold are left out."""
+        found: dict[str, Any] = {}
+        for path, domain in self.space.items():
+            if domain.when.items() <= found.items():
+                found[path] = of(path)
+        return found
+
+    def points(self) -> list[dict[str, Any]]:
+        """The values of all trials, where it is known beforehand: each draw at the whole grid, none twice."""
+        chance = Random(self.seed)
+        grids = {p: domain.values for p, domain in self.space.items() if isinstance(domain, Grid)}
+        found = {}
+        for _ in range(self.samples):
+            drawn = {
+                path: domain.draw(chance)
+                for path, domain in self.space.items()
+                if not isinstance(domain, Grid)
+            }
+            for point in product(*grids.values()):
+                values = self.values((drawn | dict(zip(grids, point, strict=True))).__getitem__)
+                found.setdefault(repr(values), values)
+        return list(found.values())
+
+    def shapes(self, paths: Collection[str]) -> list[tuple[dict[str, Any], int]]:
+        """Values that trials have together of some fields, each with the number of these trials.
+
+        Where results decide which trials there are, all values that there may be.
+        """
+        if self.across is None and self.sampler == "random":
+            points = self.points()
+        else:
+            conditions = {other for domain in self.space.values() for other in domain.when}
+            names = [path for path in self.space if path in paths or path in conditions]
+            all_of = product(*(self.space[path].probes() for path in names))
+            points = [self.values(dict(zip(names, at, strict=True)).get) for at in all_of]
+        alike: dict[str, list[dict[str, Any]]] = {}
+        for values in points:
+            shape = {path: value for path, value in values.items() if path in paths}
+            alike.setdefault(repr(shape), []).append(shape)
+        return [(same[0], len(same)) for same in alike.values()]
+
+    def under(self, path: str) -> set[str]:
+        """Fields that trials have with some values of this one alone."""
+        found = {path}
+        for other, domain in self.space.items():
+            if found & domain.when.keys():
+                found.add(other)
+        return found - {path}
 
     def proposes(self, values: Mapping[str, object]) -> bool:
         """Whether these values of the searched fields are of this space."""
         if self.across and SEED in values:  # confirms what was found, and what the experiment is
             return values.keys() == self.space.keys() | {SEED}
-        return values.keys() == self.space.keys() and all(
-            domain.holds(values[path]) for path, domain in self.space.items()
+        return values.keys() == self.values(values.get).keys() and all(
+            self.space[path].holds(value) for path, value in values.items()
         )
 
     @property
@@ -238,9 +258,7 @@ class SearchConfig(Section):
         """How many trials the sweep has; not known of a search across sizes."""
         if self.across:
             return None
-        return self.samples * prod(
-            len(domain.values) for domain in self.space.values() if domain.kind == "grid"
-        )
+        return self.samples if self.sampler == "tpe" else len(self.points())
 
 
 def search_problems(
@@ -267,6 +285,7 @@ def search_problems(
         return problems
     for path, domain in search.space.items():
         keys, where = path_keys(path), ("search", "space", path)
+        unmet = _never_holds(search, path)
         if (unknown := unknown_field(schema, keys)) is not None:
             problems.append(Problem(where, unknown))
         elif _decides_data(keys, domain, sections.get("model")):
@@ -277,13 +296,38 @@ def search_problems(
             problems.append(Problem(where, text))
         elif fields_at(schema, keys):
             problems.append(Problem(where, "is a section; name one of its fields"))
+        elif unmet:
+            problems.append(Problem((*where, "when"), unmet))
         elif keys[0] not in broken:
+            around = _under_its_condition(search, path, base)
             problems += [
                 Problem(where, problem.text if problem.keys == keys else f"{value!r}: {problem}")
                 for value in domain.probes()
-                for problem in compose(place(base, keys, value))
+                for problem in compose(place(around, keys, value))
             ]
     return problems
+
+
+def _never_holds(search: SearchConfig, path: str) -> str | None:
+    """Why no trial has a field that is searched under a condition; None where some have."""
+    above = set(takewhile(path.__ne__, search.space))
+    for other, value in search.space[path].when.items():
+        if other not in above:
+            return f"{other} must be searched as well, further up"
+        domain = search.space[other]
+        if not (isinstance(domain, Values) and domain.holds(value)):
+            values = ", ".join(map(str, domain.values)) if isinstance(domain, Values) else "numbers"
+            return f"{other} is never {value!r}; it is searched over {values}"
+    return None
+
+
+def _under_its_condition(
+    search: SearchConfig, path: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings with which a field is searched."""
+    for other, value in search.space[path].when.items():
+        settings = place(_under_its_condition(search, other, settings), path_keys(other), value)
+    return settings
 
 
 def across_problems(search: SearchConfig, sections: Mapping[str, Any]) -> list[Problem]:

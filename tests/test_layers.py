@@ -18,7 +18,7 @@ MODEL = {
     f"dsvl.{path.stem}" for path in (ROOT / "dsvl").glob("*.py") if path.stem not in BELOW_DATA
 }
 
-PLANNING = ("problems", "settings", "space", "deploy", "config", "compose", "parameters", "memory", "choices",
+PLANNING = ("problems", "settings", "domains", "space", "deploy", "config", "compose", "parameters", "memory", "choices",
             "flops", "cost", "planned", "plan")  # fmt: skip
 """Modules of the orchestration that load nothing heavy."""
 
