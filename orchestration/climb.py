@@ -10,7 +10,6 @@ from dataclasses import replace
 from math import inf, isfinite
 from typing import Any
 
-from dsvl.pretrained import embedding_rms
 from orchestration.across import AcrossSizes, Recommendation
 from orchestration.config import Experiment
 from orchestration.cost import flops_of_a_step
@@ -32,6 +31,10 @@ def policy(experiment: Experiment) -> AcrossSizes:
         ValueError: if its sizes do not ascend.
         OSError: if a decoder's weights are not there.
     """
+    from dsvl.pretrained import (
+        embedding_rms,
+    )  # takes seconds, which other searches need not wait for
+
     search = experiment.search
     assert search is not None
     rates = search.space["optim.lr"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from orchestration.space import EPOCHS, SCHEDULE, SEED
 
@@ -99,7 +99,7 @@ def paired(values: Sequence[float]) -> list[float] | None:
     if count < 2:
         return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf(0.975, count - 1)) * error
+    half = float(stdtrit(count - 1, 0.975)) * error
     return [mean, mean - half, mean + half]
 
 

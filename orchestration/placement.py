@@ -8,9 +8,12 @@ from ray._private.state import state
 from ray._private.utils import get_num_cpus
 
 from orchestration.config import Experiment
+from orchestration.space import SearchConfig
 
 GRAIN = 1e-4
 """The smallest share of a CPU that Ray knows."""
+TRIAL_CPUS = 0.1
+"""What a trial takes beside its workers: it only waits for them."""
 
 
 def resources(experiment: Experiment) -> dict[str, float]:
@@ -18,6 +21,18 @@ def resources(experiment: Experiment) -> dict[str, float]:
     cluster = experiment.cluster
     needed = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
     return {kind: amount for kind, amount in needed.items() if amount}
+
+
+def searched(experiment: Experiment) -> SearchConfig:
+    """The search section, without which there is nothing to search."""
+    if experiment.search is None:
+        raise ValueError("search is empty: extend one of configs/search, or set search.space")
+    return experiment.search
+
+
+def require_room_for_trials(experiment: Experiment) -> None:
+    """Refuse a search of which the connected cluster can never hold a single trial, with a ValueError."""
+    require_room(experiment, workers=searched(experiment).workers, beside=TRIAL_CPUS)
 
 
 def require_room(experiment: Experiment, *, workers: int, beside: float = 0.0) -> None:
@@ -54,22 +69,21 @@ def require_room(experiment: Experiment, *, workers: int, beside: float = 0.0) -
     )
 
 
-def require_room_here(experiment: Experiment, *, workers: int, beside: float = 0.0) -> None:
+def require_room_for_trials_here(experiment: Experiment) -> None:
     """The same before Ray starts on this machine, which takes seconds; GPUs and labels are left to it.
 
     Raises:
         ValueError: with the arithmetic.
     """
-    cluster = experiment.cluster
+    cluster, workers = experiment.cluster, searched(experiment).workers
     if cluster.address != "local" or ray.is_initialized():
         return
-    cpus, needed = get_num_cpus(), workers * cluster.cpus_per_worker + beside
+    cpus, needed = get_num_cpus(), workers * cluster.cpus_per_worker + TRIAL_CPUS
     if needed > cpus + GRAIN:
-        own = f" and {beside:g} CPU for the trial itself" if beside else ""
         raise ValueError(
-            f"{workers} workers of {cluster.cpus_per_worker:g} CPU{own} can never be placed: they take "
-            f"{needed:g} CPU, and this machine has {cpus}; set fewer workers, less cluster.cpus_per_worker, "
-            "or a cluster.address of more machines"
+            f"{workers} workers of {cluster.cpus_per_worker:g} CPU and {TRIAL_CPUS:g} CPU for the trial "
+            f"itself can never be placed: they take {needed:g} CPU, and this machine has {cpus}; set fewer "
+            "workers, less cluster.cpus_per_worker, or a cluster.address of more machines"
         )
 
 

@@ -85,6 +85,9 @@ def _train(experiment: Experiment) -> Result:
 
 def _sweep(experiment: Experiment) -> Result:
     """Run the search, or go on where it stopped."""
+    from orchestration.placement import require_room_for_trials_here
+
+    require_room_for_trials_here(experiment)  # before more is loaded, which takes seconds
     from orchestration.commands import sweep
     from orchestration.search import render
 
