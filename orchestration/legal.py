@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import takewhile
+from graphlib import CycleError
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -40,7 +40,13 @@ def search_problems(
     problems = [Problem(("search", "workers"), str(problem)) for problem in compose(base)]
     if problems:
         return problems
-    for path, domain in search.space.items():
+    try:
+        fields = search.order
+    except CycleError as error:
+        circle = " needs ".join(error.args[1][::-1])
+        return [Problem(("search", "space"), f"{circle}; leave one `when` of them out")]
+    for path in fields:
+        domain = search.space[path]
         keys, where = path_keys(path), ("search", "space", path)
         unmet = _never_holds(search, path)
         if (unknown := unknown_field(schema, keys)) is not None:
@@ -67,10 +73,9 @@ def search_problems(
 
 def _never_holds(search: SearchConfig, path: str) -> str | None:
     """Why no trial has a field that is searched under a condition; None where some have."""
-    above = set(takewhile(path.__ne__, search.space))
     for other, value in search.space[path].when.items():
-        if other not in above:
-            return f"{other} must be searched as well, further up"
+        if other not in search.space:
+            return f"{other} is not searched; search it as well, or leave this out"
         domain = search.space[other]
         if not (isinstance(domain, Values) and domain.holds(value)):
             values = ", ".join(map(str, domain.values)) if isinstance(domain, Values) else "numbers"

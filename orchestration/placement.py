@@ -1,12 +1,14 @@
 """Whether a cluster can ever hold what is asked of it: said at once, where Ray would wait for ever."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray._private.state import state
 from ray._private.utils import get_num_cpus
 
+from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.space import SearchConfig
 
@@ -69,14 +71,20 @@ def require_room(experiment: Experiment, *, workers: int, beside: float = 0.0) -
     )
 
 
-def require_room_for_trials_here(experiment: Experiment) -> None:
-    """The same before Ray starts on this machine, which takes seconds; GPUs and labels are left to it.
+@contextmanager
+def room_for_trials(experiment: Experiment) -> Iterator[None]:
+    """Be connected to the cluster, if there is one yet, and refuse a search of which it cannot hold a trial.
+
+    Where Ray is to be started on this machine, by its cores; GPUs and labels are left to what starts it.
 
     Raises:
         ValueError: with the arithmetic.
     """
     cluster, workers = experiment.cluster, searched(experiment).workers
     if cluster.address != "local" or ray.is_initialized():
+        with connect(experiment):
+            require_room_for_trials(experiment)
+            yield
         return
     cpus, needed = get_num_cpus(), workers * cluster.cpus_per_worker + TRIAL_CPUS
     if needed > cpus + GRAIN:
@@ -85,6 +93,7 @@ def require_room_for_trials_here(experiment: Experiment) -> None:
             f"itself can never be placed: they take {needed:g} CPU, and this machine has {cpus}; set fewer "
             "workers, less cluster.cpus_per_worker, or a cluster.address of more machines"
         )
+    yield
 
 
 def _room(offered: Mapping[str, float], needed: dict[str, float]) -> int:

@@ -1,6 +1,7 @@
 """What a search goes over, what for, and how."""
 
 from collections.abc import Callable, Collection, Mapping
+from graphlib import TopologicalSorter
 from itertools import product
 from random import Random
 from typing import Annotated, Any, Literal, Self
@@ -189,13 +190,19 @@ class SearchConfig(Section):
         """All that is searched for, `metric` first: 1 where less is better, else -1."""
         return {name: -1 if name in MOST else 1 for name in (self.metric, *self.tradeoffs)}
 
+    @property
+    def order(self) -> list[str]:
+        """The searched fields, each after those that its `when` names; a CycleError where that cannot be."""
+        conditions = {path: domain.when for path, domain in self.space.items()}
+        return [path for path in TopologicalSorter(conditions).static_order() if path in self.space]
+
     def values(self, of: Callable[[str], Any]) -> dict[str, Any]:
         """The values of a trial, asked for field by field; fields whose `when` does not hold are left out."""
         found: dict[str, Any] = {}
-        for path, domain in self.space.items():
-            if domain.when.items() <= found.items():
+        for path in self.order:
+            if self.space[path].when.items() <= found.items():
                 found[path] = of(path)
-        return found
+        return {path: found[path] for path in self.space if path in found}
 
     def points(self) -> list[dict[str, Any]]:
         """The values of all trials, where it is known beforehand: each draw at the whole grid, none twice."""
@@ -234,8 +241,8 @@ class SearchConfig(Section):
     def under(self, path: str) -> set[str]:
         """Fields that trials have with some values of this one alone."""
         found = {path}
-        for other, domain in self.space.items():
-            if found & domain.when.keys():
+        for other in self.order:
+            if found & self.space[other].when.keys():
                 found.add(other)
         return found - {path}
 

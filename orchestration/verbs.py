@@ -85,13 +85,13 @@ def _train(experiment: Experiment) -> Result:
 
 def _sweep(experiment: Experiment) -> Result:
     """Run the search, or go on where it stopped."""
-    from orchestration.placement import require_room_for_trials_here
+    from orchestration.placement import room_for_trials
 
-    require_room_for_trials_here(experiment)  # before more is loaded, which takes seconds
-    from orchestration.commands import sweep
-    from orchestration.search import render
+    with room_for_trials(experiment):  # before more is loaded, which takes seconds
+        from orchestration.commands import sweep
+        from orchestration.search import render
 
-    result = sweep(experiment)
+        result = sweep(experiment)
     return result, render(result)
 
 

@@ -126,8 +126,9 @@ def work(config: dict) -> None:
             )
             measured = tally.metrics() | {"eval/accuracy_majority": majority}
             measured["train/epoch"] = step.epoch + 1
-            measured["train/flops"] = step.number * flops
         metrics = step.metrics() | measured
+        if step.ends_epoch:
+            metrics["train/flops"] = step.number * flops
         if experiment.cluster.gpu_tflops and not step.skipped:
             metrics["throughput/flop_utilisation"] = flop_utilisation(
                 experiment,

@@ -23,9 +23,7 @@ def test_a_value_need_be_legal_only_under_its_condition():
 @pytest.mark.parametrize(
     ("when", "says"),
     [
-        ({"optim.schedul": "wsd"}, ".when: optim.schedul must be searched as well, further up"),
-        ({"optim.eps": 1e-8}, ".when: optim.eps must be searched as well, further up"),
-        ({"optim.decay_fraction": 0.1}, ".when: optim.decay_fraction must be searched as well"),
+        ({"optim.schedul": "wsd"}, ".when: optim.schedul is not searched; search it as well"),
         ({"optim.schedule": "linear"}, ".when: optim.schedule is never 'linear'; it is searched over cosine"),
         ({"optim.lr": 0.5}, ".when: optim.lr is never 0.5; it is searched over numbers"),
         ({"optim.schedule": "wsd"}, ": 1.5 must lie in (0, 1]"),
@@ -36,11 +34,23 @@ def test_a_condition_that_never_holds_is_refused_and_a_value_that_never_may_be(w
         "optim.schedule": SCHEDULES,
         "optim.lr": {"kind": "uniform", "low": 0.1, "high": 1.0},
         "optim.decay_fraction": {"kind": "grid", "values": [0.1, 1.5], "when": when},
-        "optim.eps": {"kind": "grid", "values": [1e-8]},
     }
     with pytest.raises(ConfigError) as told:
         searching(space)
     assert str(told.value).startswith(f"search.space.optim.decay_fraction{says}")
+
+
+def test_conditions_that_wait_for_one_another_are_refused():
+    values = {"kind": "grid", "values": [0.1, 0.2]}
+    space = {
+        "optim.decay_fraction": {**values, "when": {"optim.warmup_fraction": 0.1}},
+        "optim.warmup_fraction": {**values, "when": {"optim.clip": 0.1}},
+        "optim.clip": {**values, "when": {"optim.decay_fraction": 0.1}},
+    }
+    with pytest.raises(ConfigError) as told:
+        searching(space)
+    assert str(told.value).startswith("search.space: optim.")
+    assert str(told.value).count(" needs ") == 3
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,13 @@ def test_conditions_may_hang_on_conditions():
     assert sum("optim.warmup_steps" in values for values in found) == 2
 
 
+def test_where_a_condition_stands_does_not_matter():
+    found = points({"optim.decay_fraction": DECAYS, "optim.schedule": SCHEDULES})
+    assert len(found) == 1 + 3
+    names = {tuple(values) for values in found}
+    assert names == {("optim.schedule",), ("optim.decay_fraction", "optim.schedule")}
+
+
 def test_what_is_drawn_twice_is_tried_once_and_a_condition_moves_no_other_draw():
     schedules, decays = ({**one, "kind": "choice"} for one in (SCHEDULES, DECAYS))
     space = {"optim.schedule": schedules, "optim.decay_fraction": decays}
