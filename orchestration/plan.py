@@ -37,7 +37,9 @@ def plan(experiment: Experiment) -> Plan:
         for count in sorted(extremes, reverse=True)
     ]
     if search is not None:
-        for values, _ in search.shapes(("model.size", "model.attention")):
+        shapes = [values for values, _ in search.shapes(("model.size", "model.attention"))]
+        order, own = list(experiment.model.languages), experiment.model.size
+        for values in sorted(shapes, key=lambda shape: order.index(shape.get("model.size", own))):
             trial = experiment.trial(values)
             if (size := _size_plan(trial, "trial")) not in sizes:
                 sizes.append(size)
