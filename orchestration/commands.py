@@ -6,7 +6,7 @@ Each can be interrupted and typed again: what is done is not done again.
 import logging
 from pathlib import Path
 
-from orchestration import evidence, search
+from orchestration import evidence, progress, report, search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.journal import sole
@@ -40,7 +40,9 @@ def train(experiment: Experiment) -> dict:
                     require_room(experiment, workers=experiment.worker_counts(workers)[0])
                     prepared = Path(prepare(experiment)["folder"])
                     require_same_data(experiment, folder, prepared)
-                    fit(experiment, folder, prepared, workers=workers)
+                    with progress.shown(experiment, experiment.name):
+                        fit(experiment, folder, prepared, workers=workers)
+                report.keep(experiment, folder)
     result = finished(experiment, folder)
     assert result is not None
     return {"folder": str(folder)} | result
@@ -62,9 +64,11 @@ def sweep(experiment: Experiment) -> dict:
         with connect(experiment), shipped(experiment, folder):
             search.require_room_for_trials(experiment)
             prepared = Path(prepare(experiment)["folder"])
-            search.search(experiment, prepared)
-        if experiment.search and experiment.search.across:
-            evidence.write(experiment)
+            with progress.shown(experiment, f"{experiment.name} sweep"):
+                search.search(experiment, prepared)
+            if experiment.search and experiment.search.across:
+                evidence.write(experiment)
+            report.keep(experiment, folder)
     summary = search.summarize(experiment)
     for failure in summary["failed"]:
         log.warning("trial %s", failure)

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 
 from orchestration import journal
 from orchestration.config import Experiment, validated
-from orchestration.journal import Journal
 from orchestration.results import trials_folder
 
 if TYPE_CHECKING:
@@ -82,13 +81,6 @@ def shipped(experiment: Experiment, folder: Path) -> Iterator[None]:
                 experiment.tracking_uri,
                 folder,
             )
-
-
-def attach(experiment: Experiment, folder: Path, path: Path) -> None:
-    """Keep a file with the MLflow run of a training or sweep; what is in the way is tried again later."""
-    Journal(folder / journal.NOTES).file(os.path.relpath(path, folder))
-    with shipped(experiment, folder):
-        pass
 
 
 def catch_up(experiment: Experiment) -> dict:

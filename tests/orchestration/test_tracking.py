@@ -274,11 +274,15 @@ def test_a_failed_run_that_is_resumed_runs_again_and_then_is_finished(experiment
     write(first, range(1, 4))
     first.end("failed", reason="RuntimeError: lost")
     ship(experiment)
-    assert client.get_run(run_id(folder)).info.status == "FAILED"
+    failed = client.get_run(run_id(folder))
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["failure"] == "RuntimeError: lost"
     second = Journal(folder)
     start(second, experiment, step=3)
     ship(experiment)
-    assert client.get_run(run_id(folder)).info.status == "RUNNING"
+    going = client.get_run(run_id(folder))
+    assert going.info.status == "RUNNING"
+    assert "failure" not in going.data.tags
     write(second, range(4, 6))
     second.end("finished")
     ship(experiment)
