@@ -155,8 +155,9 @@ class Follower:
         if root is None:
             return
         if self.sweep:
-            for path in sorted(self.folder.glob(f"*/{journal.NAME}")):
-                trial = self._run(store, path.parent, name=path.parent.name, parent=root.id)
+            found = {path.parent for path in self.folder.glob(f"*/{journal.NAME}")}
+            for folder in sorted(found - {self.folder / journal.NOTES}):
+                trial = self._run(store, folder, name=folder.name, parent=root.id)
                 if trial:
                     store.ship(trial, over=over)
         before = root.offset
