@@ -64,8 +64,15 @@ def write(source: Experiment | Path, html: Path | None = None) -> dict[str, Any]
 
 
 def keep(experiment: Experiment, folder: Path) -> None:
-    """Write the page, and have MLflow keep it, and its figures as PNGs, with the run of a folder."""
-    html = Path(_write(experiment, None)["report"])
+    """Write the page, and have MLflow keep it, and its figures as PNGs, with the run of a folder.
+
+    Work that is done does not fail of it: why there is no page is told.
+    """
+    try:
+        html = Path(_write(experiment, None)["report"])
+    except (FileNotFoundError, ValueError) as error:  # another run has this name, no trial began
+        log.warning("no page is written: %s", error)
+        return
     files = [html]
     try:
         from orchestration import pictures
