@@ -136,10 +136,13 @@ class TrackingConfig(Section):
     """An MLflow tracking server or store; `mlflow.db` in the storage when empty."""
     experiment: str = "dsvl"
     """The MLflow experiment that holds the runs."""
+    artifacts: str | None = None
+    """Where a new one of a database keeps files, `s3://BUCKET/PREFIX` (boto3) for one; `mlartifacts` in the
+    storage when empty. A server decides by itself."""
     patience_s: float = Field(default=30, ge=0)
     """Seconds that a finished command waits at most for the store to have all of it."""
 
-    @field_validator("uri")
+    @field_validator("uri", "artifacts")
     @classmethod
     def _uri_holds_no_secret(cls, uri: str | None) -> str | None:
         parts = urlsplit(uri or "")

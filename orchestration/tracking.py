@@ -92,12 +92,12 @@ class Store:
         self.client = MlflowClient(experiment.tracking_uri)
         name = experiment.tracking.experiment
         # Left to itself MLflow puts the artifacts of a database store under the working directory.
-        artifacts = (Path(experiment.storage.path) / "mlartifacts").absolute().as_uri()
-        local = experiment.tracking.uri is None
+        here = (Path(experiment.storage.path) / "mlartifacts").absolute().as_uri()
+        served = experiment.tracking_uri.startswith("http")
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                location = artifacts if local else None
+                location = None if served else experiment.tracking.artifacts or here
                 self.client.create_experiment(name, artifact_location=location)
             except MlflowException as error:
                 if (

@@ -293,6 +293,7 @@ def test_two_hundred_trials_logged_at_once_to_postgresql_all_arrive(
     first = made(tmp_path / "first", "first", uri=postgres.uri)
     start(first).end("finished")
     assert catch_up(first)["runs"] == 1  # the tables are made by one
+    assert (tmp_path / "first/mlartifacts").is_dir(), "files are in the storage, wherever one works"
     sweep_together(tmp_path, commands=8, trials=25, steps=50, uri=postgres.uri)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or PASSWORD.encode() not in path.read_bytes(), path
