@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from orchestration import shipping, tracking
 from orchestration.config import Experiment, validated
-from orchestration.journal import Journal
+from orchestration.journal import NOTES, Journal
 from orchestration.results import begin
 from orchestration.shipping import Follower, catch_up, shipped
 from tests.orchestration.conftest import SETTINGS, histories
@@ -228,6 +228,7 @@ def test_trials_are_children_of_their_sweep_with_the_searched_values_as_paramete
             write(journal, range(1, 5))
             journal.end("finished")
         sweep.metrics(2, {"best/eval/loss": 1.0})
+        Journal(root / NOTES).file("values.json")  # whose journal is no trial's
         sweep.end("finished")
     parent = client.get_run(run_id(root))
     assert parent.info.run_name == f"{experiment.name} sweep"
