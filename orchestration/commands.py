@@ -10,7 +10,7 @@ from orchestration import evidence, progress, report, search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.journal import sole
-from orchestration.mirroring import mirrored
+from orchestration.mirroring import catch_up, mirrored
 from orchestration.placement import require_room
 from orchestration.prepare import prepare, require_one_tokenizer
 from orchestration.results import begin, finished, require_same_data, trials_folder, trunk_of
@@ -42,6 +42,8 @@ def train(experiment: Experiment) -> dict:
                     require_same_data(experiment, folder, prepared)
                     with progress.shown(experiment, experiment.name):
                         fit(experiment, folder, prepared, workers=workers)
+                # What rank 0 wrote on a machine of its own is to reach the tracking store as well.
+                catch_up(experiment, folder, lambda mirror: mirror.fetch(folder))
                 report.keep(experiment, folder)
     result = finished(experiment, folder)
     assert result is not None
