@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private.state import state
 from ray._private.utils import get_num_cpus
 
 from orchestration.cluster import connect
@@ -40,19 +39,19 @@ def require_room_for_trials(experiment: Experiment) -> None:
 def require_room(experiment: Experiment, *, workers: int, beside: float = 0.0) -> None:
     """Refuse so many workers, and CPUs beside them, if the connected cluster can never hold them.
 
-    What else runs there is of no account, and nodes that an autoscaler may add count in full.
+    What else runs there is of no account. Which nodes an autoscaler would add, Ray does not tell: where
+    `cluster.autoscaled` says that there is one, nothing is refused.
 
     Raises:
         ValueError: with the arithmetic.
     """
+    if experiment.cluster.autoscaled:
+        return
     needed = resources(experiment)
     nodes = [node for node in ray.nodes() if node["Alive"] and _labelled(node, experiment)]
     room = sum(_room(node["Resources"], needed) for node in nodes)
     cpus = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
     if room >= workers and cpus >= workers * needed["CPU"] + beside:
-        return
-    scaled = state.get_max_resources_from_cluster_config()
-    if scaled and _room(scaled, needed) >= workers:
         return
     each = " and ".join(f"{amount:g} {kind}" for kind, amount in needed.items())
     found = ", ".join(
@@ -67,7 +66,7 @@ def require_room(experiment: Experiment, *, workers: int, beside: float = 0.0) -
     raise ValueError(
         f"{workers} workers of {each}{own} can never be placed: the nodes{labels} of the cluster at "
         f"{experiment.cluster.address} hold {room} ({found or 'there is none'}); set fewer workers or less "
-        "cluster.cpus_per_worker, or add nodes"
+        "cluster.cpus_per_worker, or add nodes; if they come by themselves, set cluster.autoscaled=true"
     )
 
 

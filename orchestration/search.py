@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -159,6 +160,7 @@ class Ledger(tune.Callback):
         self.experiment, self.root = experiment, root
         self.done, self.total = 0, searched(experiment).trials
         self.stopped: list[dict] = []
+        self.began = time.time()
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
         """A trial that the scheduler stopped cannot write its result itself."""
@@ -184,7 +186,7 @@ class Ledger(tune.Callback):
             except BlockingIOError:
                 continue
             if finished(chosen, folder) is None:  # else it was faster than its end
-                journal.end("stopped", reason="scheduler")
+                journal.end("stopped", reason="scheduler", since=self.began)
                 write_result(chosen, folder, state="stopped")
             self.stopped.remove(values)
             self._tell(folder)
