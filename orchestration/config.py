@@ -25,9 +25,10 @@ from dsvl.config import (
     TrainConfig,
 )
 from orchestration.deploy import DeployConfig
+from orchestration.legal import WHAT, across_problems, search_problems
 from orchestration.problems import SECRET, ConfigError, Problem, explain
 from orchestration.settings import Section, path_keys, place
-from orchestration.space import WHAT, SearchConfig, across_problems, search_problems
+from orchestration.space import SearchConfig
 
 BLENDING = ("blends", "temperature", "max_rounds")
 """Settings of `data` that change no prepared data."""
@@ -139,10 +140,13 @@ class TrackingConfig(Section):
     """An MLflow tracking server or store; `mlflow.db` in the storage when empty."""
     experiment: str = "dsvl"
     """The MLflow experiment that holds the runs."""
+    artifacts: str | None = None
+    """Where a new one of a database keeps files, `s3://BUCKET/PREFIX` (boto3) for one; `mlartifacts` in the
+    storage when empty. A server decides by itself."""
     patience_s: float = Field(default=30, ge=0)
     """Seconds that a finished command waits at most for the store to have all of it."""
 
-    @field_validator("uri")
+    @field_validator("uri", "artifacts")
     @classmethod
     def _uri_holds_no_secret(cls, uri: str | None) -> str | None:
         parts = urlsplit(uri or "")
