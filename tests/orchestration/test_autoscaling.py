@@ -79,6 +79,7 @@ def test_nodes_come_from_none_as_records_wait_and_all_go_again(machines, sharded
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_submitted_work_has_nodes_of_its_kind_come_from_none_and_go_again(
     dsvl, storage, tmp_path, monkeypatch
 ):

@@ -110,6 +110,7 @@ def test_a_training_whose_machine_is_lost_ends_on_another_one_with_the_same_bits
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_nodes_that_have_a_store_in_common_alone_train_from_their_own_disks(
     trained_run, bucket, dsvl, tmp_path, monkeypatch
 ):
