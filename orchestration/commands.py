@@ -11,7 +11,7 @@ from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.journal import sole
 from orchestration.mirroring import catch_up, mirrored
-from orchestration.placement import require_room
+from orchestration.placement import require_room, require_room_for_trials
 from orchestration.prepare import prepare, require_one_tokenizer
 from orchestration.results import begin, finished, require_same_data, trials_folder, trunk_of
 from orchestration.shipping import shipped
@@ -59,12 +59,11 @@ def sweep(experiment: Experiment) -> dict:
         RuntimeError: if another process sweeps there.
     """
     folder = trials_folder(experiment)
-    search.require_room_for_trials_here(experiment)
     require_one_tokenizer(experiment)
     with sole(folder), mirrored(experiment):
         begin(experiment, folder)
         with connect(experiment), shipped(experiment, folder):
-            search.require_room_for_trials(experiment)
+            require_room_for_trials(experiment)
             prepared = Path(prepare(experiment)["folder"])
             with progress.shown(experiment, f"{experiment.name} sweep"):
                 search.search(experiment, prepared)

@@ -25,9 +25,10 @@ from dsvl.config import (
     TrainConfig,
 )
 from orchestration.deploy import DeployConfig
+from orchestration.legal import WHAT, across_problems, search_problems
 from orchestration.problems import SECRET, ConfigError, Problem, explain
 from orchestration.settings import Section, path_keys, place
-from orchestration.space import WHAT, SearchConfig, across_problems, search_problems
+from orchestration.space import SearchConfig
 
 BLENDING = ("blends", "temperature", "max_rounds")
 """Settings of `data` that change no prepared data."""

@@ -170,9 +170,14 @@ def asked(record: Record) -> str:
     for path, domain in search.space.items() if search else ():
         values = domain.probes()
         listed = values if domain.kind in ("grid", "choice") else (values[0], values[-1])
-        rows.append((f"searched {path}", f"{domain.kind} {', '.join(map(str, listed))}"))
+        only = " and ".join(f"{other} is {value}" for other, value in domain.when.items())
+        where = f", where {only}" if only else ""
+        rows.append((f"searched {path}", f"{domain.kind} {', '.join(map(str, listed))}{where}"))
     if search:
-        rows.append(("search", f"{search.mode} {search.metric}, scheduler {search.scheduler.kind}"))
+        sought = ", ".join(
+            f"{'min' if sign > 0 else 'max'} {name}" for name, sign in search.objectives.items()
+        )
+        rows.append(("search", f"{sought}, scheduler {search.scheduler.kind}"))
     return f"<h2>What was asked</h2>{facts(rows)}"
 
 

@@ -162,6 +162,22 @@ def test_the_trials_of_a_sweep_are_shown_together(sweep):
     assert f"{100 * mean:+.2f} %" in size
 
 
+def test_trials_that_none_beats_in_all_objectives_stand_apart(sweep):
+    for path in (sweep.run_folder / "trials").glob("*/values.json"):
+        epochs = json.loads(path.read_text())["train.epochs"]
+        Journal(path.parent).metrics(epochs * STEPS, {"train/flops": epochs * 1e12})
+    several = {"scheduler": {"kind": "none"}, "tradeoffs": ["train/flops"]}
+    settings = sweep.as_dict()
+    page = page_of(validated(settings | {"search": settings["search"] | several}))
+    rows = {attributes["data-front"]: text for attributes, text in page.all("tr", "data-front")}
+    assert list(rows) == [trial_name("large", 0.01, 2), trial_name("large", 0.01, 1)]
+    assert rows[trial_name("large", 0.01, 1)].endswith("loss 0.70001.0000 TFLOP")
+    charts = {attributes["aria-label"]: text for attributes, text in page.all("svg", "role")}
+    drawn = charts["eval/loss against train/flops"]
+    assert drawn.count("TFLOP") == 3 + 10 - 2
+    assert "min eval/loss, min train/flops" in page.text
+
+
 def test_the_best_trial_is_judged_by_its_curves_and_others_where_something_is_wrong(sweep):
     text = page_of(sweep).text
     judged = text.partition(f"Verdicts on {trial_name('large', 0.01, 2)}")[2]

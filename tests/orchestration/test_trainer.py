@@ -61,7 +61,7 @@ def logged(experiment: Experiment) -> dict[str, list[tuple[int, float]]]:
     """What MLflow has of a run, without what its machine had to do with."""
     client = MlflowClient(experiment.tracking_uri)
     found = histories(client, mlflow_run(experiment.run_folder))
-    machine = ("throughput/", "actual/", "system/")
+    machine = ("throughput/", "actual/", "system/", "train/flops")
     return {key: points for key, points in found.items() if not key.startswith(machine)}
 
 
