@@ -95,7 +95,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         OSError: if it cannot be read.
         ValueError: if it is not what was written, or is that of another checkpoint or version.
     """
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return checked((path / MANIFEST).read_bytes(), step=int(path.name.removeprefix("step-")))
+
+
+def checked(text: bytes, *, step: int) -> dict[str, Any]:
+    """What the manifest of the checkpoint of a step states; raises ValueError likewise."""
+    manifest = json.loads(text)
     if not isinstance(manifest, dict):
         raise ValueError("is no mapping")
     digest = manifest.pop("sha256", None)
@@ -103,7 +108,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"schema_version {version}, not {SCHEMA_VERSION}")
     if digest != _digest(manifest):
         raise ValueError("is not what its sha256 says")
-    if manifest["step"] != int(path.name.removeprefix("step-")):
+    if manifest["step"] != step:
         raise ValueError(f"is that of step {manifest['step']}")
     return manifest
 
@@ -157,22 +162,37 @@ def remove_old(
     Any after `step`, the one just written, goes: a run that went back, perhaps as it was damaged, left it.
     """
     found = held(folder)
-    later = [path for number, path in found.items() if number > step]
-    others = [path for number, path in found.items() if number <= step and number not in stay]
-    best: list[Path] = []
-    if config.keep_best:
-        losses = {path: loss for path in others if (loss := held_out_loss(path)) < math.inf}
-        best = sorted(losses, key=losses.__getitem__)[: config.keep_best]
-    for path in later + [path for path in others[config.keep :] if path not in best]:
-        _remove(path)
+    losses = {
+        number: held_out_loss(path) if config.keep_best else math.inf
+        for number, path in found.items()
+    }
+    for number in superseded(losses, config, step=step, stay=stay):
+        _remove(found[number])
+
+
+def superseded(
+    losses: Mapping[int, float], config: CheckpointConfig, *, step: int, stay: Collection[int] = ()
+) -> list[int]:
+    """Which checkpoints go, of those with these held-out losses, by step: see `remove_old`."""
+    newest_first = sorted(losses, reverse=True)
+    others = [number for number in newest_first if number <= step and number not in stay]
+    measured = [number for number in others if losses[number] < math.inf]
+    best = sorted(measured, key=losses.__getitem__)[: config.keep_best]
+    later = [number for number in newest_first if number > step]
+    return later + [number for number in others[config.keep :] if number not in best]
 
 
 def held_out_loss(path: Path) -> float:
     """What was measured when a checkpoint was saved; infinite if nothing was, or its manifest is damaged."""
     try:
-        loss = read_manifest(path)["metrics"]["eval/loss"]
-    except (OSError, ValueError, KeyError):
+        return loss_in(read_manifest(path))
+    except (OSError, ValueError):
         return math.inf
+
+
+def loss_in(manifest: Mapping[str, Any]) -> float:
+    """The held-out loss that a manifest states; infinite if it states none."""
+    loss = manifest["metrics"].get("eval/loss", math.inf)
     return loss if math.isfinite(loss) else math.inf
 
 

@@ -13,6 +13,7 @@ from dsvl.train import Plan
 from orchestration.config import Experiment
 from orchestration.cost import checkpoints_kept
 from orchestration.journal import Journal
+from orchestration.mirroring import catch_up
 from orchestration.results import refuse_another, trunk_of
 
 
@@ -42,6 +43,7 @@ class Checkpoints:
             OSError: if there is none.
             ValueError: if the run is a branch and no checkpoint of its trunk is early enough.
         """
+        self._fetch(self.folder)
         folder = self.folder / "checkpoints"
         kept = checkpoints_kept(self.experiment) + 1  # the oldest goes when the newest is whole
         more = max(1, from_rank_0(lambda: kept - len(checkpoint_folder.held(folder))))
@@ -55,7 +57,7 @@ class Checkpoints:
         return (
             step % config.every == 0
             or step == self.plan.steps
-            or step in self._branches
+            or step in self.branches
             or (ends_epoch and config.keep_best > 0)
         )
 
@@ -72,11 +74,21 @@ class Checkpoints:
             config=self.experiment.checkpoint,
             guard=self.guard.state(),
             metrics=measured,
-            stay=self._branches,
+            stay=self.branches,
+        )
+        if self.journal and measured:
+            self.journal.checkpoint(step, measured)
+
+    def _fetch(self, run: Path, *, at_most: float = math.inf) -> None:
+        """Bring the newest one here that the store has, if there is a store."""
+        from_rank_0(
+            lambda: catch_up(
+                self.experiment, run, lambda mirror: mirror.fetch_newest(run, at_most=at_most)
+            )
         )
 
     @cached_property
-    def _branches(self) -> set[int]:
+    def branches(self) -> set[int]:
         """Updates after which shorter trainings branch off, and longer ones."""
         if not (optim := self.experiment.optim).branching:
             return set()
@@ -91,6 +103,7 @@ class Checkpoints:
             self.experiment.optim.plateau_end(self.plan.steps),
             trunk.optim.plateau_end(trunk.train.epochs * self.plan.steps_per_epoch),
         )
+        self._fetch(trunk.run_folder, at_most=alike)
         found = newest(trunk.run_folder, at_most=alike)
         if found is None:
             raise ValueError(

@@ -18,12 +18,14 @@ from typing import Any, NoReturn
 
 from pydantic_core import to_jsonable_python
 
+from orchestration.again import RUN_ID, again
 from orchestration.compose import load
 from orchestration.config import Experiment, StorageConfig
 from orchestration.problems import did_you_mean, harmless, raised_by_us
 from orchestration.verbs import (
     FAULTS_FOUND,
     OF_A_FOLDER,
+    OF_A_RUN,
     OPTIONS,
     SEVERAL,
     VERBS,
@@ -91,7 +93,7 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
     options = OPTIONS.get(verb or "", {})
     added = [parser.add_argument(name, **how) for name, how in options.items()]
     if verb not in WITHOUT_EXPERIMENT:
-        named = f"a YAML file{OF_A_FOLDER.get(verb or '', '')}"
+        named = f"a YAML file{(OF_A_FOLDER | OF_A_RUN).get(verb or '', '')}"
         parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help=named)
         parser.add_argument("overrides", metavar="section.field=value", nargs="*")
     parser.add_argument("--json", action="store_true", help="print the result as a JSON document")
@@ -121,6 +123,8 @@ def _source(verb: str, path: str | Path, overrides: Sequence[str]) -> Experiment
             told = f"{path} is a folder, whose settings are what they were; leave out {' '.join(overrides)}"
             raise ValueError(told)
         return Path(path)
+    if verb in OF_A_RUN and RUN_ID.fullmatch(str(path)):
+        return again(str(path), overrides)
     return load(path, overrides)
 
 

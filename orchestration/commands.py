@@ -10,6 +10,7 @@ from orchestration import evidence, search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.journal import sole
+from orchestration.mirroring import mirrored
 from orchestration.placement import require_room
 from orchestration.prepare import prepare, require_one_tokenizer
 from orchestration.results import begin, finished, require_same_data, trials_folder, trunk_of
@@ -26,18 +27,20 @@ def train(experiment: Experiment) -> dict:
         ValueError: if the folder holds a run of another identity; the differing fields are named.
         RuntimeError: if another process trains there.
     """
-    folder = experiment.run_folder
-    trunk_of(experiment)  # raises before any work where it is none
-    begin(experiment, folder)
+    folder, trunk = experiment.run_folder, experiment.checkpoint.trunk
+    trunks = [Path(trunk)] if trunk else []
     # A finished run has its journal shipped all the same: the tracking store may have been away.
-    with sole(folder), shipped(experiment, folder):
-        if finished(experiment, folder) is None:
-            workers = experiment.cluster.workers
-            with connect(experiment):
-                require_room(experiment, workers=experiment.worker_counts(workers)[0])
-                prepared = Path(prepare(experiment)["folder"])
-                require_same_data(experiment, folder, prepared)
-                fit(experiment, folder, prepared, workers=workers)
+    with sole(folder), mirrored(experiment, *trunks):
+        trunk_of(experiment)  # raises before any work where it is none
+        begin(experiment, folder)
+        with shipped(experiment, folder):
+            if finished(experiment, folder) is None:
+                workers = experiment.cluster.workers
+                with connect(experiment):
+                    require_room(experiment, workers=experiment.worker_counts(workers)[0])
+                    prepared = Path(prepare(experiment)["folder"])
+                    require_same_data(experiment, folder, prepared)
+                    fit(experiment, folder, prepared, workers=workers)
     result = finished(experiment, folder)
     assert result is not None
     return {"folder": str(folder)} | result
@@ -54,13 +57,14 @@ def sweep(experiment: Experiment) -> dict:
     folder = trials_folder(experiment)
     search.require_room_for_trials_here(experiment)
     require_one_tokenizer(experiment)
-    begin(experiment, folder)
-    with sole(folder), connect(experiment), shipped(experiment, folder):
-        search.require_room_for_trials(experiment)
-        prepared = Path(prepare(experiment)["folder"])
-        search.search(experiment, prepared)
-    if experiment.search and experiment.search.across:
-        evidence.write(experiment)
+    with sole(folder), mirrored(experiment):
+        begin(experiment, folder)
+        with connect(experiment), shipped(experiment, folder):
+            search.require_room_for_trials(experiment)
+            prepared = Path(prepare(experiment)["folder"])
+            search.search(experiment, prepared)
+        if experiment.search and experiment.search.across:
+            evidence.write(experiment)
     summary = search.summarize(experiment)
     for failure in summary["failed"]:
         log.warning("trial %s", failure)

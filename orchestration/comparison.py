@@ -4,13 +4,12 @@ A file of its own because it is about seeds, where sweep_report.py is about sing
 on the same held-out samples, after as many updates, seed by seed.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from orchestration.effects import paired
 from orchestration.page import grid, note, number, percent, table
 from orchestration.plots import COLOURS, Series, chart, figure
 from orchestration.record import Record, Run
@@ -81,16 +80,6 @@ def section(record: Record) -> str:
     )
     curves = grid([figure(drawn, names)])
     return f"<h2>Ways compared</h2>{note(explained)}{table(head, rows)}{curves}"
-
-
-def paired(values: Sequence[float]) -> list[float] | None:
-    """Mean of values, or paired differences, and its 95 % interval by Student's t; none of fewer than two."""
-    count = len(values)
-    if count < 2:
-        return None
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf(0.975, count - 1)) * error
-    return [mean, mean - half, mean + half]
 
 
 def _way(values: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
@@ -25,12 +25,20 @@ from dsvl.config import (
     TrainConfig,
 )
 from orchestration.deploy import DeployConfig
-from orchestration.problems import ConfigError, Problem, explain
+from orchestration.problems import SECRET, ConfigError, Problem, explain
 from orchestration.settings import Section, path_keys, place
 from orchestration.space import WHAT, SearchConfig, across_problems, search_problems
 
 BLENDING = ("blends", "temperature", "max_rounds")
 """Settings of `data` that change no prepared data."""
+
+
+STORES: dict[str, set[str]] = {
+    "s3": {"region", "scheme", "endpoint_override"},
+    "gs": {"scheme", "endpoint_override"},
+    "file": set(),
+}
+"""Kinds of object stores, and what their URIs may say beside the place."""
 
 
 class ClusterConfig(Section):
@@ -84,6 +92,11 @@ class StorageConfig(Section):
 
     path: str = "runs"
     """The folder of prepared data, runs and the default tracking store."""
+    remote: str | None = None
+    """An object store that keeps what is in `path`, and from which it is fetched where it is missing:
+    s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///FOLDER. Then `path` need be no shared folder.
+    `?region=`, `scheme=` and `endpoint_override=HOST:PORT` lead to stores that are not Amazon's;
+    credentials come from the environment alone."""
     data: str = "data"
     """The folder of raw datasets."""
 
@@ -92,9 +105,28 @@ class StorageConfig(Section):
     def _is_a_folder(cls, path: str) -> str:
         if "://" in path:
             raise ValueError(
-                f"{path!r} must be a folder that all machines see under this name; mount the store there"
+                f"{path!r} must be a folder; name the store in storage.remote, and here where to work"
             )
         return path
+
+    @field_validator("remote")
+    @classmethod
+    def _is_a_store(cls, remote: str | None) -> str | None:
+        if remote is None:
+            return None
+        parts = urlsplit(remote)
+        if "@" in parts.netloc:
+            raise ValueError("must hold no credentials; give them in the environment alone")
+        if parts.scheme not in STORES or not (parts.netloc or parts.scheme == "file"):
+            raise ValueError(
+                f"{remote!r} must be s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///FOLDER"
+            )
+        if others := parse_qs(parts.query, keep_blank_values=True).keys() - STORES[parts.scheme]:
+            known = ", ".join(sorted(STORES[parts.scheme])) or "nothing"
+            raise ValueError(
+                f"?{', '.join(sorted(others))}: of {parts.scheme}:// may be said {known}"
+            )
+        return remote
 
 
 class TrackingConfig(Section):
@@ -110,10 +142,12 @@ class TrackingConfig(Section):
     @field_validator("uri")
     @classmethod
     def _uri_holds_no_secret(cls, uri: str | None) -> str | None:
-        if uri is not None and urlsplit(uri).password is not None:
+        parts = urlsplit(uri or "")
+        asked = parse_qsl(parts.query, keep_blank_values=True)
+        if parts.password is not None or any(re.search(f"{SECRET}$", name) for name, _ in asked):
             raise ValueError(
-                "must not hold a password; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD in the environment"
+                "must not hold a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+                "MLFLOW_TRACKING_TOKEN, or a database's own PGPASSWORD in the environment"
             )
         return uri
 
@@ -165,6 +199,11 @@ class Experiment(Section):
             problems.append(
                 Problem(("engine", "stored_features"), f"{rule}; set it to false, or that to 0")
             )
+        for name, _ in _flat(engine.deepspeed):
+            if re.search(f"{SECRET}$", name):
+                rule = "must not hold a secret, as every run keeps its settings"
+                text = f"{rule}; leave it out, and set it in the environment of the workers"
+                problems.append(Problem(("engine", "deepspeed", *name.split(".")), text))
         if train and engine.zero_stage == 0 and train.precision != "fp32":
             rule = f"0 keeps no float32 master values for train.precision={train.precision}"
             problems.append(Problem(("engine", "zero_stage"), f"{rule}; set it to 1, 2 or 3"))

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import yaml
 
 from dsvl import export as library
 from orchestration.config import Experiment
+from orchestration.journal import NOTES, Journal, curve
 from orchestration.page import number, percent
 from orchestration.parameters import parameters
 from orchestration.record import read
+from orchestration.shipping import shipped
 from orchestration.trained import CHAT, Trained, choose, manner
 
 log = logging.getLogger(__name__)
@@ -50,6 +54,7 @@ def export(
             CHAT: json.dumps(manner(chosen.experiment), indent=1),
         },
     )
+    note(chosen, target)
     files = {
         str(path.relative_to(target)): path.stat().st_size
         for path in sorted(target.rglob("*"))
@@ -63,6 +68,23 @@ def export(
         "bytes": sum(files.values()),
         "files": files,
     }
+
+
+def note(chosen: Trained, target: Path) -> None:
+    """Have the exported model registered, with what decides whether it is the best so far."""
+    search = chosen.experiment.search
+    metric, mode = (search.metric, search.mode) if search else ("eval/loss", "min")
+    seen = [v for step, v in curve(chosen.folder, metric) if step <= chosen.checkpoint.step]
+    Journal(chosen.folder / NOTES).export(
+        os.path.relpath(target, chosen.folder),
+        step=chosen.checkpoint.step,
+        metric=metric,
+        value=seen[-1] if seen else math.nan,
+        mode=mode,
+    )
+    root = chosen.folder.parent if (chosen.folder / "values.json").exists() else chosen.folder
+    with shipped(chosen.experiment, root):
+        pass
 
 
 def render(result: dict[str, Any]) -> str:

@@ -182,6 +182,9 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 def _svg(title: str, height: float, parts: Sequence[str], *, width: int = WIDE) -> str:
     tag = attributes({"viewBox": f"0 0 {width} {height:.0f}", "role": "img", "aria-label": title})
-    wide = ' style="max-width:60rem"' if width == WIDE else ""
     head = f'<text class="title" x="4" y="14">{escape(title)}</text>'
-    return f'<svg class="chart"{tag}{wide}>{head}{"".join(parts)}</svg>'
+    inside = f"{head}{''.join(parts)}</svg>"
+    if width < WIDE:
+        return f'<svg class="chart"{tag}>{inside}'
+    # On a phone it is scrolled, as its letters would be too small to read.
+    return f'<div class="wide" tabindex="0"><svg class="chart broad"{tag}>{inside}</div>'

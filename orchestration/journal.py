@@ -4,6 +4,7 @@ One process writes at a time. A line is one of
 `{"kind": "start", "time", "identity", "params", "step", "steps", "workers"}`,
 `{"kind": "metrics", "time", "step", "metrics"}`,
 `{"kind": "chats", "time", "step", "chats"}`, what `dsvl.chat.transcript` gave after update `step`,
+`{"kind": "checkpoint", "time", "step", "metrics"}` where one was saved that has been evaluated,
 `{"kind": "undone", "time", "fault"}` where updates since the last checkpoint are made again without one,
 and `{"kind": "end", "time", "state", "reason"}` with state finished, stopped (by a scheduler) or failed.
 """
@@ -12,15 +13,16 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
 NAME = "journal.jsonl"
 NOTES = "notes"
-"""Within a run's folder: a journal of its own, of files made of it, `{"kind": "file", "time", "path"}`."""
+"""Within a run's folder: a journal of its own, of what was made of the run: `{"kind": "file", "path"}`,
+`{"kind": "export", "path", "step", "metric", "value", "mode"}`."""
 LOCK = ".lock"
 """Locked in a folder where a command is at work."""
 PATIENCE_SECONDS = 60
@@ -82,9 +84,9 @@ class Journal:
             RuntimeError: if another process still writes after a minute.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / NAME).open("ab")
         try:
-            _lock(self._file, patience=PATIENCE_SECONDS if wait else GLANCE_SECONDS)
+            patience = PATIENCE_SECONDS if wait else GLANCE_SECONDS
+            self._file = _writing(folder / NAME, patience=patience)
         except BlockingIOError:
             if not wait:
                 raise
@@ -113,6 +115,10 @@ class Journal:
         """Held-out conversations as the model continued them after update `step`."""
         self._append({"kind": "chats", "step": step, "chats": chats})
 
+    def checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The state after update `step` is saved, of which this was measured."""
+        self._append({"kind": "checkpoint", "step": step, "metrics": metrics})
+
     def undone(self, fault: str) -> None:
         """The run goes back to its newest checkpoint."""
         self._append({"kind": "undone", "fault": fault})
@@ -120,6 +126,11 @@ class Journal:
     def file(self, path: str) -> None:
         """A file was made of the run, at this place relative to its folder."""
         self._append({"kind": "file", "path": path})
+
+    def export(self, path: str, *, step: int, metric: str, value: float, mode: str) -> None:
+        """The model after update `step` was exported to this place relative to the run's folder."""
+        about = {"path": path, "step": step, "metric": metric, "value": value, "mode": mode}
+        self._append({"kind": "export", **about})
 
     def end(self, state: str, reason: str = "") -> None:
         """The run is over."""
@@ -132,8 +143,39 @@ class Journal:
         self._file.flush()
 
 
+def merge(folder: Path, others: Collection[bytes]) -> None:
+    """Put lines in that were written elsewhere, in the order of their times; not while there is a writer."""
+    if not set(others) - set(lines(folder)[0]):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(BlockingIOError), _writing(folder / NAME, patience=GLANCE_SECONDS):
+        merged = dict.fromkeys([*lines(folder)[0], *others])
+        by_time = sorted(merged, key=lambda line: json.loads(line)["time"])
+        write_whole(folder / NAME, b"".join(line + b"\n" for line in by_time).decode())
+
+
+def _writing(path: Path, *, patience: float) -> IO[bytes]:
+    """A journal as its only writer opens it; raises BlockingIOError as `_lock` does."""
+    while True:
+        file = path.open("ab")
+        try:
+            _lock(file, patience=patience)
+        except BlockingIOError:
+            file.close()
+            raise
+        if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            return file
+        file.close()  # `merge` has replaced it meanwhile
+
+
 def read(folder: Path, offset: int = 0) -> tuple[list[dict], int]:
-    """The whole lines from a byte offset on, and the offset after them; a torn one is left for later."""
+    """What whole lines from a byte offset on say, and the offset after them; a torn one is left for later."""
+    found, after = lines(folder, offset)
+    return [json.loads(line) for line in found], after
+
+
+def lines(folder: Path, offset: int = 0) -> tuple[list[bytes], int]:
+    """The same lines as they are written."""
     path = folder / NAME
     if not path.exists():
         return [], offset
@@ -141,7 +183,7 @@ def read(folder: Path, offset: int = 0) -> tuple[list[dict], int]:
         file.seek(offset)
         text = file.read()
     whole = text[: text.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+    return whole.splitlines(), offset + len(whole)
 
 
 def points(entries: list[dict]) -> Iterator[tuple[str, int, float, float]]:

@@ -50,8 +50,9 @@ margin:1.2rem 0}.cards div{background:var(--card);border-radius:.4rem;padding:.7
 .cards b{display:block;font-size:1.45rem;line-height:1.3}
 .cards span{color:var(--soft);font-size:.875rem}
 .grid,.chats{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));
-gap:1rem 1.5rem}figure{margin:0}
+gap:1rem 1.5rem}figure{margin:0;min-width:0}
 .chart{display:block;width:100%;max-width:30rem;height:auto;font:12px system-ui,sans-serif}
+.broad{max-width:60rem;min-width:44rem}
 .chart text{fill:var(--soft)}.chart .title{fill:var(--ink);font-weight:600;font-size:13px}
 .chart .rule{stroke:var(--line);stroke-width:1}
 .chart polyline{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round}
@@ -88,7 +89,7 @@ font-size:.9rem;max-width:30rem;margin-top:.4rem}
 .chat{background:var(--card);border-radius:.4rem;padding:.8rem 1rem}
 .chat dl{margin:.3rem 0 .9rem;display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem}
 .chat dt{color:var(--soft)}.chat dd{margin:0;min-width:0}
-.images{display:flex;flex-wrap:wrap;gap:.6rem}
+.images{display:flex;flex-wrap:wrap;gap:.6rem}.images figure{max-width:100%;overflow-wrap:anywhere}
 .images img,.chat img{display:block;max-width:100%;max-height:18rem;border:1px solid var(--line)}
 .images .small,.chat .small{image-rendering:pixelated;width:6rem;height:auto}
 .sample{margin-top:1rem}.sample h3{margin:0}.sample div{white-space:pre-wrap}

@@ -42,9 +42,10 @@ def each(
             done = [self._worker(pickle.loads(job.as_py())) for job in block["job"]]
             return pa.table({"done": pa.array(map(pickle.dumps, done), pa.large_binary())})
 
-    blocks = [pa.table({"job": pa.array([pickle.dumps(job)], pa.large_binary())}) for job in jobs]
+    # Of tables Ray would ask for metadata by tasks on any node, whatever its labels.
+    items = [{"job": pickle.dumps(job)} for job in jobs]
     with ray.data.DataContext.current(context):  # a dataset takes its context when it is made
-        results = ray.data.from_arrow(blocks).map_batches(
+        results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             Actor,
             batch_size=None,
             batch_format="pyarrow",

@@ -21,6 +21,7 @@ from dsvl.data.writer import Writer, claim, write_quarantine
 from orchestration.check import errors_of
 from orchestration.cluster import connect
 from orchestration.config import Experiment
+from orchestration.mirroring import mirror_of, require_access
 from orchestration.plan import blends_file
 from orchestration.pool import Progress
 from orchestration.problems import harmless
@@ -49,8 +50,16 @@ def prepare(experiment: Experiment, *, progress: Progress = log.info) -> dict[st
         FileNotFoundError: if an annotation file or a checkpoint's file is missing.
     """
     began = time.monotonic()
+    if mirror := mirror_of(experiment):
+        require_access(mirror)
     processor, identity = image_processor(experiment), _identity(experiment)
     folder = prepared_folder(experiment, identity)
+    if mirror and verify(folder):
+        with claim(folder):
+            if verify(folder):  # unless another process has fetched it meanwhile
+                mirror.fetch_prepared(folder)
+    if mirror and experiment.engine.stored_features:
+        mirror.fetch_features(folder)
     if _faults(experiment, folder):
         with claim(folder):
             faults = _faults(experiment, folder)  # none if another process has mended it meanwhile
@@ -65,6 +74,8 @@ def prepare(experiment: Experiment, *, progress: Progress = log.info) -> dict[st
         from orchestration.features import store_features  # takes seconds to import, for the tower
 
         store_features(experiment, folder, progress)
+    if mirror:
+        mirror.push_prepared(folder)
     return _summary(experiment, folder, began, reused=not faults)
 
 

@@ -16,6 +16,8 @@ Keys = tuple[str | int, ...]
 """The way to a value: names of sections and fields, and positions in lists."""
 
 MISSING = "is missing; set it"
+SECRET = r"(?i:api_?key|token|password|secret)"
+"""How names of fields end whose values are secrets."""
 ANY = "*"
 """Stands for every key of a mapping whose keys the user chooses."""
 
@@ -31,7 +33,8 @@ class Problem:
 
     def __str__(self) -> str:
         line = ": ".join(part for part in (self.origin, dotted(self.keys), self.text) if part)
-        return re.sub(r"(://[^/\s:@]*):[^/\s@]*@", r"\1:***@", line)  # a password is never repeated
+        line = re.sub(rf"({SECRET}=)[^'\s&]+", r"\1***", line)  # a secret is never repeated
+        return re.sub(r"(://[^/\s:@]*):[^/\s@]*@", r"\1:***@", line)
 
 
 class ConfigError(ValueError):

@@ -33,7 +33,7 @@ CHATTY = (
 )
 """Loggers that tell of every request."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-KILLED = 128
+SIGNAL = 128
 """Exit statuses from here on tell of a signal, as those of a shell do."""
 
 
@@ -152,12 +152,16 @@ def follow(client: JobSubmissionClient, request: Request, job: JobDetails) -> Jo
         except KeyboardInterrupt:
             log.warning("%s goes on; the same command follows it again, --stop stops it", _id(job))
             raise
-        killed = job.driver_exit_code is None or job.driver_exit_code >= KILLED
-        if job.status != JobStatus.FAILED or not killed or not left:
+        if job.status != JobStatus.FAILED or not killed(job.driver_exit_code) or not left:
             return job
         log.warning("%s was killed (%s); sent again", _id(job), job.message)
         job = send(client, request, again=False)
     return job
+
+
+def killed(status: int | None) -> bool:
+    """Whether a driver was ended from outside: by a signal, or with its node, so that nothing is told."""
+    return status is None or status < 0 or status >= SIGNAL
 
 
 def stop(client: JobSubmissionClient, request: Request) -> JobDetails:

@@ -53,6 +53,17 @@ def write(source: Experiment | Path, html: Path | None = None) -> dict[str, Any]
         ValueError: if the folder holds the run of another experiment; the fields are named.
     """
     experiment = source if isinstance(source, Experiment) else stored(source)
+    if experiment.storage.remote is None:
+        return _write(experiment, html)
+    from orchestration.mirroring import fetch_data, mirrored  # which loads torch
+
+    with mirrored(experiment, writer=False):
+        fetch_data(experiment)
+        return _write(experiment, html)
+
+
+def _write(experiment: Experiment, html: Path | None) -> dict[str, Any]:
+    """Write both of what is here."""
     folder, record = experiment.run_folder, Record(experiment)
     html = html or folder / "report.html"
     settings = yaml.safe_dump(record.whole.as_dict(), sort_keys=False, allow_unicode=True)

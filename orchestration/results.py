@@ -5,7 +5,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from orchestration.config import Experiment, StorageConfig, digest, validated
+from orchestration.environment import environment
 from orchestration.journal import points, read, read_json, write_json
+from orchestration.plan import blends_file
 
 EVIDENCE = "evidence.json"
 """What a search across sizes has found, in the run folder of its experiment."""
@@ -87,7 +89,7 @@ def write_result(experiment: Experiment, folder: Path, *, state: str) -> None:
 
 
 def begin(experiment: Experiment, folder: Path) -> None:
-    """Leave the resolved experiment in its run folder.
+    """Leave the resolved experiment in its run folder, and what it is run with.
 
     Raises:
         ValueError: if the folder holds the run of another experiment; the differing fields are named.
@@ -104,6 +106,7 @@ def begin(experiment: Experiment, folder: Path) -> None:
             "experiment": experiment.as_dict(),
         },
     )
+    write_json(folder / "environment.json", environment())
 
 
 def refuse_another(experiment: Experiment, stored: dict, *, where: Path) -> None:
@@ -121,9 +124,12 @@ def require_same_data(experiment: Experiment, folder: Path, prepared: Path) -> N
     Raises:
         ValueError: if they are others in content; an update would take other samples from now on.
     """
+    manifest, blends = read_json(prepared / "manifest.json"), blends_file(prepared, experiment)
     ours = {
         "folder": str(prepared),
-        "digest": digest(read_json(prepared / "manifest.json")["files"]),
+        "digest": content_of(prepared),
+        "sources": manifest["sources"],
+        "blends": read_json(blends) if blends.exists() else {},
     }
     trunk = experiment.checkpoint.trunk
     for run in (folder, *([Path(trunk)] if trunk else [])):
@@ -134,6 +140,12 @@ def require_same_data(experiment: Experiment, folder: Path, prepared: Path) -> N
                 f"changed since ({prepared}); restore the raw data, or give this run another name"
             )
     write_json(folder / "data.json", ours)
+
+
+def content_of(prepared: Path) -> str | None:
+    """A digest of all that is in prepared data, or None where there are none."""
+    path = prepared / "manifest.json"
+    return digest(read_json(path)["files"]) if path.is_file() else None
 
 
 BRANCHING = ("train.epochs", "optim.schedule", "optim.decay_fraction")

@@ -21,6 +21,7 @@ from orchestration.climb import Climb, proposal
 from orchestration.config import Experiment
 from orchestration.effects import Effect, Tried, effects, spread
 from orchestration.journal import Journal, curve, read, read_json, write_json
+from orchestration.mirroring import mirror_of
 from orchestration.parzen import Parzen
 from orchestration.placement import require_room, require_room_here
 from orchestration.proposals import Listed, Proposal, proposals
@@ -179,6 +180,8 @@ class Ledger(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
         """A trial that the scheduler stopped cannot write its result itself."""
         folder = self.root / trial_name(trial.config)
+        if mirror := mirror_of(self.experiment):
+            mirror.fetch(folder)  # what a worker on another machine has made
         if finished(self.experiment.trial(trial.config), folder):
             self._tell(folder)
         else:

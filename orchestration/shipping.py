@@ -190,6 +190,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
 def main() -> int:
     """Follow the folder that is named."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(10)  # whoever trains on these cores goes first
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     folder = Path(sys.argv[1])
     experiment = validated(journal.read_json(folder / "experiment.json")["experiment"])

@@ -1,16 +1,20 @@
 """Talking to a trained model in a terminal."""
 
+import io
 import logging
+import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import torch
+from PIL import Image as Picture
+from rich.console import Console
 
 from dsvl import pretrained
 from dsvl.cache import ImageStore
@@ -30,6 +34,8 @@ images with the next question; `/images` lists them. `/undo` takes the last ques
 anew, `/save FILE` keeps the conversation as JSON. Ctrl-C stops an answer; `/quit` (or Ctrl-D) ends."""
 WORD = re.compile(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s\\'"])+""")
 """A word of a line as shells and file managers write it, in quotes or with escaped blanks."""
+CELLS = 32
+"""Width of an image in a terminal."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -59,12 +65,14 @@ def talk(source: Experiment | Path, *, out: TextIO) -> dict:
         the `images` that it showed, the `question` and the `answer`, or the `error` in its place.
     """
     subject = find(source)
+    show_image = _image_shower(out)
     chat = open_chat(subject)
     processor = ImageProcessor.from_checkpoint(subject.processor)
 
     def pixels(path: Path) -> np.ndarray:
         limit = subject.manner["max_image_pixels"]
         image = load(Images(path.parent), path.name, processor=processor, max_pixels=limit)
+        show_image(image.fitted)
         return processor.normalise(image.fitted)
 
     images: list[Path] = []
@@ -162,6 +170,24 @@ def _save(name: str, conversation: list[dict]) -> None:
         print(f"{path}: {len(conversation)} rounds", file=sys.stderr)
     except OSError as error:
         print(f"{path}: {error.strerror}", file=sys.stderr)
+
+
+def _image_shower(out: TextIO) -> Callable[[np.ndarray], None]:
+    """What shows (3, P, P) uint8, an image as the model sees it, as finely as a terminal can."""
+    terminal = all(stream.isatty() for stream in (sys.stdin, sys.stdout, out))
+    if not terminal or not os.get_terminal_size().columns:
+        return lambda _: None
+    # Imported and used for the first time it asks the terminal what it can, and would take lines that
+    # are typed meanwhile for the answer.
+    from textual_image.renderable import Image
+
+    Console(file=io.StringIO()).print(Image(Picture.new("RGB", (1, 1)), width=1, height=1))
+
+    def show(fitted: np.ndarray) -> None:
+        image = Picture.fromarray(fitted.transpose(1, 2, 0))
+        Console(file=out).print(Image(image, width=CELLS, height="auto"))
+
+    return show
 
 
 def _show(pieces: Generator[str, None, None], out: TextIO) -> str:

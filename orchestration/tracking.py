@@ -16,21 +16,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
-from orchestration import journal
+from orchestration import journal, load
 from orchestration.config import Experiment, digest
 from orchestration.record import read_if_there
+from orchestration.registry import Registry
 from orchestration.space import SearchConfig
 
 log = logging.getLogger(__name__)
 
 # MLflow's own seven retries take minutes; the shipper itself tries again.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "1")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "0")
 
 BATCH = 1000
 """Most metrics that MLflow takes at once; a tenth of it for parameters."""
@@ -41,8 +45,6 @@ RECORD = "mlflow.json"
 """Beside a journal: the id of its MLflow run, so that every resume goes on in the same run."""
 KEY = "dsvl.run"
 """The tag by which a run is found whose id was not written down."""
-NOTED = "dsvl.noted"
-"""The tag that says how much of a run's notes has been shipped."""
 
 
 @dataclass
@@ -56,13 +58,14 @@ class Run:
     params: set[str]
     shipped: dict[str, int]
     """The last step of each metric that the store has."""
-    noted: int
-    """Bytes of its notes that have been shipped."""
     trial: bool
+    registry: Registry
     offset: int = 0
     """Bytes of the journal that have been shipped."""
     last: dict = field(default_factory=dict)
     """The journal's latest start or end."""
+    nodes: dict[Path, int] = field(default_factory=dict)
+    """Bytes of the journals of its machines that have been shipped."""
 
 
 @contextmanager
@@ -84,6 +87,10 @@ class Store:
     def __init__(self, experiment: Experiment) -> None:
         """Open the store, and make the MLflow experiment if it is not there."""
         self.experiment = experiment
+        mlflow.set_tracking_uri(
+            experiment.tracking_uri
+        )  # its registry asks for logged models there
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.client = MlflowClient(experiment.tracking_uri)
         name = experiment.tracking.experiment
         # Left to itself MLflow puts the artifacts of a database store under the working directory.
@@ -109,10 +116,15 @@ class Store:
         found = self._find(folder, key := f"{folder.name} {began}")
         if found is None:
             page = self.experiment.run_folder / "report.html"
-            tags = {KEY: key, "mlflow.note.content": f"Files: `{folder}`. Report: `{page}`."}
+            tags = {
+                KEY: key,
+                "mlflow.source.name": "dsvl",
+                "mlflow.note.content": f"Files: `{folder}`. Report: `{page}`.",
+            }
             if parent:
                 tags["mlflow.parentRunId"] = parent
-            # User, program and commit are found as by MLflow itself.
+            if commit := read_if_there(folder / "environment.json").get("commit"):
+                tags["mlflow.source.git.commit"] = commit
             found = self.client.create_run(
                 self.experiment_id,
                 start_time=int(1000 * began),
@@ -121,15 +133,14 @@ class Store:
             )
         if not (folder / RECORD).exists():
             journal.write_json(folder / RECORD, {"run_id": found.info.run_id})
-            self.client.log_artifact(found.info.run_id, str(folder / "experiment.json"))
         return Run(
             folder,
             found.info.run_id,
             status=found.info.status,
             params=set(found.data.params),
             shipped={point.key: point.step for point in found.data.to_proto().metrics},
-            noted=int(found.data.tags.get(NOTED, 0)),
             trial=parent is not None,
+            registry=Registry(self.client, folder, found.info.run_id, project=self.experiment.name),
         )
 
     def _find(self, folder: Path, key: str) -> MlflowRun | None:
@@ -150,20 +161,15 @@ class Store:
             if entry["kind"] == "start":
                 self._start(run, entry)
         self._metrics(run, entries)
-        self._files(run)
+        for entry in entries:
+            if entry["kind"] == "checkpoint":
+                run.registry.checkpoint(entry["step"], entry["metrics"])
+        for path in sorted(run.folder.glob(f"{load.FOLDER}/*/{journal.NAME}")):
+            lines, run.nodes[path] = journal.read(path.parent, run.nodes.get(path, 0))
+            self._metrics(run, lines)
+        run.registry.notes()
         self._state(run, over=over)
         run.offset = offset
-
-    def _files(self, run: Run) -> None:
-        """Keep what belongs to a run with it: its experiment, and what was noted down since."""
-        notes, offset = journal.read(run.folder / journal.NOTES, run.noted)
-        for note in notes:
-            path = run.folder / note["path"]
-            if path.exists():  # else it was removed before the store came back
-                self.client.log_artifact(run.id, str(path))
-        if notes:
-            self.client.set_tag(run.id, NOTED, str(offset))
-            run.noted = offset
 
     def _metrics(self, run: Run, entries: list[dict]) -> None:
         """Ship the points that are later than those that the store has, step by step."""
@@ -206,7 +212,9 @@ class Store:
         run.status = status
 
     def _start(self, run: Run, entry: dict) -> None:
-        """Log the parameters that the store does not have: there they can never be changed."""
+        """Say what is run; parameters that the store has can never be changed there."""
+        run.registry.files()
+        run.registry.data()
         params = [
             Param(name, str(value))
             for name, value in entry["params"].items()
@@ -217,6 +225,28 @@ class Store:
             batch = params[first : first + BATCH // 10]
             self.client.log_batch(run.id, params=batch, tags=tags)
             run.params |= {param.key for param in batch}
+
+
+def download(uri: str, run_id: str, folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Fetch files that a run of a store has under these names into a folder.
+
+    Raises:
+        ValueError: if the store has no such run.
+    """
+    client = MlflowClient(uri)
+    try:
+        there = {file.path for file in client.list_artifacts(run_id)}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ValueError(
+            f"{run_id}: the tracking store {uri} has no such run; set tracking.uri to that which has"
+        ) from None
+    return {
+        name: Path(client.download_artifacts(run_id, name, str(folder)))
+        for name in names
+        if name in there
+    }
 
 
 def measured(

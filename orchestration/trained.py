@@ -7,6 +7,7 @@ from dsvl import checkpoint_folder
 from dsvl.config import require
 from orchestration.config import Experiment
 from orchestration.journal import read_json
+from orchestration.mirroring import mirror_of
 from orchestration.results import experiment_of, refuse_another, trials_folder
 from orchestration.search import summarize
 
@@ -62,12 +63,19 @@ def choose(source: Experiment | Path, *, step: int | None = None) -> Trained:
     by_folder = isinstance(source, Path)
     experiment = experiment_of(source) if by_folder else source
     folder = experiment.run_folder
+    mirror = mirror_of(experiment)
+    if mirror:
+        mirror.fetch(folder)
     if experiment.search and trials_folder(experiment).exists():
         best = summarize(experiment)["best"]
         if best:
             folder = Path(best["folder"])
             experiment = experiment.trial(read_json(folder / "values.json"))
     held = folder / "checkpoints"
+    if mirror and step is None:
+        mirror.fetch_newest(folder)
+    elif mirror and step is not None and step not in checkpoint_folder.held(held):
+        mirror.fetch_checkpoint(folder, step)
     found = checkpoint_folder.newest(held) if step is None else _at(held, step)
     if found is None:
         raise FileNotFoundError(f"{held}: no checkpoint yet; train or sweep first")

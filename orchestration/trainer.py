@@ -16,7 +16,7 @@ from orchestration.journal import Journal
 from orchestration.placement import resources
 from orchestration.problems import raised_by_us
 from orchestration.recovery import Legal, Patience, RecoveringTrainer, first_cause, told
-from orchestration.results import JOB
+from orchestration.results import JOB, content_of
 
 
 def fit(
@@ -51,6 +51,7 @@ def fit(
             "experiment": experiment.as_dict(),
             "folder": str(folder.absolute()),
             "prepared": str(prepared.absolute()),
+            "content": content_of(prepared),
             "directory": str(Path.cwd()),
             "faults": faults.asked(),
         },

@@ -360,5 +360,8 @@ OF_A_FOLDER = {
 SEVERAL = ("serve", "report")
 """Verbs that take any number of experiments and folders."""
 
+OF_A_RUN = {"train": ", or the id of an MLflow run, which is trained again"}
+"""And what is looked up in the tracking store."""
+
 FAULTS_FOUND = {"check": 2, "convert": 1, "doctor": 1, "submit": 1}
 """Exit status where a verb did its work and found faults: of the request, of records, of the machine."""

@@ -23,6 +23,7 @@ from dsvl.guard import Guard, guarded
 from dsvl.model import VisualChat
 from dsvl.rehearse import rehearse
 from dsvl.train import Plan
+from orchestration import load
 from orchestration.checkpoints import Checkpoints
 from orchestration.config import Experiment
 from orchestration.faults import inject
@@ -31,6 +32,8 @@ from orchestration.flops import flop_utilisation
 from orchestration.journal import Journal, write_json
 from orchestration.memory import gradient_checkpointing
 from orchestration.meters import Meters
+from orchestration.mirroring import Uploads, catch_up, mirror_of, require_prepared
+from orchestration.reckoning import came_to, foretold, peak_memory_gib
 from orchestration.results import logs, note_place, write_result
 from orchestration.watchdog import Watchdog
 
@@ -39,20 +42,28 @@ def work(config: dict) -> None:
     """Train one run to its end, from its newest valid checkpoint if it has one.
 
     `config` holds the `experiment` as a dict, the run's `folder` and the `prepared` data's folder. Rank 0
-    alone writes to the run's folder: journal, checkpoints and, when all is done, `result.json`.
+    alone writes to the run's folder: journal, checkpoints and, when all is done, `result.json`; and brings
+    them to the store, if there is one.
     """
     experiment = Experiment.model_validate(config["experiment"])
-    folder, prepared = Path(config["folder"]), open_store(config["prepared"])
+    folder = Path(config["folder"])
+    require_prepared(experiment, Path(config["prepared"]), config["content"])
+    prepared = open_store(config["prepared"])
     tokenizer = load_tokenizer(experiment.model.language.checkpoint)
     require_encoded_with(tokenizer, prepared)
     torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
     join(backend="nccl" if experiment.cluster.gpus_per_worker else "gloo")
-    # Before anything is read: a killed run's last process may still be writing.
-    journal = Journal(folder) if torch.distributed.get_rank() == 0 else None
-    train, rank = experiment.train, torch.distributed.get_rank()
+    train, rank, journal = experiment.train, torch.distributed.get_rank(), None
+    if rank == 0:
+        catch_up(experiment, folder, lambda mirror: mirror.fetch(folder, writer=True))
+        # Before anything is read: a killed run's last process may still be writing.
+        journal = Journal(folder)
     watchdog = Watchdog(logs(folder), rank=rank, seconds=experiment.cluster.hang_timeout_s)
     note_place(log := logs(folder) / f"rank-{rank}.log", f"{gethostname()}, process {os.getpid()}")
     keep_log(log)
+    if ray.train.get_context().get_local_rank() == 0:
+        load.watch(folder)
+    memory_before = peak_memory_gib()
     torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
     # What fits among all workers need not fit among the few that an elastic training may have.
     world = {"cluster.workers": torch.distributed.get_world_size(), "cluster.min_workers": None}
@@ -77,6 +88,8 @@ def work(config: dict) -> None:
 
     watchdog.wind("saving the untrained model")
     checkpoints.begin()
+    mirror = mirror_of(experiment) if rank == 0 else None
+    uploads = mirror and Uploads(mirror, folder, experiment.checkpoint, checkpoints.branches)
     watchdog.wind("passing the longest samples")
     batch = experiment.evaluation.batch
     rehearse(
@@ -88,7 +101,8 @@ def work(config: dict) -> None:
     if meters:
         meters.begin(quarantined=prepared.quarantined)
     if journal and start == 0:
-        journal.metrics(0, {"data/quarantined": prepared.quarantined})
+        about = {"data/quarantined": prepared.quarantined}
+        journal.metrics(0, about | foretold(experiment, len(blender)))
     majority = majority_accuracy(blender.epoch(0), samples) if rank == 0 else 0.0
 
     answers = partial(
@@ -139,9 +153,12 @@ def work(config: dict) -> None:
     chats = answers(count=experiment.evaluation.chats)
     if journal:
         write_json(folder / "chats.json", chats)
+        journal.metrics(plan.steps, came_to(experiment, folder, memory_before=memory_before))
         journal.end("finished")
         write_result(experiment, folder, state="finished")
     watchdog.stop()
+    if uploads:
+        uploads.close()
 
 
 def keep_log(path: Path) -> None:

@@ -60,7 +60,7 @@ ONLY: list[tuple[str, set[str]]] = [
 WHO: dict[str, set[str]] = {
     "deepspeed": {"dsvl/engine.py", "dsvl/checkpoint.py"},
     "peft": {"dsvl/lora.py"},
-    "mlflow": {"orchestration/tracking.py", "orchestration/report.py"},
+    "mlflow": {f"orchestration/{name}.py" for name in ("tracking", "registry", "report")},
 }
 """Module -> the only files that import it."""
 

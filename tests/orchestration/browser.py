@@ -26,12 +26,14 @@ MEASURE = """(() => {
     const [inner, outer] = [t, t.closest('svg')].map(e => e.getBoundingClientRect());
     return inner.left < outer.left - 1 || inner.right > outer.right + 1;
   }).map(t => t.textContent);
-  const scale = t => t.closest('svg').getBoundingClientRect().width / 380;
+  const width = e => e.getBoundingClientRect().width;
+  const scale = t => width(t.closest('svg')) / t.closest('svg').viewBox.baseVal.width;
   const all = [...document.querySelectorAll('main *')].filter(e => e.childNodes.length
     && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()));
   const sizes = all.map(e => parseFloat(getComputedStyle(e).fontSize)
     * (e.closest('svg.chart') ? scale(e) : 1));
-  return {wider: document.documentElement.scrollWidth - innerWidth, overlap, cut,
+  const {scrollWidth, clientWidth} = document.documentElement;
+  return {wider: scrollWidth - clientWidth, overlap, cut,
     least: Math.min(...sizes), height: document.documentElement.scrollHeight};
 })()"""
 

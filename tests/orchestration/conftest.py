@@ -1,9 +1,11 @@
 """Small experiments: as settings, independent of the shipped ones, and on the shipped digits."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from dsvl.digits import chats
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
 from orchestration.journal import curve
-from tests.orchestration.machines import Machines
+from tests.orchestration.machines import Machines, wait_until
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHARDS = 12
@@ -111,6 +113,7 @@ def experiment(
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with few chats about digits, and all that is made of them: see `digits`."""
     folder = tmp_path_factory.mktemp("digits")
+    os.environ |= SECRETS
     chats.write(folder / "raw/digits", train=96, evaluation=8)
     return folder
 
@@ -156,6 +159,13 @@ def cluster_of_jobs() -> Iterator[Machines]:
     started = Machines(cpus=0, dashboard=True)
     started.add(cpus=2)
     started.wait_for_dashboard()
+
+    def joined() -> bool:
+        with suppress(OSError):  # the dashboard answers before it knows of nodes
+            return sum(node["state"] == "ALIVE" for node in started.known("nodes")) == 2
+        return False
+
+    wait_until(joined)
     yield started
     started.end()
 
@@ -170,6 +180,11 @@ def trained_run(storage: Path, cluster: None) -> Path:
     return path
 
 
+SECRETS = {
+    name: f"canary-{name.lower()}-8c1f6b"
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD")
+}
+"""In the environment of all that is done with `storage`; they must be nowhere else."""
 HOSTILE = "<script>alert('why?')</script> & \x1b[31m<mark>⟦no⟧</mark>"
 """A text that must stay one, in a terminal and on a page."""
 
@@ -240,8 +255,12 @@ def steps_done(folder: Path) -> int:
 
 
 def histories(client: Any, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """Every metric of an MLflow run as (step, value) by step, all that were ever logged."""
+    """Every metric of a training in MLflow as (step, value) by step, all that were ever logged.
+
+    What `dsvl evaluate` has found of its checkpoints is left out.
+    """
     return {
         key: sorted((point.step, point.value) for point in client.get_metric_history(run_id, key))
         for key in client.get_run(run_id).data.metrics
+        if not key.startswith("evaluation/")
     }

@@ -96,7 +96,7 @@ def test_an_override_reaches_into_a_searched_field():
         ("optm: {lr: 1}", "2: optm: no such field; did you mean 'optim'?"),
         ("optim:\n  clip: 1\n  lrr: 2", "4: optim.lrr: no such field; did you mean 'optim.lr'?"),
         ("zzz: 1", "2: zzz: no such field; the fields here are name, model, data, optim, "
-                   "train, cluster, engine, checkpoint, evaluation, storage, tracking, search"),
+                   "train, cluster, deploy, engine, checkpoint, evaluation, storage, tracking, search"),
         ("optim: {lr: 1}\noptim: {lr: 2}", "3: optim: is set twice, first in line 2; keep one"),
         ("train: {epochs: 1.5}", "2: train.epochs: 1.5 must be a valid integer, "
                                  "got a number with a fractional part"),
@@ -119,7 +119,8 @@ def test_an_override_reaches_into_a_searched_field():
          "7: search.space.optim.lr.value: no such field; "
          "did you mean 'search.space.optim.lr.values'?"),
         ("search: {space: {optim.lr: {kind: grid, values: [1]}}, scheduler: {kind: ash}}",
-         "2: search.scheduler: 'ash' must be one of 'none', 'asha'; did you mean 'asha'?"),
+         "2: search.scheduler: 'ash' must be one of 'none', 'asha', 'hyperband', "
+         "'median'; did you mean 'asha'?"),
         ("optim: [\n", "4: not YAML: expected the node content, but found '<stream end>'"),
         ("optim:\n\tlr: 1", "3: not YAML: found character '\\t' that cannot start any token"),
         ("optim: &a {lr: 1}\ntrain: *a", "3: not YAML: aliases are not read; use extends"),

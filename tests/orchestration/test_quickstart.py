@@ -56,7 +56,7 @@ def test_the_quickstart_ends_with_a_model_that_looks_and_typed_again_repeats_not
     lines = [line for line in first.stderr.splitlines() if line.startswith("INFO [")]
     assert len(lines) == 12, "a line when a phase begins, a line when it is done"
 
-    journals = {path: path.read_bytes() for path in tmp_path.rglob("trials/*/journal.jsonl")}
+    journals = {path: path.read_bytes() for path in tmp_path.rglob("trials/size=*/journal.jsonl")}
     again = quickstart(tmp_path)
     assert again.returncode == 0, again.stderr
     assert "2 trials and a training on 1500 chats" in again.stdout

@@ -62,7 +62,8 @@ def prepared(tmp_path):
     def make(name: str, digest: str):
         folder = tmp_path / "prepared" / name
         folder.mkdir(parents=True)
-        manifest = {"identity": {}, "files": {"samples/0.parquet": {"sha256": digest, "bytes": 1}}}
+        files = {"samples/0.parquet": {"sha256": digest, "bytes": 1}}
+        manifest = {"identity": {}, "sources": {}, "files": files}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return folder
 

@@ -12,6 +12,7 @@ from ray.job_submission import JobSubmissionClient
 
 from orchestration import cli
 from orchestration.journal import curve
+from orchestration.ray_jobs import killed
 from tests.orchestration.conftest import digits, run_folder, steps_done
 from tests.orchestration.machines import Machines, wait_until
 
@@ -103,6 +104,11 @@ def test_interrupted_it_goes_on_is_followed_again_stopped_and_gone_on_with(
     assert (folder / "logs" / job / "rank-0.log").parent.is_dir()
 
 
+def test_a_driver_that_was_killed_is_told_from_one_that_failed():
+    assert all(map(killed, (None, -9, 137)))
+    assert not any(map(killed, (0, 1, 2)))
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -146,15 +152,14 @@ def test_data_are_prepared_on_nodes_for_that_models_trained_on_others_and_the_he
             for kind in ("MapWorker", "RayTrainWorker")
             if actor["class_name"].startswith(kind)
         )
-        tasks = Counter(
-            pools[task["node_id"]]
+        tasks = {
+            (task["name"], pools[task["node_id"]])
             for task in own.known("tasks")
             if task["type"] == "NORMAL_TASK" and task["node_id"]
-        )
+        }
     finally:
         own.end()
     assert sorted(pools.values()) == ["cpu", "gpu", "head"]
     assert where.keys() == {("MapWorker", "cpu"), ("RayTrainWorker", "gpu")}
     assert where["RayTrainWorker", "gpu"] == 2
-    assert not tasks["gpu"]
-    assert not tasks["head"]
+    assert {pool for _, pool in tasks} <= {"cpu"}, tasks

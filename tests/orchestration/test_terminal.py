@@ -3,13 +3,16 @@
 import io
 import json
 import os
+import pty
 import signal
+import termios
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from orchestration import cli, terminal
 from orchestration.compose import load
@@ -151,6 +154,36 @@ def test_paths_in_a_line_are_shown_and_urls_are_not_fetched(chatting, tmp_path):
     assert "https://127.0.0.1/cat.png: is not fetched" in err
     assert "'none.png' is not a file" in err
     assert f"image 15: {plain}\n" in err
+
+
+def test_a_terminal_shows_images_and_a_file_holds_none(tmp_path, dsvl):
+    model = model_folder(tmp_path / "digits")
+    Image.new("RGB", (40, 40), (255, 0, 0)).save(tmp_path / "red.png")
+    line = f"{tmp_path}/red.png What is it?"
+    _, out, err = typed(dsvl, model, line)
+    assert "\x1b" not in out + err
+
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    environment = os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    chat = dsvl("chat", model, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while b"> " not in shown:
+        shown += os.read(ours, 2**16)
+    os.write(ours, f"{line}\n/quit\n".encode())
+    while part := _read(ours):
+        shown += part
+    assert chat.wait() == 0
+    assert b"38;2;255;0;0;48;2;255;0;0" in shown
+
+
+def _read(terminal: int) -> bytes:
+    """What a terminal still has to show; nothing when its program has ended."""
+    try:
+        return os.read(terminal, 2**16)
+    except OSError:  # how Linux tells that the other end is closed
+        return b""
 
 
 def test_a_question_taken_back_is_forgotten_and_the_rest_saved(chatting, tmp_path):

@@ -80,7 +80,8 @@ def test_a_journal_reaches_mlflow_with_every_metric_and_step_once(experiment, cl
     assert run.info.run_name == experiment.name
     assert run.data.params == {k: str(v) for k, v in experiment.identity_fields().items()}
     assert run.data.tags["dsvl.identity"] == experiment.identity()
-    assert [file.path for file in client.list_artifacts(found)] == ["experiment.json"]
+    files = [file.path for file in client.list_artifacts(found)]
+    assert files == ["environment.json", "experiment.json"]
     assert client.get_experiment(run.info.experiment_id).name == "dsvl"
 
 

@@ -58,10 +58,11 @@ def final_checkpoint(folder: Path) -> dict[str, bytes]:
 
 
 def logged(experiment: Experiment) -> dict[str, list[tuple[int, float]]]:
-    """What MLflow has of a run, without what is measured in seconds."""
+    """What MLflow has of a run, without what its machine had to do with."""
     client = MlflowClient(experiment.tracking_uri)
     found = histories(client, mlflow_run(experiment.run_folder))
-    return {key: points for key, points in found.items() if not key.startswith("throughput")}
+    machine = ("throughput/", "actual/", "system/")
+    return {key: points for key, points in found.items() if not key.startswith(machine)}
 
 
 def mlflow_run(folder: Path) -> str:
@@ -94,6 +95,14 @@ def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
     for metric in ("loss", "accuracy", "accuracy_blind", "accuracy_shuffled", "accuracy_majority"):
         assert [step for step, _ in found[f"eval/{metric}"]] == [12, 24, 36, 48]
     assert result["metrics"]["eval/loss"] == found["eval/loss"][-1][1] < found["eval/loss"][0][1]
+    assert 0 < found["plan/memory_gib"][0][1] < 2 * result["metrics"]["actual/memory_gib"]
+    assert result["metrics"]["actual/hours"] > 0
+    run = MlflowClient(experiment.tracking_uri).get_run(mlflow_run(folder))
+    shares = {data.dataset.name: data.tags for data in run.inputs.dataset_inputs}
+    assert shares.keys() == {"digits_train", "digits_eval held out"}
+    assert [output.step for output in run.outputs.model_outputs] == [STEPS]
+    loads = [key for key in run.data.metrics if key.startswith("system/")]
+    assert any(key.endswith("cpu_utilization_percentage") for key in loads)
 
 
 def test_a_training_whose_weights_are_all_divided_ends_with_chats(storage, cluster):
