@@ -11,7 +11,8 @@ A checkpoint is a folder `step-NNNNNN`, written under a temporary name and renam
 - `manifest.json`: sha256 of each file and of itself, step, identity of the experiment, digests of the frozen
   parts, metrics; see `dsvl.checkpoint_folder`.
 
-The first three are written by three ranks at once, where there are as many.
+The first three are written by three ranks at once, if as many see the folder; rank 0 alone reads. So the
+machines of a training need no folder in common.
 """
 
 import errno
@@ -86,12 +87,20 @@ def save(
     require_room(engine, folder)
     if step == 0:
         _create_optimizer_state(engine, updates=0)
-    writers = {MASTER: 0} | {key: n % engine.workers for n, key in enumerate(MOMENTS, start=1)}
-    tensors = _gather(engine, [key for key, rank in writers.items() if rank == engine.rank])
-    _require_finite(tensors, step)
-    generators = _all_ranks(torch.get_rng_state(), engine.device)
     target = folder / f"step-{step:06d}"
     unfinished = Path(from_rank_0(lambda: tempfile.mkdtemp(prefix=f".{target.name}-", dir=folder)))
+    seen: list[Any] = [None] * engine.workers
+    dist.all_gather_object(seen, unfinished.is_dir())
+    able = [rank for rank, sees in enumerate(seen) if sees]
+    writers = {MASTER: 0} | {key: able[n % len(able)] for n, key in enumerate(MOMENTS, start=1)}
+    tensors = _gather(engine, [key for key, rank in writers.items() if rank == engine.rank])
+    try:
+        _require_finite(tensors, step)
+    except RuntimeError:
+        if engine.rank == 0:
+            unfinished.rmdir()
+        raise
+    generators = _all_ranks(torch.get_rng_state(), engine.device)
     if engine.rank == 0:
         unfinished.chmod(0o755)  # mkdtemp makes it private
         pretrained.write(unfinished, engine.model.config, tensors.pop(MASTER), frozen=frozen)
@@ -164,7 +173,7 @@ def _require_finite(tensors: Mapping[str, Mapping[str, torch.Tensor]], step: int
 def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> dict[str, Any]:
     """Put the engine into the state of a checkpoint, whatever world size or ZeRO stage wrote it.
 
-    Returns what the guard remembered.
+    A collective, in which rank 0 alone reads. Returns what the guard remembered.
 
     Raises:
         ValueError: if the frozen parts or the trainable parameters are others than those it was written with.
@@ -174,34 +183,45 @@ def load(engine: Engine, checkpoint: Checkpoint, *, frozen: dict[str, str]) -> d
             f"{checkpoint.folder}: trained on frozen parts {checkpoint.manifest['frozen']}, "
             f"but the checkpoints named now are {frozen}; point model to the former or use another name"
         )
-    state = json.loads((checkpoint.folder / "state.json").read_text())
+    state, generators, shapes = from_rank_0(lambda: _about(checkpoint.folder))
+    require_same(shapes, engine.shapes, where=checkpoint.folder)
+    _create_optimizer_state(engine, updates=state["updates"])
+    _link_moments(engine)
     # One tensor at a time, as a node holds as many copies as it has ranks.
     with ExitStack() as opened:
         held = {
             key: opened.enter_context(safe_open(checkpoint.folder / f"{key}.safetensors", "pt"))
             for key in (MASTER, *MOMENTS)
+            if engine.rank == 0
         }
-        shapes = {name: held[MASTER].get_slice(name).get_shape() for name in held[MASTER].keys()}  # noqa: SIM118
-        require_same(
-            {name: tuple(shape) for name, shape in shapes.items()},
-            engine.shapes,
-            where=checkpoint.folder,
-        )
-        _create_optimizer_state(engine, updates=state["updates"])
-        _link_moments(engine)
         for name, parameter in engine.parameters.items():
-            _put(
-                engine,
-                parameter,
-                held[MASTER].get_tensor(name).to(engine.device),
-                {key: held[key].get_tensor(name).to(engine.device) for key in MOMENTS},
+            value, *moments = (
+                _handed_on(engine, held.get(key), name) for key in (MASTER, *MOMENTS)
             )
+            _put(engine, parameter, value, dict(zip(MOMENTS, moments, strict=True)))
     if state["loss_scale"] is not None:
         vars(engine.wrapped.loss_scaler).update(state["loss_scale"])
-    generators = load_file(checkpoint.folder / "rng.safetensors")
     if f"rank{engine.rank}" in generators:
         torch.set_rng_state(generators[f"rank{engine.rank}"])
     return state["guard"]
+
+
+def _about(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, tuple]]:
+    """What is small in a checkpoint: its state, the generators of all ranks, and the shapes of parameters."""
+    with safe_open(folder / f"{MASTER}.safetensors", "pt") as held:
+        shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
+    state = json.loads((folder / "state.json").read_text())
+    return state, load_file(folder / "rng.safetensors"), shapes
+
+
+def _handed_on(engine: Engine, held: Any, name: str) -> torch.Tensor:
+    """A tensor that rank 0 has in an open file, on the device of every rank; a collective."""
+    if engine.rank == 0:
+        tensor = held.get_tensor(name).to(engine.device)
+    else:
+        tensor = torch.empty(engine.shapes[name], dtype=torch.float32, device=engine.device)
+    dist.broadcast(tensor, 0)
+    return tensor
 
 
 def _put(

@@ -7,6 +7,7 @@ wrong.
 import argparse
 import json
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -64,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(str(error), as_json=as_json, status=2)
         cause = f"{verb} failed: {type(error).__name__}: {_first_line(error)}"
         return _fail(cause + _log(verb, experiment, cause), as_json=as_json, status=1)
-    print(_json(result) if as_json else text)
+    try:
+        print(_json(result) if as_json else text, flush=True)
+    except BrokenPipeError:  # who reads, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if result.get("ok", True) else result.get("exit_status") or FAULTS_FOUND[verb]
 
 

@@ -10,15 +10,15 @@ from dataclasses import replace
 from math import inf, isfinite
 from typing import Any
 
-from dsvl.pretrained import embedding_rms
 from orchestration.across import AcrossSizes, Recommendation
 from orchestration.config import Experiment
 from orchestration.cost import flops_of_a_step
+from orchestration.domains import LogUniform
 from orchestration.parameters import parameters
 from orchestration.proposals import Proposal
 from orchestration.rounds import Outcome
 from orchestration.scaling import Ladder, Size, Trunk
-from orchestration.space import EPOCHS, SEED, LogUniform
+from orchestration.space import EPOCHS, SEED
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -31,6 +31,10 @@ def policy(experiment: Experiment) -> AcrossSizes:
         ValueError: if its sizes do not ascend.
         OSError: if a decoder's weights are not there.
     """
+    from dsvl.pretrained import (
+        embedding_rms,
+    )  # takes seconds, which other searches need not wait for
+
     search = experiment.search
     assert search is not None
     rates = search.space["optim.lr"]

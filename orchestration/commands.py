@@ -6,12 +6,12 @@ Each can be interrupted and typed again: what is done is not done again.
 import logging
 from pathlib import Path
 
-from orchestration import evidence, search
+from orchestration import evidence, progress, report, search
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.journal import sole
-from orchestration.mirroring import mirrored
-from orchestration.placement import require_room
+from orchestration.mirroring import catch_up, mirrored
+from orchestration.placement import require_room, require_room_for_trials
 from orchestration.prepare import prepare, require_one_tokenizer
 from orchestration.results import begin, finished, require_same_data, trials_folder, trunk_of
 from orchestration.shipping import shipped
@@ -40,7 +40,11 @@ def train(experiment: Experiment) -> dict:
                     require_room(experiment, workers=experiment.worker_counts(workers)[0])
                     prepared = Path(prepare(experiment)["folder"])
                     require_same_data(experiment, folder, prepared)
-                    fit(experiment, folder, prepared, workers=workers)
+                    with progress.shown(experiment, experiment.name):
+                        fit(experiment, folder, prepared, workers=workers)
+                # What rank 0 wrote on a machine of its own is to reach the tracking store as well.
+                catch_up(experiment, folder, lambda mirror: mirror.fetch(folder))
+                report.keep(experiment, folder)
     result = finished(experiment, folder)
     assert result is not None
     return {"folder": str(folder)} | result
@@ -55,16 +59,17 @@ def sweep(experiment: Experiment) -> dict:
         RuntimeError: if another process sweeps there.
     """
     folder = trials_folder(experiment)
-    search.require_room_for_trials_here(experiment)
     require_one_tokenizer(experiment)
     with sole(folder), mirrored(experiment):
         begin(experiment, folder)
         with connect(experiment), shipped(experiment, folder):
-            search.require_room_for_trials(experiment)
+            require_room_for_trials(experiment)
             prepared = Path(prepare(experiment)["folder"])
-            search.search(experiment, prepared)
-        if experiment.search and experiment.search.across:
-            evidence.write(experiment)
+            with progress.shown(experiment, f"{experiment.name} sweep"):
+                search.search(experiment, prepared)
+            if experiment.search and experiment.search.across:
+                evidence.write(experiment)
+            report.keep(experiment, folder)
     summary = search.summarize(experiment)
     for failure in summary["failed"]:
         log.warning("trial %s", failure)

@@ -25,9 +25,10 @@ from dsvl.config import (
     TrainConfig,
 )
 from orchestration.deploy import DeployConfig
+from orchestration.legal import WHAT, across_problems, search_problems
 from orchestration.problems import SECRET, ConfigError, Problem, explain
 from orchestration.settings import Section, path_keys, place
-from orchestration.space import WHAT, SearchConfig, across_problems, search_problems
+from orchestration.space import SearchConfig
 
 BLENDING = ("blends", "temperature", "max_rounds")
 """Settings of `data` that change no prepared data."""
@@ -60,6 +61,8 @@ class ClusterConfig(Section):
     """Labels of the nodes that prepare data, as `ray start --labels` gives them; any node when empty."""
     gpu_labels: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that train and run the tower."""
+    autoscaled: bool = False
+    """Whether nodes come while work waits for them: then it waits, however few there are when it begins."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of a GPU that a worker may fill; a plan that needs more is refused."""
     host_memory_gib: float | None = Field(default=None, gt=0)
@@ -94,7 +97,8 @@ class StorageConfig(Section):
     """The folder of prepared data, runs and the default tracking store."""
     remote: str | None = None
     """An object store that keeps what is in `path`, and from which it is fetched where it is missing:
-    s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///FOLDER. Then `path` need be no shared folder.
+    s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///FOLDER. Then the nodes of a training need not share
+    `path`: each fetches the prepared data once, to its own disk. Those that prepare, or try trials, do.
     `?region=`, `scheme=` and `endpoint_override=HOST:PORT` lead to stores that are not Amazon's;
     credentials come from the environment alone."""
     data: str = "data"
@@ -136,10 +140,13 @@ class TrackingConfig(Section):
     """An MLflow tracking server or store; `mlflow.db` in the storage when empty."""
     experiment: str = "dsvl"
     """The MLflow experiment that holds the runs."""
+    artifacts: str | None = None
+    """Where a new one of a database keeps files, `s3://BUCKET/PREFIX` (boto3) for one; `mlartifacts` in the
+    storage when empty. A server decides by itself."""
     patience_s: float = Field(default=30, ge=0)
     """Seconds that a finished command waits at most for the store to have all of it."""
 
-    @field_validator("uri")
+    @field_validator("uri", "artifacts")
     @classmethod
     def _uri_holds_no_secret(cls, uri: str | None) -> str | None:
         parts = urlsplit(uri or "")

@@ -1,17 +1,22 @@
 """Time, money and disk of a run or a sweep, where what decides them is known."""
 
 from dataclasses import asdict, astuple, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from orchestration.config import Experiment
+from orchestration.domains import Grid
 from orchestration.flops import fullest, step_flops
 from orchestration.memory import STATE_BYTES, gradient_checkpointing, weight_bytes
 from orchestration.parameters import parameters
+from orchestration.space import EPOCHS, SCHEDULE
 
 GRID_RATES = 8
 """Learning rates of a grid over the two or three orders of magnitude that a search across sizes covers."""
+DECIDING = {
+    EPOCHS, SCHEDULE, "optim.warmup_steps", "optim.decay_fraction", "train.batch", "train.precision"
+}  # fmt: skip
+"""What decides the cost of a trial beside its model."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ def run_cost(experiment: Experiment, samples: int | None, *, branch: bool = Fals
 def sweep_cost(experiment: Experiment, samples: int | None) -> Cost:
     """What all trials of a search cost if none is stopped early, each at its full number of epochs.
 
-    Of a domain that is no grid, what costs most; trials that branch off a longer one cost their decay alone.
+    Where results decide what is tried, what costs most; trials that branch off a longer one cost their decay
+    alone.
     """
     search = experiment.search
     assert search is not None
@@ -61,45 +67,26 @@ def sweep_cost(experiment: Experiment, samples: int | None) -> Cost:
         whole = _of_the_target(experiment, samples, search.target_epochs + confirmed)
         return _times(whole, _affordable(experiment, whole))
     assert search.trials is not None
-    deciding = {
-        path: domain
-        for path, domain in search.space.items()
-        if path.startswith("model.") or path in ("train.epochs", "train.batch", "train.precision")
-    }
-    grids = {path: domain for path, domain in deciding.items() if domain.kind == "grid"}
-    drawn = {path: domain for path, domain in deciding.items() if domain.kind != "grid"}
-
-    lengths = grids["train.epochs"].probes() if "train.epochs" in grids else ()
+    lengths = domain.values if isinstance(domain := search.space.get(EPOCHS), Grid) else ()
 
     def trial(values: dict[str, Any]) -> Cost:
         chosen = experiment.trial(values)
         shorter = chosen.train.epochs < max(lengths, default=0)
         return run_cost(chosen, samples, branch=shorter and chosen.optim.branching)
 
-    points = [
-        max(
-            (
-                trial(dict(zip((*grids, *drawn), (*at, *drawn_at), strict=True)))
-                for drawn_at in product(*(domain.probes() for domain in drawn.values()))
-            ),
-            key=lambda cost: cost.flops or 0,
-        )
-        for at in product(*(domain.probes() for domain in grids.values()))
-    ]
-    share = search.trials / len(points)
+    deciding = [path for path in search.space if path.startswith("model.") or path in DECIDING]
+    costs = [(trial(values), count) for values, count in search.shapes(deciding)]
+    if search.sampler == "tpe":
+        dearest = max((cost for cost, _ in costs), key=lambda cost: cost.flops or 0)
+        costs = [(dearest, search.trials)]
 
-    def total(values: list[Any]) -> Any:
-        return None if None in values else share * sum(values)
+    def total(name: str) -> Any:
+        each = [(getattr(cost, name), count) for cost, count in costs]
+        return None if None in dict(each) else sum(amount * count for amount, count in each)
 
-    steps = total([cost.steps for cost in points])
-    hours = total([cost.hours for cost in points])
-    whole = Cost(
-        steps if steps is None else round(steps),
-        total([cost.flops for cost in points]),
-        None if hours is None else hours / experiment.trials_at_once,
-        total([cost.gpu_hours for cost in points]),
-        total([cost.money for cost in points]),
-    )
+    hours = total("hours")
+    at_once = None if hours is None else hours / experiment.trials_at_once
+    whole = Cost(total("steps"), total("flops"), at_once, total("gpu_hours"), total("money"))
     return _times(whole, _affordable(experiment, whole))
 
 

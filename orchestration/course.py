@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestration.journal import passed
+
 Entry = dict[str, Any]
 
 
@@ -27,10 +29,10 @@ class Course:
 
     def add(self, entry: Entry) -> None:
         """The journal's next line."""
-        if self.told is not None and entry["kind"] != "start":
-            passed = entry["time"] - self.told
-            self.seconds += passed
-            self.worker_seconds += passed * self.workers
+        if self.told is not None:
+            worked = passed(self.told, entry)
+            self.seconds += worked
+            self.worker_seconds += worked * self.workers
         self.told = entry["time"]
         match entry["kind"]:
             case "metrics":

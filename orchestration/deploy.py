@@ -85,7 +85,7 @@ def pools(experiment: Any) -> dict[str, Any]:
 
 
 def labelled(experiment: Any) -> Any:
-    """The experiment with a label for each kind of node, if it has none: no work lands on the other's.
+    """The experiment where nodes come by themselves, with a label for each kind: each has its own work.
 
     Raises:
         ValueError: if a label is a rule, which no node can carry.
@@ -99,6 +99,7 @@ def labelled(experiment: Any) -> Any:
                 )
     return experiment.with_overrides(
         {
+            "cluster.autoscaled": True,
             "cluster.cpu_labels": cluster.cpu_labels or {"pool": "cpu"},
             "cluster.gpu_labels": cluster.gpu_labels or {"pool": "gpu"},
         }

@@ -48,6 +48,8 @@ SHARED_MEMORY = GIB
 """Ray passes objects between processes through it, gloo and NCCL their messages."""
 RAY_MEMORY, WORKER_MEMORY = 2 * GIB, GIB
 """Of Ray itself, and of a worker before it holds a model: its imports."""
+PATIENCE = 10.0
+"""Seconds for which requests of a store are made again."""
 PORTS = {8265: "Ray's dashboard", 5000: "MLflow's pages"}
 
 
@@ -74,6 +76,7 @@ def examine(experiment: Experiment) -> dict[str, Any]:
         *packages(),
         checkpoints(experiment.model),
         *storage(Path(experiment.storage.path)),
+        *store(experiment.storage.remote),
         *resources(experiment),
         *(port(number, purpose) for number, purpose in PORTS.items()),
         *token(),
@@ -175,6 +178,29 @@ def storage(folder: Path) -> Iterator[Check]:
         free >= FREE_DISK,
         f"{_gib(free)} (needs {_gib(FREE_DISK)})",
         f"make room, or set storage.path to a disk with {_gib(FREE_DISK)} free",
+    )
+
+
+def store(uri: str | None) -> Iterator[Check]:
+    """Whether the object store, if there is one, takes, lists and gives back a file; and its clock."""
+    if uri is None:
+        return
+    from orchestration.mirroring import SKEW_SECONDS
+    from orchestration.remote import Remote
+
+    remote = Remote(uri, patience=PATIENCE)
+    try:
+        ahead = remote.clock
+    except (ValueError, RuntimeError) as error:
+        text, _, remedy = str(error).partition("; ")
+        yield Check("store", False, text.removeprefix("storage.remote: "), remedy)
+        return
+    yield Check("store", True, f"{remote.name} can be written to, listed and read")
+    yield Check(
+        "store's clock",
+        abs(ahead) <= SKEW_SECONDS,
+        f"{ahead:+.0f} s from this machine's",
+        "run an NTP client here: which of two files is the later one depends on both clocks",
     )
 
 

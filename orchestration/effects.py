@@ -5,12 +5,12 @@ That is the offset between schedules: their losses are compared by pairs alone, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from orchestration.space import EPOCHS, SCHEDULE, SEED
 
@@ -53,21 +53,29 @@ class Effect:
         return f"{self.path} {self.value} against {self.against}{length}"
 
 
-def effects(tried: Sequence[Tried], own: Mapping[str, Any], *, relative: bool) -> list[Effect]:
+def effects(
+    tried: Sequence[Tried],
+    own: Mapping[str, Any],
+    *,
+    relative: bool,
+    under: Callable[[str], Collection[str]] = lambda path: (),
+) -> list[Effect]:
     """Every value of every setting against the experiment's own, or the first one tried.
 
-    `own` holds the searched fields as the experiment has them; `relative` is whether the metric is a loss.
+    `own` holds the searched fields as the experiment has them; `relative` is whether the metric is a loss;
+    `under` says what is searched with some values of a setting alone, and need not be alike.
     """
     found = []
     for path in dict.fromkeys(path for trial in tried for path in trial.values if path != SEED):
-        values = _distinct(trial.values.get(path) for trial in tried)
+        with_it = [trial for trial in tried if path in trial.values]
+        values = _distinct(trial.values[path] for trial in with_it)
         if not 1 < len(values) <= MOST:
             continue
         against = next((v for v in values if repr(v) == repr(own.get(path))), values[0])
         for value in values:
             if repr(value) == repr(against):
                 continue
-            pairs = _pairs(tried, path, value, against)
+            pairs = _pairs(with_it, path, value, against, apart={path, *under(path)})
             lengths = _distinct(first.values.get(EPOCHS) for first, _ in pairs)
             if path == SCHEDULE and len(lengths) > 1:
                 for epochs in sorted(lengths):
@@ -91,24 +99,23 @@ def paired(values: Sequence[float]) -> list[float] | None:
     if count < 2:
         return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf(0.975, count - 1)) * error
+    half = float(stdtrit(count - 1, 0.975)) * error
     return [mean, mean - half, mean + half]
 
 
 def _pairs(
-    tried: Sequence[Tried], path: str, value: Any, against: Any
+    tried: Sequence[Tried], path: str, value: Any, against: Any, *, apart: Collection[str]
 ) -> list[tuple[Tried, Tried]]:
-    """Trials with the value, each with the one that has the other value and all else alike."""
-    others = {
-        repr(_without(trial, path)): trial
-        for trial in tried
-        if repr(trial.values.get(path)) == repr(against) and math.isfinite(trial.metric)
-    }
+    """Trials with the value, each with those that have the other value and all else alike."""
+    others: dict[str, list[Tried]] = {}
+    for trial in tried:
+        if repr(trial.values[path]) == repr(against) and math.isfinite(trial.metric):
+            others.setdefault(repr(_without(trial, apart)), []).append(trial)
     return [
-        (trial, others[key])
+        (trial, other)
         for trial in tried
-        if repr(trial.values.get(path)) == repr(value) and math.isfinite(trial.metric)
-        if (key := repr(_without(trial, path))) in others
+        if repr(trial.values[path]) == repr(value) and math.isfinite(trial.metric)
+        for other in others.get(repr(_without(trial, apart)), ())
     ]
 
 
@@ -130,8 +137,8 @@ def _effect(
     return [Effect(path, value, against, epochs, len(pairs), mean, interval, ratio)]
 
 
-def _without(trial: Tried, path: str) -> dict[str, Any]:
-    return {name: value for name, value in trial.values.items() if name != path}
+def _without(trial: Tried, apart: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in trial.values.items() if name not in apart}
 
 
 def _distinct(values: Any) -> list[Any]:

@@ -8,6 +8,7 @@ RUN/evaluations/STEP-DIGEST/answers/     what the model said, by sample; see `as
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,23 +27,20 @@ from dsvl.data.types import Example, Kind, Part, Turn
 from dsvl.metrics import Objects, images_named
 from dsvl.suites import Dialogue, SuiteConfig, dialogues, vocabulary
 from dsvl.template import ANSWER, QUESTION
-from orchestration import tracking
 from orchestration.asking import BLANK, Sample, answers_folder, ask, encoder, held_out
 from orchestration.config import Experiment, digest
-from orchestration.journal import sole, write_json, write_whole
+from orchestration.journal import NOTES, Journal, read, sole, write_json, write_whole
 from orchestration.prepare import prepare
 from orchestration.problems import did_you_mean
 from orchestration.record import read_if_there
 from orchestration.results import require_same_data
 from orchestration.scores import Row, differences, figures, grouped
+from orchestration.shipping import shipped
 from orchestration.trained import Trained, choose
 from orchestration.worker import held_out_samples
 
 log = logging.getLogger(__name__)
 
-TABLE = ("set", "sample", "round", "question", "expected", "answer")
-TABLE_ROWS = 1000
-"""What MLflow shows of the rounds, and of how many."""
 HELD_OUT = "held out"
 """The name of the set that every evaluation has."""
 
@@ -110,20 +108,24 @@ def evaluate(
         result = to_jsonable_python(result, inf_nan_mode="null")
         write_whole(folder / "rounds.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_json(folder / "evaluation.json", result)
-    tracking.measured(
-        experiment,
-        chosen.folder,
-        {
-            f"evaluation/{name.replace(' ', '_')}/{figure}": of["value"]
-            for name, told in result["sets"].items()
-            for figure, of in told["figures"].items()
-            if of["value"] is not None
-        },
-        step=chosen.checkpoint.step,
-        path=folder / "evaluation.json",
-        table=[{name: row[name] for name in TABLE} for row in rows[:TABLE_ROWS]],
-    )
+    _note(chosen, folder, result["sets"])
     return result
+
+
+def _note(chosen: Trained, folder: Path, sets: Mapping[str, Any]) -> None:
+    """Have what was measured kept with the run's own points in MLflow."""
+    values = {
+        f"evaluation/{name.replace(' ', '_')}/{figure}": of["value"]
+        for name, told in sets.items()
+        for figure, of in told["figures"].items()
+        if of["value"] is not None
+    }
+    notes, inside = chosen.folder / NOTES, os.path.relpath(folder, chosen.folder)
+    about: dict[str, Any] = {"path": inside, "step": chosen.checkpoint.step, "metrics": values}
+    if not any(note.items() >= about.items() for note in read(notes)[0]):  # measured again
+        Journal(notes).evaluation(**about)
+    with shipped(chosen.experiment, chosen.root):
+        pass
 
 
 def _data(chosen: Trained) -> Path:

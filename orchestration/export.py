@@ -82,8 +82,7 @@ def note(chosen: Trained, target: Path) -> None:
         value=seen[-1] if seen else math.nan,
         mode=mode,
     )
-    root = chosen.folder.parent if (chosen.folder / "values.json").exists() else chosen.folder
-    with shipped(chosen.experiment, root):
+    with shipped(chosen.experiment, chosen.root):
         pass
 
 

@@ -170,9 +170,10 @@ def _axis(column: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
             [position(value, low, high, log=far) for value in column],
             [(position(tick, low, high, log=far), short(tick)) for tick in marked],
         )
-    names = sorted({str(value) for value in column})
+    written = ["—" if value is None else str(value) for value in column]  # not searched there
+    names = sorted(set(written))
     places = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
-    return [places[str(value)] for value in column], [(at, n) for n, at in places.items()]
+    return [places[name] for name in written], [(at, n) for n, at in places.items()]
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

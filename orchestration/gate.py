@@ -7,7 +7,7 @@ import hmac
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -76,9 +76,19 @@ class LostError(RuntimeError):
 class Gate:
     """The routes, and what they share."""
 
-    def __init__(self, models: Mapping[str, Model], *, token: str, limits: Limits) -> None:
-        """`token` is the sha256, in hexadecimal, of the one that clients show."""
-        self.models, self.limits = models, limits
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        *,
+        token: str,
+        limits: Limits,
+        hosts: Collection[str],
+    ) -> None:
+        """`token` is the sha256, in hexadecimal, of the one that clients show.
+
+        `hosts` are the names by which they may call this machine; any where there are none.
+        """
+        self.models, self.limits, self._hosts = models, limits, hosts
         self._token = token
         self._reading = asyncio.Semaphore(limits.reading)
         self._decoders = ThreadPoolExecutor(limits.decoding, thread_name_prefix="images")
@@ -101,8 +111,9 @@ class Gate:
             },
         )
 
-    async def show_page(self, _: Incoming) -> Response:
+    async def show_page(self, incoming: Incoming) -> Response:
         """The page for people; it asks for the token itself."""
+        self._expect(incoming)
         headers = {
             "Content-Security-Policy": self._policy,
             "Referrer-Policy": "no-referrer",
@@ -150,7 +161,15 @@ class Gate:
                 raise _as_refused(error) from error
         return JSONResponse(reply.whole(text, last))
 
+    def _expect(self, incoming: Incoming) -> None:
+        # Another site's name may lead here: its page would be one with ours to a browser.
+        name = incoming.url.hostname
+        if self._hosts and name not in self._hosts:
+            told = f"Host: this server is {' or '.join(self._hosts)}, not {(name or '')[:60]!r}"
+            raise RefusedError(421, told, code="unknown_host")
+
     def _admit(self, incoming: Incoming) -> None:
+        self._expect(incoming)
         scheme, _, token = incoming.headers.get("Authorization", "").partition(" ")
         shown = hashlib.sha256(token.strip().encode()).hexdigest()
         if scheme.lower() != "bearer" or not hmac.compare_digest(shown, self._token):

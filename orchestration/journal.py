@@ -6,7 +6,8 @@ One process writes at a time. A line is one of
 `{"kind": "chats", "time", "step", "chats"}`, what `dsvl.chat.transcript` gave after update `step`,
 `{"kind": "checkpoint", "time", "step", "metrics"}` where one was saved that has been evaluated,
 `{"kind": "undone", "time", "fault"}` where updates since the last checkpoint are made again without one,
-and `{"kind": "end", "time", "state", "reason"}` with state finished, stopped (by a scheduler) or failed.
+and `{"kind": "end", "time", "state", "reason", "since"}` with state finished, stopped (by a scheduler) or
+failed; `since` when who ended it was at work.
 """
 
 import fcntl
@@ -22,6 +23,7 @@ from typing import IO, Any
 NAME = "journal.jsonl"
 NOTES = "notes"
 """Within a run's folder: a journal of its own, of what was made of the run: `{"kind": "file", "path"}`,
+`{"kind": "evaluation", "path", "step", "metrics"}`,
 `{"kind": "export", "path", "step", "metric", "value", "mode"}`."""
 LOCK = ".lock"
 """Locked in a folder where a command is at work."""
@@ -127,14 +129,18 @@ class Journal:
         """A file was made of the run, at this place relative to its folder."""
         self._append({"kind": "file", "path": path})
 
+    def evaluation(self, path: str, *, step: int, metrics: Mapping[str, float]) -> None:
+        """The model after update `step` was measured, into this folder relative to the run's."""
+        self._append({"kind": "evaluation", "path": path, "step": step, "metrics": metrics})
+
     def export(self, path: str, *, step: int, metric: str, value: float, mode: str) -> None:
         """The model after update `step` was exported to this place relative to the run's folder."""
         about = {"path": path, "step": step, "metric": metric, "value": value, "mode": mode}
         self._append({"kind": "export", **about})
 
-    def end(self, state: str, reason: str = "") -> None:
-        """The run is over."""
-        self._append({"kind": "end", "state": state, "reason": reason})
+    def end(self, state: str, reason: str = "", *, since: float = 0.0) -> None:
+        """The run is over; who did not start it here says since when it was at work on it."""
+        self._append({"kind": "end", "state": state, "reason": reason, "since": since})
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -203,7 +209,12 @@ def points(entries: list[dict]) -> Iterator[tuple[str, int, float, float]]:
 
 def seconds(entries: list[dict]) -> float:
     """For how long there was work, without the time between an interruption and the next start."""
-    return sum(b["time"] - a["time"] for a, b in pairwise(entries) if b["kind"] != "start")
+    return sum(passed(before["time"], entry) for before, entry in pairwise(entries))
+
+
+def passed(before: float, entry: dict) -> float:
+    """For how long there was work between the line before, told then, and this one."""
+    return 0.0 if entry["kind"] == "start" else entry["time"] - max(before, entry.get("since", 0))
 
 
 def curve(folder: Path, metric: str) -> list[tuple[int, float]]:

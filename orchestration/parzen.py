@@ -1,15 +1,15 @@
-"""A search by Optuna's tree-structured Parzen estimator."""
+"""A search by Optuna's tree-structured Parzen estimator, for one objective or for several."""
 
 from collections.abc import Mapping
+from math import isnan, nan
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from orchestration.config import Experiment
+from orchestration.domains import Domain, LogUniform, Uniform
 from orchestration.rounds import Outcome
-from orchestration.space import Domain, LogUniform, Uniform
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -23,7 +23,10 @@ class Parzen:
         self._search, self._at_once = experiment.search, experiment.trials_at_once
         sampler = optuna.samplers.TPESampler(seed=self._search.seed, constant_liar=True)
         self._study = optuna.create_study(
-            sampler=sampler, direction="minimize" if self._search.mode == "min" else "maximize"
+            sampler=sampler,
+            directions=[
+                "minimize" if s > 0 else "maximize" for s in self._search.objectives.values()
+            ],
         )
         self._asked: dict[str, list[optuna.Trial]] = {}
         self._known: dict[str, Outcome] = {}
@@ -33,11 +36,10 @@ class Parzen:
         fresh: dict[str, dict[str, Any]] = {}
         while not fresh and (left := self._search.samples - len(self._study.trials)) > 0:
             for _ in range(min(left, self._at_once)):
-                trial = self._study.ask(self._distributions)
-                values = {
-                    path: _value(domain, trial.params[path])
-                    for path, domain in self._search.space.items()
-                }
+                trial = self._study.ask()
+                values = self._search.values(
+                    lambda path, trial=trial: _drawn(trial, path, self._search.space[path])
+                )
                 if (name := repr(values)) in self._known:
                     self._tell(trial, self._known[name])
                 else:
@@ -52,27 +54,20 @@ class Parzen:
         for trial in self._asked.pop(name):
             self._tell(trial, outcome)
 
-    @property
-    def _distributions(self) -> dict[str, BaseDistribution]:
-        return {path: _distribution(domain) for path, domain in self._search.space.items()}
-
     def _tell(self, trial: optuna.Trial, outcome: Outcome) -> None:
-        metric = outcome.metrics.get(self._search.metric)
+        found = [outcome.metrics.get(name, nan) for name in self._search.objectives]
         if outcome.state == "failed":
             self._study.tell(trial, state=TrialState.FAIL)
-        elif metric is None or metric != metric:
+        elif any(map(isnan, found)):
             self._study.tell(trial, state=TrialState.PRUNED)  # worse than any that has a value
         else:
-            self._study.tell(trial, metric)
+            self._study.tell(trial, found)
 
 
-def _distribution(domain: Domain) -> BaseDistribution:
+def _drawn(trial: optuna.Trial, path: str, domain: Domain) -> Any:
     match domain:
         case Uniform() | LogUniform():
-            return FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))
-        case _:
-            return CategoricalDistribution(range(len(domain.values)))  # a value may be a list
-
-
-def _value(domain: Domain, drawn: Any) -> Any:
-    return drawn if isinstance(domain, Uniform | LogUniform) else domain.values[drawn]
+            far = isinstance(domain, LogUniform)
+            return trial.suggest_float(path, domain.low, domain.high, log=far)
+        case _:  # a value may be a list
+            return domain.values[trial.suggest_categorical(path, range(len(domain.values)))]

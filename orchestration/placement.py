@@ -1,16 +1,20 @@
 """Whether a cluster can ever hold what is asked of it: said at once, where Ray would wait for ever."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private.state import state
 from ray._private.utils import get_num_cpus
 
+from orchestration.cluster import connect
 from orchestration.config import Experiment
+from orchestration.space import SearchConfig
 
 GRAIN = 1e-4
 """The smallest share of a CPU that Ray knows."""
+TRIAL_CPUS = 0.1
+"""What a trial takes beside its workers: it only waits for them."""
 
 
 def resources(experiment: Experiment) -> dict[str, float]:
@@ -20,22 +24,34 @@ def resources(experiment: Experiment) -> dict[str, float]:
     return {kind: amount for kind, amount in needed.items() if amount}
 
 
+def searched(experiment: Experiment) -> SearchConfig:
+    """The search section, without which there is nothing to search."""
+    if experiment.search is None:
+        raise ValueError("search is empty: extend one of configs/search, or set search.space")
+    return experiment.search
+
+
+def require_room_for_trials(experiment: Experiment) -> None:
+    """Refuse a search of which the connected cluster can never hold a single trial, with a ValueError."""
+    require_room(experiment, workers=searched(experiment).workers, beside=TRIAL_CPUS)
+
+
 def require_room(experiment: Experiment, *, workers: int, beside: float = 0.0) -> None:
     """Refuse so many workers, and CPUs beside them, if the connected cluster can never hold them.
 
-    What else runs there is of no account, and nodes that an autoscaler may add count in full.
+    What else runs there is of no account. Which nodes an autoscaler would add, Ray does not tell: where
+    `cluster.autoscaled` says that there is one, nothing is refused.
 
     Raises:
         ValueError: with the arithmetic.
     """
+    if experiment.cluster.autoscaled:
+        return
     needed = resources(experiment)
     nodes = [node for node in ray.nodes() if node["Alive"] and _labelled(node, experiment)]
     room = sum(_room(node["Resources"], needed) for node in nodes)
     cpus = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
     if room >= workers and cpus >= workers * needed["CPU"] + beside:
-        return
-    scaled = state.get_max_resources_from_cluster_config()
-    if scaled and _room(scaled, needed) >= workers:
         return
     each = " and ".join(f"{amount:g} {kind}" for kind, amount in needed.items())
     found = ", ".join(
@@ -50,27 +66,33 @@ def require_room(experiment: Experiment, *, workers: int, beside: float = 0.0) -
     raise ValueError(
         f"{workers} workers of {each}{own} can never be placed: the nodes{labels} of the cluster at "
         f"{experiment.cluster.address} hold {room} ({found or 'there is none'}); set fewer workers or less "
-        "cluster.cpus_per_worker, or add nodes"
+        "cluster.cpus_per_worker, or add nodes; if they come by themselves, set cluster.autoscaled=true"
     )
 
 
-def require_room_here(experiment: Experiment, *, workers: int, beside: float = 0.0) -> None:
-    """The same before Ray starts on this machine, which takes seconds; GPUs and labels are left to it.
+@contextmanager
+def room_for_trials(experiment: Experiment) -> Iterator[None]:
+    """Be connected to the cluster, if there is one yet, and refuse a search of which it cannot hold a trial.
+
+    Where Ray is to be started on this machine, by its cores; GPUs and labels are left to what starts it.
 
     Raises:
         ValueError: with the arithmetic.
     """
-    cluster = experiment.cluster
+    cluster, workers = experiment.cluster, searched(experiment).workers
     if cluster.address != "local" or ray.is_initialized():
+        with connect(experiment):
+            require_room_for_trials(experiment)
+            yield
         return
-    cpus, needed = get_num_cpus(), workers * cluster.cpus_per_worker + beside
+    cpus, needed = get_num_cpus(), workers * cluster.cpus_per_worker + TRIAL_CPUS
     if needed > cpus + GRAIN:
-        own = f" and {beside:g} CPU for the trial itself" if beside else ""
         raise ValueError(
-            f"{workers} workers of {cluster.cpus_per_worker:g} CPU{own} can never be placed: they take "
-            f"{needed:g} CPU, and this machine has {cpus}; set fewer workers, less cluster.cpus_per_worker, "
-            "or a cluster.address of more machines"
+            f"{workers} workers of {cluster.cpus_per_worker:g} CPU and {TRIAL_CPUS:g} CPU for the trial "
+            f"itself can never be placed: they take {needed:g} CPU, and this machine has {cpus}; set fewer "
+            "workers, less cluster.cpus_per_worker, or a cluster.address of more machines"
         )
+    yield
 
 
 def _room(offered: Mapping[str, float], needed: dict[str, float]) -> int:

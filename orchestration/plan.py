@@ -1,7 +1,6 @@
 """What an experiment needs and costs, from its settings alone: no torch, no Ray, no weights."""
 
 import json
-from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -38,9 +37,10 @@ def plan(experiment: Experiment) -> Plan:
         for count in sorted(extremes, reverse=True)
     ]
     if search is not None:
-        deciding = [path for path in ("model.size", "model.attention") if path in search.space]
-        for values in product(*(search.space[path].probes() for path in deciding)):
-            trial = experiment.trial(dict(zip(deciding, values, strict=True)))
+        shapes = [values for values, _ in search.shapes(("model.size", "model.attention"))]
+        order, own = list(experiment.model.languages), experiment.model.size
+        for values in sorted(shapes, key=lambda shape: order.index(shape.get("model.size", own))):
+            trial = experiment.trial(values)
             if (size := _size_plan(trial, "trial")) not in sizes:
                 sizes.append(size)
     samples, source = _samples(experiment)

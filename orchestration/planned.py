@@ -116,7 +116,7 @@ class Plan:
         """What it comes to, and by which figures."""
         if cost.flops is None:
             return [(name, "unknown until prepare")]
-        text = f"at most {_operations(cost.flops)}"
+        text = f"at most {operations(cost.flops)}"
         if cost.hours is None or cost.gpu_hours is None:
             return [(name, f"{text}; cluster.gpu_tflops would give the time")]
         text += f", {cost.hours:,.1f} hours, {cost.gpu_hours:,.1f} GPU-hours"
@@ -156,9 +156,9 @@ def _table(sizes: tuple[SizePlan, ...]) -> list[tuple[str, ...]]:
         row("of its machine", lambda size: shown(size.host_bytes)),
         row("layers recomputed", lambda size: _yes(size.gradient_checkpointing)),
         row("a checkpoint", lambda size: shown(size.checkpoint_bytes)),
-        row("a step at most", lambda size: _operations(sum(size.flops.values()))),
+        row("a step at most", lambda size: operations(sum(size.flops.values()))),
         *(
-            row(f"  {part}", lambda size, part=part: _operations(size.flops[part]))
+            row(f"  {part}", lambda size, part=part: operations(size.flops[part]))
             for part in sizes[0].flops
         ),
         row("seconds a step", lambda size: _number(size.seconds_per_step)),
@@ -209,8 +209,20 @@ def shown(size: int | None) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 1024**2:.2f} MiB"
 
 
-def _operations(flops: float) -> str:
+def operations(flops: float) -> str:
+    """Floating-point operations for people."""
     return f"{flops / 1e15:,.2f} PFLOP" if flops >= 1e14 else f"{flops / 1e12:,.4f} TFLOP"
+
+
+def reached(objective: str, value: float) -> str:
+    """What a trial has come to, for people."""
+    match objective:
+        case "train/flops":
+            return operations(value)
+        case "eval/accuracy":
+            return f"{value:.1%} right"
+        case _:
+            return f"loss {value:.4f}"
 
 
 def _number(value: float | None) -> str:

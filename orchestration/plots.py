@@ -52,7 +52,9 @@ class Cell:
 
 
 def short(value: float) -> str:
-    """A number in as few characters as its first three digits need."""
+    """A number in as few characters as its first three digits need; a dash where there is none."""
+    if not math.isfinite(value):
+        return "—"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}".replace("e-0", "e-")
 
 

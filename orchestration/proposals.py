@@ -1,17 +1,15 @@
 """Which trials a search tries, in which order, and which of them begin where another one branches."""
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ray.tune.search import Searcher
 
 from orchestration.config import Experiment
-from orchestration.space import EPOCHS, Choice, Domain, Grid, LogUniform, Uniform
+from orchestration.space import EPOCHS
 
 
 @dataclass(frozen=True)
@@ -35,29 +33,7 @@ def proposals(experiment: Experiment) -> list[Proposal]:
     """All trials of a search, the same whenever it is asked; trunks come before their branches."""
     search = experiment.search
     assert search is not None
-    draw = random.Random(search.seed)
-    grids = {path: domain for path, domain in search.space.items() if isinstance(domain, Grid)}
-    found: list[Proposal] = []
-    for _ in range(search.samples):
-        drawn = {
-            path: _draw(domain, draw) for path, domain in search.space.items() if path not in grids
-        }
-        points = product(*(domain.values for domain in grids.values()))
-        here = [drawn | dict(zip(grids, point, strict=True)) for point in points]
-        found += _branched(experiment, [{path: v[path] for path in search.space} for v in here])
-    return found
-
-
-def _draw(domain: Domain, draw: random.Random) -> Any:
-    match domain:
-        case Choice():
-            return draw.choice(domain.values)
-        case LogUniform():
-            return math.exp(draw.uniform(math.log(domain.low), math.log(domain.high)))
-        case Uniform():
-            return draw.uniform(domain.low, domain.high)
-        case _:
-            raise AssertionError("a grid is tried whole")
+    return _branched(experiment, search.points())
 
 
 def _branched(experiment: Experiment, points: Sequence[dict[str, Any]]) -> list[Proposal]:

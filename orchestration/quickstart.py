@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dsvl.digits import chats
-from orchestration import doctor, report, shipping
+from orchestration import doctor, report
 from orchestration.cluster import connect
 from orchestration.commands import sweep, train
 from orchestration.config import Experiment
 from orchestration.prepare import prepare
-from orchestration.results import trials_folder
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,6 @@ def run(experiment: Experiment) -> dict:
             swept = sweep(experiment)
     with phase(6, "report", "plots, tables and sample chats on one page"):
         written = report.write(experiment)
-        shipping.attach(experiment, trials_folder(experiment), Path(written["report"]))
     best = swept["best"]
     return {
         "best": best,

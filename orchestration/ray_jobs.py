@@ -32,6 +32,8 @@ CHATTY = (
     "ray._private.runtime_env.packaging",
 )
 """Loggers that tell of every request."""
+RECORDS = ("INFO ", "WARNING ", "ERROR ")
+"""How lines begin that a command says on its way."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SIGNAL = 128
 """Exit statuses from here on tell of a signal, as those of a shell do."""
@@ -178,15 +180,25 @@ def stop(client: JobSubmissionClient, request: Request) -> JobDetails:
     return _ended(client, _id(job))
 
 
-def told(job: JobDetails) -> dict[str, Any]:
-    """What there is to say of a job."""
+def told(client: JobSubmissionClient, job: JobDetails) -> dict[str, Any]:
+    """What there is to say of a job; of one that failed by itself the cause, with which its command ended."""
+    message = job.message or ""
+    if job.status == JobStatus.FAILED and not killed(job.driver_exit_code):
+        message = _last_words(client.get_job_logs(_id(job))) or message
     return {
         "job": _id(job),
         "state": str(job.status.value),
-        "message": job.message or "",
+        "message": message,
         "exit_status": job.driver_exit_code,
         "ok": job.status != JobStatus.FAILED,
     }
+
+
+def _last_words(log: str) -> str:
+    """What a command says after all records of its log: why it failed."""
+    lines = log.splitlines()
+    records = [number for number, line in enumerate(lines, start=1) if line.startswith(RECORDS)]
+    return harmless("\n".join(lines[max(records, default=0) :]).strip())
 
 
 def _id(job: JobDetails) -> str:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from orchestration import journal
 from orchestration.config import Experiment, StorageConfig, validated
 from orchestration.course import Course
+from orchestration.front import front
 from orchestration.plan import prepared_folder
 from orchestration.results import EVIDENCE, experiment_of, refuse_another
 from orchestration.space import SCHEDULE, SEED
@@ -159,6 +160,10 @@ class Record:
             )
         self.ranked = [trial for trial in self.trials if self._comparable(trial)]
         """The trials that have a result."""
+        signs = search.objectives if search else {self.metric: self.sign}
+        ends = [[s * trial.last(name) for name, s in signs.items()] for trial in self.ranked]
+        self.front = [self.ranked[at] for at in front(ends)]
+        """Those of them that none beats in all that is searched for."""
         ended = [*self.ranked, *([training] if training.counts else [])]
         self.best = ended[0] if ended else None
         self.speaker = next((run for run in ended if (run.folder / "chats.json").exists()), None)

@@ -4,8 +4,9 @@ Its checkpoints are models that lie elsewhere; those that were exported are vers
 """
 
 import json
+from itertools import islice
 from math import isfinite
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from mlflow import MlflowClient
@@ -28,6 +29,10 @@ FILES = ("experiment.json", "environment.json", "data.json")
 """Of a run's folder, kept with it as they are when it begins or goes on."""
 FILED, NOTED = "dsvl.filed", "dsvl.noted"
 """Tags that say which state of these files the store has, and how many bytes of the run's notes."""
+BATCH = 1000
+"""Most metrics that MLflow takes at once; a tenth of it for parameters."""
+TABLE = ("set", "sample", "round", "question", "expected", "answer")
+"""Of the rounds of an evaluation, what MLflow shows side by side with those of other runs."""
 CONTEXTS = {"train": "training", "eval": "validation"}
 
 
@@ -123,11 +128,31 @@ class Registry:
             path = self.folder / note["path"]
             if note["kind"] == "export":
                 self._register(path, note)
-            elif path.exists():  # else it was removed before the store came back
-                self.client.log_artifact(self.run_id, str(path))
+            elif not path.exists():  # it was removed before the store came back
+                continue
+            elif note["kind"] == "evaluation":
+                self._evaluation(path, note)
+            else:
+                inside = PurePath(note["path"]).parent.name.replace("..", "")
+                self.client.log_artifact(self.run_id, str(path), inside or None)
         if notes:
             self.client.set_tag(self.run_id, NOTED, str(offset))
             self.noted = offset
+
+    def _evaluation(self, folder: Path, note: dict[str, Any]) -> None:
+        """What was measured of the model after an update, as points, a file and a table of its answers."""
+        moment = int(1000 * note["time"])
+        points = [Metric(key, v, moment, note["step"]) for key, v in note["metrics"].items()]
+        for first in range(0, len(points), BATCH):
+            self.client.log_batch(self.run_id, metrics=points[first : first + BATCH])
+        self.client.log_artifact(self.run_id, str(folder / "evaluation.json"))
+        with (folder / "rounds.jsonl").open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in islice(file, BATCH)]
+        columns = {name: [str(row[name]) for row in rows] for name in TABLE}
+        # MLflow appends to a table that is there: a name of its content keeps it from doing so twice.
+        name = f"rounds-{digest(columns)}.json"
+        if name not in {held.path for held in self.client.list_artifacts(self.run_id)}:
+            self.client.log_table(self.run_id, columns, name)
 
     def _register(self, path: Path, note: dict[str, Any]) -> None:
         """The newest exported model is the candidate, and the champion if no champion does better."""

@@ -6,12 +6,12 @@ No server, no Ray and no torch is needed, and the page asks no other host for an
 model or a configuration says is escaped: it may hold HTML.
 """
 
-import platform
+import logging
+import os
 import shlex
 from collections import Counter
 from datetime import datetime
 from html import escape
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ from orchestration import (
     verdict_report,
 )
 from orchestration.config import Experiment
-from orchestration.journal import write_whole
+from orchestration.journal import NOTES, Journal, write_whole
 from orchestration.page import cards, document, duration, facts, number, percent
 from orchestration.parameters import language_parameters, parameters
 from orchestration.plots import SHARES
-from orchestration.record import Record, Run, stored
+from orchestration.record import Record, Run, read_if_there, stored
 
-PACKAGES = ("ray", "deepspeed", "torch", "transformers", "mlflow", "numpy", "pyarrow", "pillow")
+log = logging.getLogger(__name__)
+
 TOLD = {
     "finished": "The training of {name} finished.",
     "stopped": "The training of {name} was stopped after {epochs}.",
@@ -60,6 +61,28 @@ def write(source: Experiment | Path, html: Path | None = None) -> dict[str, Any]
     with mirrored(experiment, writer=False):
         fetch_data(experiment)
         return _write(experiment, html)
+
+
+def keep(experiment: Experiment, folder: Path) -> None:
+    """Write the page, and have MLflow keep it, and its figures as PNGs, with the run of a folder.
+
+    Work that is done does not fail of it: why there is no page is told.
+    """
+    try:
+        html = Path(_write(experiment, None)["report"])
+    except (FileNotFoundError, ValueError) as error:  # another run has this name, no trial began
+        log.warning("no page is written: %s", error)
+        return
+    files = [html]
+    try:
+        from orchestration import pictures
+    except ModuleNotFoundError as error:
+        log.info("no figures for MLflow: %s is missing; pip install 'dsvl[pictures]'", error.name)
+    else:
+        files += pictures.write(html.read_text(encoding="utf-8"), folder / "figures")
+    notes = Journal(folder / NOTES)
+    for path in files:
+        notes.file(os.path.relpath(path, folder))
 
 
 def _write(experiment: Experiment, html: Path | None) -> dict[str, Any]:
@@ -89,7 +112,7 @@ def page(record: Record) -> str:
     sections += across_report.SECTIONS if record.evidence else []
     sections += [comparison.section] if record.trials else []
     sections += [*sweep_report.SECTIONS, *trials_report.SECTIONS] if record.trials else []
-    sections += [evaluation_report.evaluations, run_report.chats, again]
+    sections += [evaluation_report.evaluations, run_report.chats, again, environment]
     return document(record.experiment.name, [section(record) for section in sections])
 
 
@@ -147,14 +170,19 @@ def asked(record: Record) -> str:
     for path, domain in search.space.items() if search else ():
         values = domain.probes()
         listed = values if domain.kind in ("grid", "choice") else (values[0], values[-1])
-        rows.append((f"searched {path}", f"{domain.kind} {', '.join(map(str, listed))}"))
+        only = " and ".join(f"{other} is {value}" for other, value in domain.when.items())
+        where = f", where {only}" if only else ""
+        rows.append((f"searched {path}", f"{domain.kind} {', '.join(map(str, listed))}{where}"))
     if search:
-        rows.append(("search", f"{search.mode} {search.metric}, scheduler {search.scheduler.kind}"))
+        sought = ", ".join(
+            f"{'min' if sign > 0 else 'max'} {name}" for name, sign in search.objectives.items()
+        )
+        rows.append(("search", f"{sought}, scheduler {search.scheduler.kind}"))
     return f"<h2>What was asked</h2>{facts(rows)}"
 
 
 def again(record: Record) -> str:
-    """The commands to go on with, and the software that was there."""
+    """The commands to go on with."""
     folder, it = record.experiment.run_folder, record.whole
     path, new = shlex.quote(str(folder / "experiment.yaml")), f"name={it.name}-again"
     verbs = (["train"] if record.training else []) + (["sweep"] if record.trials else [])
@@ -172,17 +200,27 @@ def again(record: Record) -> str:
         *("", "# every run, curve and setting"),
         f"mlflow ui --backend-store-uri {shlex.quote(it.tracking_uri)}",
     ]
+    return f"<h2>Do it again</h2><pre>{escape(chr(10).join(lines))}</pre>"
+
+
+def environment(record: Record) -> str:
+    """What the best run, or else the first, was made with."""
+    run = record.best or record.training or record.trials[0]
+    made = read_if_there(run.folder / "environment.json")
     spent = sum(run.seconds for run in [*record.trials, record.training] if run)
     rows = [
-        ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),
+        ("page written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),
         ("training time", f"{duration(spent)}, all runs together"),
-        ("python", f"{platform.python_version()} on {platform.platform()}"),
-        *((name, version) for name in PACKAGES if (version := _version(name))),
     ]
-    return (
-        f"<h2>Do it again</h2><pre>{escape(chr(10).join(lines))}</pre>"
-        f"<h2>Environment of this report</h2>{facts(rows)}"
-    )
+    if made:
+        changed = ", with changes that are not in it" if made["changed"] else ""
+        rows += [
+            ("commit", f"{made['commit']}{changed}" if made["commit"] else "none"),
+            ("machine", made["host"]),
+            ("python", f"{made['python']} on {made['platform']}"),
+            *made["packages"].items(),
+        ]
+    return f"<h2>Environment of {escape(run.name)}</h2>{facts(rows)}"
 
 
 def _found(run: Run) -> str:
@@ -208,10 +246,3 @@ def _count(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return str(number)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,10 +21,12 @@ from orchestration.budget import Budgeted, spent
 from orchestration.climb import Climb, proposal
 from orchestration.config import Experiment
 from orchestration.effects import Effect, Tried, effects, spread
+from orchestration.front import front
 from orchestration.journal import Journal, curve, read, read_json, write_json
 from orchestration.mirroring import mirror_of
 from orchestration.parzen import Parzen
-from orchestration.placement import require_room, require_room_here
+from orchestration.placement import TRIAL_CPUS, searched
+from orchestration.planned import reached
 from orchestration.proposals import Listed, Proposal, proposals
 from orchestration.results import (
     begin,
@@ -35,11 +38,9 @@ from orchestration.results import (
 )
 from orchestration.rounds import Outcome, Rounds
 from orchestration.schedulers import scheduler
-from orchestration.space import SCHEDULE, SEED, SearchConfig
+from orchestration.space import SCHEDULE, SEED
 from orchestration.trainer import fit
 
-TRIAL_CPUS = 0.1
-"""What a trial takes beside its workers: it only waits for them."""
 ProposalOf = Callable[[Mapping[str, Any]], Proposal]
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def search(experiment: Experiment, prepared: Path) -> None:
     Run again after any interruption, it proposes the same trials: those with a result are not trained
     again, the others go on from their checkpoints. A trial that fails leaves the others alone.
     """
-    root, settings = trials_folder(experiment), _settings(experiment)
+    root, settings = trials_folder(experiment), searched(experiment)
     space = {path: str(domain) for path, domain in settings.space.items()}
     trials = settings.trials or 0
     Journal(root).start(identity=experiment.identity(), params=space, step=0, steps=trials)
@@ -92,23 +93,6 @@ def search(experiment: Experiment, prepared: Path) -> None:
     Journal(root).end("finished")
 
 
-def require_room_for_trials(experiment: Experiment) -> None:
-    """Refuse a search of which the cluster can never hold a single trial, with a ValueError."""
-    require_room(experiment, workers=_settings(experiment).workers, beside=TRIAL_CPUS)
-
-
-def require_room_for_trials_here(experiment: Experiment) -> None:
-    """The same before Ray starts, where it would on this machine."""
-    require_room_here(experiment, workers=_settings(experiment).workers, beside=TRIAL_CPUS)
-
-
-def _settings(experiment: Experiment) -> SearchConfig:
-    """The search section, without which there is nothing to search."""
-    if experiment.search is None:
-        raise ValueError("search is empty: extend one of configs/search, or set search.space")
-    return experiment.search
-
-
 def trial_name(values: Mapping[str, object]) -> str:
     """A trial's name and folder, from its values alone: `size=small,lr=0.01,epochs=2`."""
     return ",".join(
@@ -119,10 +103,10 @@ def trial_name(values: Mapping[str, object]) -> str:
 
 def _searcher(experiment: Experiment) -> tuple[Searcher, ProposalOf]:
     """What suggests the values of trials, and what else belongs to such values."""
-    if _settings(experiment).across:
+    if searched(experiment).across:
         rounds = Rounds(Climb(experiment), partial(outcome, experiment))
         return rounds, partial(proposal, experiment)
-    if _settings(experiment).sampler == "tpe":
+    if searched(experiment).sampler == "tpe":
         return Rounds(Parzen(experiment), partial(outcome, experiment)), Proposal
     listed = proposals(experiment)
     by_name = {trial_name(one.values): one for one in listed}
@@ -143,7 +127,7 @@ def trainable(
     experiment: Experiment, prepared: Path, proposal_of: ProposalOf
 ) -> Callable[[dict], None]:
     """The function that Tune calls with the values of a trial."""
-    workers = _settings(experiment).workers
+    workers = searched(experiment).workers
     root, prepared = trials_folder(experiment).absolute(), prepared.absolute()
 
     def trial(values: dict) -> None:
@@ -174,8 +158,9 @@ class Ledger(tune.Callback):
     def __init__(self, experiment: Experiment, root: Path) -> None:
         """`root` holds the trials and the sweep's own journal."""
         self.experiment, self.root = experiment, root
-        self.done, self.total = 0, _settings(experiment).trials
+        self.done, self.total = 0, searched(experiment).trials
         self.stopped: list[dict] = []
+        self.began = time.time()
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
         """A trial that the scheduler stopped cannot write its result itself."""
@@ -201,7 +186,7 @@ class Ledger(tune.Callback):
             except BlockingIOError:
                 continue
             if finished(chosen, folder) is None:  # else it was faster than its end
-                journal.end("stopped", reason="scheduler")
+                journal.end("stopped", reason="scheduler", since=self.began)
                 write_result(chosen, folder, state="stopped")
             self.stopped.remove(values)
             self._tell(folder)
@@ -230,9 +215,10 @@ def describe(folder: Path) -> str:
 def summarize(experiment: Experiment) -> dict:
     """The finished trials, the best first by `search.metric`, and the names of those that failed.
 
-    Trials of another schedule than the best one's come after all of its own: they are no ranking together.
+    `front` names those that none beats in all `objectives`. Trials of another schedule than the best one's
+    come after all of its own: they are no ranking together.
     """
-    search, root = _settings(experiment), trials_folder(experiment)
+    search, root = searched(experiment), trials_folder(experiment)
     trials, failures = [], []
     for path in sorted(root.glob("*/values.json")):
         folder, values = path.parent, read_json(path)
@@ -249,12 +235,20 @@ def summarize(experiment: Experiment) -> dict:
     trials.sort(key=lambda t: (math.isnan(t[search.metric]), sign * t[search.metric]))
     first = list(dict.fromkeys(trial.get(SCHEDULE) for trial in trials))
     trials.sort(key=lambda trial: first.index(trial.get(SCHEDULE)))
-    return {"best": trials[0] if trials else None, "trials": trials, "failed": failures}
+    signs = search.objectives
+    ends = [[s * trial.get(name, math.nan) for name, s in signs.items()] for trial in trials]
+    names = [trials[at]["trial"] for at in front(ends)]
+    return {
+        "best": trials[0] if trials else None,
+        "front": {"objectives": list(signs), "trials": names},
+        "trials": trials,
+        "failed": failures,
+    }
 
 
 def compare(experiment: Experiment, trials: Sequence[Mapping[str, Any]]) -> dict:
     """What single settings change among the trials of a summary."""
-    search = _settings(experiment)
+    search = searched(experiment)
     tried = [
         Tried(
             {path: trial[path] for path in (*search.space, SEED) if path in trial},
@@ -264,7 +258,8 @@ def compare(experiment: Experiment, trials: Sequence[Mapping[str, Any]]) -> dict
         for trial in trials
     ]
     relative = search.mode == "min"
-    changed = effects(tried, experiment.searched(), relative=relative)
+    own = experiment.searched()
+    changed = effects(tried, own, relative=relative, under=search.under)
     return {"relative": relative, "effects": [*map(asdict, changed)]}
 
 
@@ -276,7 +271,7 @@ def _ended(folder: Path) -> tuple[str | None, str]:
 
 
 def render(summary: dict) -> str:
-    """The trials as a table, the best first, and what single settings change."""
+    """The trials as a table, the best first, those of the front, and what single settings change."""
     width = max(len(trial["trial"]) for trial in summary["trials"])
     lines = [f"{'trial':<{width}}  state     eval/loss  accuracy  blind"]
     lines += [
@@ -284,6 +279,14 @@ def render(summary: dict) -> str:
         f"{trial['eval/accuracy']:8.1%}  {trial['eval/accuracy_blind']:5.1%}"
         for trial in summary["trials"]
     ]
+    objectives, named = summary["front"]["objectives"], summary["front"]["trials"]
+    if len(objectives) > 1:
+        lines.append(f"beaten by none in {' and '.join(objectives)}:")
+        lines += [
+            f"  {', '.join(reached(name, trial[name]) for name in objectives)}: {trial['trial']}"
+            for trial in summary["trials"]
+            if trial["trial"] in named
+        ]
     lines += [f"failed: {failure}" for failure in summary["failed"]]
     for effect in (Effect(**one) for one in summary["effects"]):
         change = spread(effect, relative=summary["relative"])

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 TOKEN = "DSVL_TOKEN"
 """The environment variable that may hold the token of clients."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""What this machine is called by itself."""
 WAITING = 64
 """Questions that may wait for a model."""
 
@@ -82,6 +84,7 @@ class Entrance:
         talkers: dict[str, DeploymentHandle],
         token: str,
         limits: Limits,
+        hosts: Sequence[str],
     ) -> None:
         """By the names of the models; the token as its sha256."""
         models = {
@@ -93,7 +96,7 @@ class Entrance:
             )
             for name, subject in subjects.items()
         }
-        self._gate = Gate(models, token=token, limits=limits)
+        self._gate = Gate(models, token=token, limits=limits, hosts=hosts)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """What Ray Serve asks for."""
@@ -156,7 +159,8 @@ def _start(subjects: dict[str, Subject], *, token: str, host: str, port: int) ->
         for number, (name, subject) in enumerate(subjects.items())
     }
     digest = hashlib.sha256(token.encode()).hexdigest()
-    entrance = Entrance.bind(subjects, talkers, digest, Limits())
+    hosts = (*LOOPBACK, host) if _is_loopback(host) else ()
+    entrance = Entrance.bind(subjects, talkers, digest, Limits(), hosts)
     serve.run(entrance, name="dsvl", route_prefix="/", logging_config=logs)
 
 

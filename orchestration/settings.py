@@ -51,6 +51,6 @@ def path_keys(path: str) -> tuple[str, ...]:
     """The keys of a dotted path; a field that is searched is itself a single, dotted key."""
     keys = tuple(path.split("."))
     if keys[:2] == ("search", "space") and len(keys) > 2:
-        end = len(keys) - (keys[-1] in ("kind", "values", "low", "high"))
+        end = len(keys) - (keys[-1] in ("kind", "values", "low", "high", "when"))
         keys = (*keys[:2], ".".join(keys[2:end]), *keys[end:])
     return keys

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 
 from orchestration import journal
 from orchestration.config import Experiment, validated
-from orchestration.journal import Journal
 from orchestration.results import trials_folder
 
 if TYPE_CHECKING:
@@ -82,13 +81,6 @@ def shipped(experiment: Experiment, folder: Path) -> Iterator[None]:
                 experiment.tracking_uri,
                 folder,
             )
-
-
-def attach(experiment: Experiment, folder: Path, path: Path) -> None:
-    """Keep a file with the MLflow run of a training or sweep; what is in the way is tried again later."""
-    Journal(folder / journal.NOTES).file(os.path.relpath(path, folder))
-    with shipped(experiment, folder):
-        pass
 
 
 def catch_up(experiment: Experiment) -> dict:
@@ -163,8 +155,9 @@ class Follower:
         if root is None:
             return
         if self.sweep:
-            for path in sorted(self.folder.glob(f"*/{journal.NAME}")):
-                trial = self._run(store, path.parent, name=path.parent.name, parent=root.id)
+            found = {path.parent for path in self.folder.glob(f"*/{journal.NAME}")}
+            for folder in sorted(found - {self.folder / journal.NOTES}):
+                trial = self._run(store, folder, name=folder.name, parent=root.id)
                 if trial:
                     store.ship(trial, over=over)
         before = root.offset

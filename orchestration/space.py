@@ -1,86 +1,20 @@
-"""What a search goes over, and whether every trial in it would be an experiment."""
+"""What a search goes over, what for, and how."""
 
-from collections.abc import Mapping
-from dataclasses import replace
-from math import prod
+from collections.abc import Callable, Collection, Mapping
+from graphlib import TopologicalSorter
+from itertools import product
+from random import Random
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
-from pydantic_core import to_jsonable_python
+from pydantic import Field, model_validator
 
-from dsvl.config import ModelConfig, require
-from orchestration.problems import Problem, explain, fields_at, unknown_field
-from orchestration.settings import Section, path_keys, place
-
-WHAT = ("model", "data", "optim", "train")
-"""The sections that say what is trained; the others say where, and how it is watched."""
+from dsvl.config import require
+from orchestration.domains import Domain, Grid
+from orchestration.settings import Section
 
 EPOCHS, SCHEDULE, SEED = "train.epochs", "optim.schedule", "train.seed"
 ACROSS = {"model.size": "grid", "optim.lr": "loguniform", EPOCHS: "grid"}
 """What a search across sizes searches, and over what kind of domain."""
-
-
-class _Listed(Section):
-    values: tuple[Any, ...] = Field(min_length=1)
-
-    def probes(self) -> tuple[Any, ...]:
-        """Values that must all be legal for the domain to be."""
-        return self.values
-
-    def holds(self, value: object) -> bool:
-        """Whether the value is of the domain."""
-        return value in self.values
-
-
-class Grid(_Listed):
-    """Every one of the values, combined with every value of the other grids."""
-
-    kind: Literal["grid"]
-
-
-class Choice(_Listed):
-    """One of the values at random."""
-
-    kind: Literal["choice"]
-
-
-class _Range(Section):
-    low: float
-    high: float
-
-    @model_validator(mode="after")
-    def _low_is_below_high(self) -> Self:
-        require(self.low < self.high, "low", self.low, f"must be below high={self.high}")
-        return self
-
-    def probes(self) -> tuple[Any, ...]:
-        """Values that must all be legal for the domain to be."""
-        between = self.low + (self.high - self.low) / 3**0.5  # a field of whole numbers refuses it
-        return self.low, between, self.high
-
-    def holds(self, value: object) -> bool:
-        """Whether the value is of the domain."""
-        return isinstance(value, float) and self.low <= value <= self.high
-
-
-class Uniform(_Range):
-    """A real number between `low` and `high`."""
-
-    kind: Literal["uniform"]
-
-
-class LogUniform(_Range):
-    """A real number between `low` and `high`, each order of magnitude as likely as another."""
-
-    kind: Literal["loguniform"]
-
-    @model_validator(mode="after")
-    def _low_is_positive(self) -> Self:
-        require(self.low > 0, "low", self.low, "must be positive")
-        return self
-
-
-Domain = Annotated[Grid | Choice | Uniform | LogUniform, Field(discriminator="kind")]
 
 
 class NoScheduler(Section):
@@ -119,6 +53,10 @@ class Median(Section):
     """Trials that the median is taken of, at least."""
 
 
+Objective = Literal["eval/loss", "eval/accuracy", "train/flops"]
+MOST = ("eval/accuracy",)
+"""Objectives of which more is better."""
+
 ONLY_ACROSS = ("target_epochs", "verify", "confirm")
 """Fields of a search across sizes alone."""
 
@@ -153,6 +91,10 @@ class SearchConfig(Section):
     """Draws from the space; a grid is tried whole at each."""
     seed: int = Field(0, ge=0)
     metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
+    """By which trials are ranked, and the best one is told from the others."""
+    tradeoffs: tuple[Objective, ...] = ()
+    """What else is searched for, `train/flops` for trainings that cost little: the answer is then a front,
+    trials of which none is beaten in all of it."""
     sampler: Literal["random", "tpe"] = "random"
     """What draws from domains that are no grid: chance, or Optuna's tree-structured Parzen estimator, which
     learns from the trials that have ended, as many at a time as run at once."""
@@ -198,7 +140,12 @@ class SearchConfig(Section):
         require(
             SEED not in others, "space", SEED, "across has seeds of its own: see search.confirm"
         )
+        for path, domain in self.space.items():
+            rule = "across searches no field under a condition; leave `when` out"
+            require(not domain.when, "space", path, rule)
         require(self.metric == "eval/loss", "metric", self.metric, "across foretells eval/loss")
+        rule = "must be left out with across, which foretells eval/loss alone"
+        require(not self.tradeoffs, "tradeoffs", self.tradeoffs, rule)
         require(self.samples == 1, "samples", self.samples, "must be 1 with across")
         rule = "must be none with across, which stops trials itself"
         require(self.scheduler.kind == "none", "scheduler", self.scheduler.kind, rule)
@@ -215,6 +162,19 @@ class SearchConfig(Section):
             require(SCHEDULE not in self.space, "sampler", self.sampler, rule)
         return self
 
+    @model_validator(mode="after")
+    def _objectives_differ(self) -> Self:
+        if self.tradeoffs:
+            rule = f"must differ from one another and from metric={self.metric}"
+            require(
+                len(self.objectives) == 1 + len(self.tradeoffs), "tradeoffs", self.tradeoffs, rule
+            )
+            rule = "must be none with tradeoffs: no single one of them says which trial is worse"
+            require(self.scheduler.kind == "none", "scheduler", self.scheduler.kind, rule)
+            rule = f"a front would rank the schedules of {SCHEDULE} with one another; leave it out"
+            require(SCHEDULE not in self.space, "tradeoffs", self.tradeoffs, rule)
+        return self
+
     @property
     def constants(self) -> dict[str, Any]:
         """What every trial of a search across sizes has beside its size, rate and epochs."""
@@ -223,14 +183,75 @@ class SearchConfig(Section):
     @property
     def mode(self) -> Literal["min", "max"]:
         """Whether less or more of the metric is better."""
-        return "min" if self.metric == "eval/loss" else "max"
+        return "max" if self.metric in MOST else "min"
+
+    @property
+    def objectives(self) -> dict[str, int]:
+        """All that is searched for, `metric` first: 1 where less is better, else -1."""
+        return {name: -1 if name in MOST else 1 for name in (self.metric, *self.tradeoffs)}
+
+    @property
+    def order(self) -> list[str]:
+        """The searched fields, each after those that its `when` names; a CycleError where that cannot be."""
+        conditions = {path: domain.when for path, domain in self.space.items()}
+        return [path for path in TopologicalSorter(conditions).static_order() if path in self.space]
+
+    def values(self, of: Callable[[str], Any]) -> dict[str, Any]:
+        """The values of a trial, asked for field by field; fields whose `when` does not hold are left out."""
+        found: dict[str, Any] = {}
+        for path in self.order:
+            if self.space[path].when.items() <= found.items():
+                found[path] = of(path)
+        return {path: found[path] for path in self.space if path in found}
+
+    def points(self) -> list[dict[str, Any]]:
+        """The values of all trials, where it is known beforehand: each draw at the whole grid, none twice."""
+        chance = Random(self.seed)
+        grids = {p: domain.values for p, domain in self.space.items() if isinstance(domain, Grid)}
+        found = {}
+        for _ in range(self.samples):
+            drawn = {
+                path: domain.draw(chance)
+                for path, domain in self.space.items()
+                if not isinstance(domain, Grid)
+            }
+            for point in product(*grids.values()):
+                values = self.values((drawn | dict(zip(grids, point, strict=True))).__getitem__)
+                found.setdefault(repr(values), values)
+        return list(found.values())
+
+    def shapes(self, paths: Collection[str]) -> list[tuple[dict[str, Any], int]]:
+        """Values that trials have together of some fields, each with the number of these trials.
+
+        Where results decide which trials there are, all values that there may be.
+        """
+        if self.across is None and self.sampler == "random":
+            points = self.points()
+        else:
+            conditions = {other for domain in self.space.values() for other in domain.when}
+            names = [path for path in self.space if path in paths or path in conditions]
+            all_of = product(*(self.space[path].probes() for path in names))
+            points = [self.values(dict(zip(names, at, strict=True)).get) for at in all_of]
+        alike: dict[str, list[dict[str, Any]]] = {}
+        for values in points:
+            shape = {path: value for path, value in values.items() if path in paths}
+            alike.setdefault(repr(shape), []).append(shape)
+        return [(same[0], len(same)) for same in alike.values()]
+
+    def under(self, path: str) -> set[str]:
+        """Fields that trials have with some values of this one alone."""
+        found = {path}
+        for other in self.order:
+            if found & self.space[other].when.keys():
+                found.add(other)
+        return found - {path}
 
     def proposes(self, values: Mapping[str, object]) -> bool:
         """Whether these values of the searched fields are of this space."""
         if self.across and SEED in values:  # confirms what was found, and what the experiment is
             return values.keys() == self.space.keys() | {SEED}
-        return values.keys() == self.space.keys() and all(
-            domain.holds(values[path]) for path, domain in self.space.items()
+        return values.keys() == self.values(values.get).keys() and all(
+            self.space[path].holds(value) for path, value in values.items()
         )
 
     @property
@@ -238,80 +259,4 @@ class SearchConfig(Section):
         """How many trials the sweep has; not known of a search across sizes."""
         if self.across:
             return None
-        return self.samples * prod(
-            len(domain.values) for domain in self.space.values() if domain.kind == "grid"
-        )
-
-
-def search_problems(
-    schema: type[BaseModel], search: SearchConfig, sections: Mapping[str, Any]
-) -> list[Problem]:
-    """Compose every probed value into the sections that are legal themselves."""
-    base = to_jsonable_python(dict(sections))
-    broken = schema.model_fields.keys() - sections.keys() - {"search"}
-    told: list[Problem] = []
-
-    def compose(settings: dict[str, Any]) -> list[Problem]:
-        try:
-            schema.model_validate(settings, context={"workers": "search.workers"})
-        except ValidationError as error:
-            found = explain(error, schema)
-            return [p for p in found if p.keys[0] not in broken and p not in told]
-        return []
-
-    told = compose(base)  # what the experiment breaks without any search
-    if "cluster" in base:
-        base = place(base, ("cluster",), {"workers": search.workers, "min_workers": None})
-    problems = [Problem(("search", "workers"), str(problem)) for problem in compose(base)]
-    if problems:
-        return problems
-    for path, domain in search.space.items():
-        keys, where = path_keys(path), ("search", "space", path)
-        if (unknown := unknown_field(schema, keys)) is not None:
-            problems.append(Problem(where, unknown))
-        elif _decides_data(keys, domain, sections.get("model")):
-            text = "decides the prepared data, which all trials share; give each its own experiment"
-            problems.append(Problem(where, text))
-        elif keys[0] not in WHAT:
-            text = f"a search varies what is trained: fields of {', '.join(WHAT)}"
-            problems.append(Problem(where, text))
-        elif fields_at(schema, keys):
-            problems.append(Problem(where, "is a section; name one of its fields"))
-        elif keys[0] not in broken:
-            problems += [
-                Problem(where, problem.text if problem.keys == keys else f"{value!r}: {problem}")
-                for value in domain.probes()
-                for problem in compose(place(base, keys, value))
-            ]
-    return problems
-
-
-def across_problems(search: SearchConfig, sections: Mapping[str, Any]) -> list[Problem]:
-    """Why an experiment is none that a search across sizes could mend, or none whose trials branch."""
-    problems = []
-    model, optim, train = (sections.get(name) for name in ("model", "optim", "train"))
-    target, epochs = search.space["model.size"].probes()[-1], search.space[EPOCHS].probes()
-    if model and model.size != target:
-        text = f"{model.size!r} must be the last of search.space.model.size, {target!r}"
-        problems.append(Problem(("model", "size"), text))
-    if train and train.epochs not in epochs:
-        text = f"{train.epochs} must be one of search.space.{EPOCHS}, {list(epochs)}, to be judged"
-        problems.append(Problem(("train", "epochs"), text))
-    fixed = {
-        keys[1]: v for p, v in search.constants.items() if (keys := path_keys(p))[0] == "optim"
-    }
-    if optim and not replace(optim, **fixed).branching:
-        text = (
-            "a search across sizes shares trunks: give optim.schedule wsd, and optim.warmup_steps"
-        )
-        problems.append(Problem(("search", "space"), f"{text}, as grids of one value"))
-    return problems
-
-
-def _decides_data(keys: tuple[str, ...], domain: Domain, model: ModelConfig | None) -> bool:
-    """Whether trials that differ in a field could differ in their prepared data."""
-    if keys == ("model", "projection") and model is not None:
-        others = (replace(model, projection=value) for value in domain.probes())
-        return any(other.image_tokens != model.image_tokens for other in others)
-    deciding = {("model", name) for name in ("vision", "projection_queries", "template")}
-    return keys[0] == "data" or keys[:2] in deciding
+        return self.samples if self.sampler == "tpe" else len(self.points())

@@ -16,6 +16,7 @@ from orchestration.problems import ConfigError, Problem
 from orchestration.ray_jobs import Request, connected, follow, send, stop, told
 
 UP = "ray up FILE starts it, and --to ray submits to it"
+AWS = f"{UP} with cluster.autoscaled=true and the labels of its nodes, cluster.cpu_labels and gpu_labels"
 DASHBOARD = "http://127.0.0.1:8265"
 
 
@@ -49,7 +50,7 @@ MANIFESTS = {
         ("scancel", "--name"),
         "squeue tells how it is; what it says is in the run's logs",
     ),
-    "aws": Manifest(launcher.cloud, launcher.check, (), (), UP),
+    "aws": Manifest(launcher.cloud, launcher.check, (), (), AWS),
     "machines": Manifest(launcher.own, launcher.check, (), (), UP),
 }
 
@@ -83,9 +84,9 @@ def submit(
         return shown
     client = connected(address)
     if stopping:
-        return told(stop(client, request)) | {"ok": True}
+        return told(client, stop(client, request)) | {"ok": True}
     job = send(client, request, again=again)
-    return told(follow(client, request, job) if wait else job)
+    return told(client, follow(client, request, job) if wait else job)
 
 
 def _made(

@@ -9,12 +9,10 @@ later ones count, as in the journal.
 import fcntl
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -24,21 +22,19 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
 from orchestration import journal, load
-from orchestration.config import Experiment, digest
+from orchestration.config import Experiment
 from orchestration.record import read_if_there
-from orchestration.registry import Registry
+from orchestration.registry import BATCH, Registry
 from orchestration.space import SearchConfig
-
-log = logging.getLogger(__name__)
 
 # MLflow's own seven retries take minutes; the shipper itself tries again.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "1")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "0")
 
-BATCH = 1000
-"""Most metrics that MLflow takes at once; a tenth of it for parameters."""
 STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
+REASONS = {"stopped": "stopped_by", "failed": "failure"}
+"""The tags that say why a run ended so."""
 DERIVED = "model.language."
 """Of a trial these follow from `model.size`; MLflow's comparison would show them before what was searched."""
 RECORD = "mlflow.json"
@@ -55,6 +51,8 @@ class Run:
     id: str
     status: str
     """That the store has."""
+    reasons: dict[str, str]
+    """Tags with the reason that it has."""
     params: set[str]
     shipped: dict[str, int]
     """The last step of each metric that the store has."""
@@ -94,12 +92,12 @@ class Store:
         self.client = MlflowClient(experiment.tracking_uri)
         name = experiment.tracking.experiment
         # Left to itself MLflow puts the artifacts of a database store under the working directory.
-        artifacts = (Path(experiment.storage.path) / "mlartifacts").absolute().as_uri()
-        local = experiment.tracking.uri is None
+        here = (Path(experiment.storage.path) / "mlartifacts").absolute().as_uri()
+        served = experiment.tracking_uri.startswith("http")
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                location = artifacts if local else None
+                location = None if served else experiment.tracking.artifacts or here
                 self.client.create_experiment(name, artifact_location=location)
             except MlflowException as error:
                 if (
@@ -137,6 +135,7 @@ class Store:
             folder,
             found.info.run_id,
             status=found.info.status,
+            reasons={k: v for k, v in found.data.tags.items() if k in REASONS.values()},
             params=set(found.data.params),
             shipped={point.key: point.step for point in found.data.to_proto().metrics},
             trial=parent is not None,
@@ -196,20 +195,22 @@ class Store:
             self.client.set_tag(sweep.id, "best_trial", best.info.run_name)
 
     def _state(self, run: Run, *, over: bool) -> None:
-        """Set the run's state; the reason why it was stopped or failed becomes a tag."""
+        """Set the run's state; the reason why it was stopped or failed is a tag as long as it holds."""
         going = run.last.get("kind") != "end"
         status = STATUS[run.last["state"]] if not going else "KILLED" if over else "RUNNING"
-        if status == run.status:
+        reason = "" if going else run.last["reason"]
+        reasons = {REASONS[run.last["state"]]: reason} if reason else {}
+        if (status, reasons) == (run.status, run.reasons):
             return
+        for tag in run.reasons.keys() - reasons.keys():
+            self.client.delete_tag(run.id, tag)
+        for tag, told in reasons.items():
+            self.client.set_tag(run.id, tag, told)
         if going:
             self.client.update_run(run.id, status=status)
         else:
-            state, reason = run.last["state"], run.last["reason"]
-            if reason:
-                tag = "stopped_by" if state == "stopped" else "failure"
-                self.client.set_tag(run.id, tag, reason)
             self.client.set_terminated(run.id, status, end_time=int(1000 * run.last["time"]))
-        run.status = status
+        run.status, run.reasons = status, reasons
 
     def _start(self, run: Run, entry: dict) -> None:
         """Say what is run; parameters that the store has can never be changed there."""
@@ -247,37 +248,3 @@ def download(uri: str, run_id: str, folder: Path, names: Sequence[str]) -> dict[
         for name in names
         if name in there
     }
-
-
-def measured(
-    experiment: Experiment,
-    folder: Path,
-    metrics: Mapping[str, float],
-    *,
-    step: int,
-    path: Path,
-    table: Sequence[Mapping[str, Any]],
-) -> None:
-    """Keep what was measured of a trained model with the MLflow run of its folder, if any.
-
-    Beside the metrics, the file and the table of what was said, of which MLflow shows those of several runs
-    side by side.
-    """
-    if not (run_id := read_if_there(folder / RECORD).get("run_id")):
-        return
-    try:
-        with turn(experiment):
-            store, now = Store(experiment), int(1000 * time.time())
-            points = [Metric(name, value, now, step) for name, value in metrics.items()]
-            for first in range(0, len(points), BATCH):
-                store.client.log_batch(run_id, metrics=points[first : first + BATCH])
-            store.client.log_artifact(run_id, str(path))
-            columns = (
-                {name: [str(row[name]) for row in table] for name in table[0]} if table else {}
-            )
-            # MLflow appends to a table that is there: a name of its content keeps it from doing so twice.
-            name = f"rounds-{digest(columns)}.json"
-            if name not in {held.path for held in store.client.list_artifacts(run_id)}:
-                store.client.log_table(run_id, columns, name)
-    except Exception as error:  # each kind of store has its own; the file is there all the same
-        log.warning("tracking store %s: %s; %s is not in it", experiment.tracking_uri, error, path)

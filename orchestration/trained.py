@@ -47,6 +47,11 @@ class Trained(NamedTuple):
     """Of its run."""
     checkpoint: checkpoint_folder.Checkpoint
 
+    @property
+    def root(self) -> Path:
+        """Whose journals are shipped together: its run's, or those of the sweep that it is a trial of."""
+        return self.folder.parent if (self.folder / "values.json").exists() else self.folder
+
 
 def choose(source: Experiment | Path, *, step: int | None = None) -> Trained:
     """The model of the best finished trial of an experiment's sweep, else of its training.

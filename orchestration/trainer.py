@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,13 @@ def fit(
             callbacks=callbacks or [],
         ),
     )
+    began = time.time()
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         cause = first_cause(error)
         reason = told(error, folder)
-        Journal(folder).end("failed", reason=reason)
+        Journal(folder).end("failed", reason=reason, since=began)
         if isinstance(cause, ValueError) and isinstance(error, ray.train.WorkerGroupError):
             raise ValueError(str(cause)) from error
         raise RuntimeError(reason) from error

@@ -4,11 +4,14 @@ A file of its own because it changes with how trials are compared, and sweep_rep
 """
 
 from collections.abc import Sequence
+from html import escape
+from math import isfinite
 
 from orchestration import journal
 from orchestration.effects import Tried, effects, spread
 from orchestration.figures import Bar, parallel, timeline
 from orchestration.page import duration, grid, note, table
+from orchestration.planned import reached
 from orchestration.plots import COLOURS, Mark, Series, chart, legend
 from orchestration.record import Record, Run
 from orchestration.space import SEED
@@ -23,7 +26,8 @@ def changes(record: Record) -> str:
     if search is None:
         return ""
     relative = record.sign > 0
-    found = effects(tried, record.experiment.searched(), relative=relative)
+    own = record.experiment.searched()
+    found = effects(tried, own, relative=relative, under=search.under)
     if not found:
         return ""
     head = ("setting", f"change of {record.metric}, 95 %", "pairs", "updates made")
@@ -40,6 +44,36 @@ def changes(record: Record) -> str:
         for one in found
     ]
     return f"<h3>What a setting changes, all else equal</h3>{table(head, rows)}"
+
+
+def front(record: Record) -> str:
+    """Trials that none beats in all that is searched for; nothing where that is one metric."""
+    search = record.experiment.search
+    if search is None or not search.tradeoffs:
+        return ""
+    best, rows = record.front, []
+    for trial in best:
+        cells = (trial.name, *(reached(name, trial.last(name)) for name in search.objectives))
+        rows.append(({"data-front": trial.name}, cells))
+    figures = []
+    for other in search.tradeoffs:
+        shown = [
+            Series(
+                [(trial.last(other), trial.last(record.metric))],
+                f"{trial.name}: {reached(record.metric, trial.last(record.metric))}, "
+                f"{reached(other, trial.last(other))}",
+                "c1" if trial in best else "c0",
+                "circle",
+            )
+            for trial in sorted(record.ranked, key=best.__contains__)
+            if isfinite(trial.last(other))
+        ]
+        title = f"{record.metric} against {other}"
+        figures.append(chart(shown, title=title, x=other, log_x=other == "train/flops"))
+    title = f"Beaten by none in {' and '.join(search.objectives)}"
+    names = [("c1 mark", "beaten by none"), ("c0 mark", "the other trials")]
+    head = ("trial", *search.objectives)
+    return f"<h3>{escape(title)}</h3>{legend(names)}{grid(figures)}{table(head, rows)}"
 
 
 def costs(record: Record) -> str:
@@ -119,5 +153,5 @@ def _began(trial: Run) -> float:
     return spans[0][0] if spans else float("inf")
 
 
-SECTIONS = (changes, costs, course)
+SECTIONS = (front, changes, costs, course)
 """In the order of the page."""

@@ -85,10 +85,13 @@ def _train(experiment: Experiment) -> Result:
 
 def _sweep(experiment: Experiment) -> Result:
     """Run the search, or go on where it stopped."""
-    from orchestration.commands import sweep
-    from orchestration.search import render
+    from orchestration.placement import room_for_trials
 
-    result = sweep(experiment)
+    with room_for_trials(experiment):  # before more is loaded, which takes seconds
+        from orchestration.commands import sweep
+        from orchestration.search import render
+
+        result = sweep(experiment)
     return result, render(result)
 
 

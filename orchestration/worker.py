@@ -26,6 +26,7 @@ from dsvl.train import Plan
 from orchestration import load
 from orchestration.checkpoints import Checkpoints
 from orchestration.config import Experiment
+from orchestration.cost import flops_of_a_step
 from orchestration.faults import inject
 from orchestration.features import features_folder
 from orchestration.flops import flop_utilisation
@@ -82,6 +83,7 @@ def work(config: dict) -> None:
     blender = Blender(prepared, "train", data=experiment.data, seed=train.seed)
     samples = held_out_samples(prepared, experiment)
     plan, guard = Plan(len(blender), train), Guard(train)
+    flops = sum(flops_of_a_step(experiment).values())
 
     checkpoints = Checkpoints(
         engine, experiment, folder, frozen=frozen, plan=plan, guard=guard, journal=journal
@@ -126,6 +128,8 @@ def work(config: dict) -> None:
             measured = tally.metrics() | {"eval/accuracy_majority": majority}
             measured["train/epoch"] = step.epoch + 1
         metrics = step.metrics() | measured
+        if step.ends_epoch:
+            metrics["train/flops"] = step.number * flops
         if experiment.cluster.gpu_tflops and not step.skipped:
             metrics["throughput/flop_utilisation"] = flop_utilisation(
                 experiment,

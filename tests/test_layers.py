@@ -18,8 +18,8 @@ MODEL = {
     f"dsvl.{path.stem}" for path in (ROOT / "dsvl").glob("*.py") if path.stem not in BELOW_DATA
 }
 
-PLANNING = ("problems", "settings", "space", "deploy", "config", "compose", "parameters", "memory", "choices",
-            "flops", "cost", "planned", "plan")  # fmt: skip
+PLANNING = ("problems", "settings", "domains", "space", "legal", "deploy", "config", "compose", "parameters",
+            "memory", "choices", "flops", "cost", "planned", "plan")  # fmt: skip
 """Modules of the orchestration that load nothing heavy."""
 
 LAWS = ("scaling", "fitting", "laws", "regret", "across", "verdicts")

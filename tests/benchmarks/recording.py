@@ -1,12 +1,13 @@
 """What becomes of the record of trainings when the tracking store fails, and what keeping it costs an update.
 
-    python -m tests.benchmarks.recording [--only KIND ...] [--write tests/benchmarks/results]
+    python -m tests.benchmarks.recording [--quick] [--only KIND ...] [--write tests/benchmarks/results]
 
 A real MLflow server, and a door to it that breaks down on command. For each outage `dsvl train` runs in a
 process of its own; then the store is well again, what it lacks is brought, and every point is held against
-the journal. `cost` trains with the default store while the shipper is stopped and let go on in turns of 20
-updates: what an update takes with it and without, turn by turn, in one run; and how long the one call takes
-that the loop makes. What a folder to write to has of other kinds stays.
+the journal. `cost` trains with the default store while the shipper is stopped and let go on in turns that
+are longer than its period, so that it also catches up in its own: what an update takes with it and without,
+turn by turn, in one run; and how long the one call takes that the loop makes. What a folder to write to has
+of other kinds stays. `--quick` only shows that all of it works.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,36 +32,65 @@ from mlflow import MlflowClient
 from dsvl.digits import chats
 from orchestration import journal
 from orchestration.compose import load
+from orchestration.course import Course
 from orchestration.journal import Journal
 from orchestration.shipping import catch_up
 from tests.benchmarks.mmca import machine
-from tests.orchestration.conftest import digits, run_folder, steps_done
+from tests.orchestration.conftest import digits, run_folder
 from tests.orchestration.lives import run_id
 from tests.orchestration.outages import OUTAGES, TOKEN, Door, Server, differences
 
-STEPS_AN_EPOCH = 12
-EPOCHS = {"down in mid-run": 100, "cost": 100}
-"""Of the digits; 4 for the others."""
-SECONDS_DOWN = 60.0
-"""At least, of a store that is down in mid-run."""
+BATCH = 8
 SLOW = 5.0
-TURN = 20
-"""Updates with the shipper, then as many without."""
+"""Seconds that a slow answer takes."""
+TARGETS = {"ratio": 1.01, "p99_ms_added": 5.0}
+"""At most; of the mean of an update."""
 
 
-def training(folder: Path, kind: str, **tracking: Any) -> tuple[Path, int]:
+@dataclass(frozen=True)
+class Size:
+    """How much of everything is done."""
+
+    chats: int
+    epochs: dict[str, int]
+    """Of these kinds; 1 for the others."""
+    turn: int
+    """Updates with the shipper, then as many without."""
+    down: float
+    """Seconds that the store which is down in mid-run is so at least."""
+
+
+FULL = Size(960, {"down in mid-run": 40, "cost": 40}, turn=120, down=60.0)
+QUICK = Size(96, {"down in mid-run": 6, "cost": 20}, turn=24, down=2.0)
+
+
+def training(folder: Path, kind: str, size: Size, **tracking: Any) -> tuple[Path, int]:
     """The file of an experiment on one worker, and how many updates it has."""
-    epochs = EPOCHS.get(kind, 4)
+    epochs = size.epochs.get(kind, 1)
     path = digits(
         folder,
         kind.replace(" ", "-"),
-        train={"batch": 8, "epochs": epochs, "precision": "fp32"},
+        train={"batch": BATCH, "epochs": epochs, "precision": "fp32"},
         cluster={"workers": 1},
         tracking=tracking,
-        checkpoint={"every": 1000},
-        evaluation={"chats": 1, "samples": 8},
+        checkpoint={"every": 10_000},
+        evaluation={"chats": 0, "samples": 8},
     )
-    return path, epochs * STEPS_AN_EPOCH
+    return path, epochs * size.chats // BATCH
+
+
+def updates(run: Path) -> Callable[[], int]:
+    """Tells how many updates a run has done, looking at each line of its journal once."""
+    course, offset = Course(), 0
+
+    def look() -> int:
+        nonlocal offset
+        entries, offset = journal.read(run, offset)
+        for entry in entries:
+            course.add(entry)
+        return course.step
+
+    return look
 
 
 def start(path: Path) -> subprocess.Popen:
@@ -67,18 +99,18 @@ def start(path: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def outage(kind: str, door: Door, folder: Path) -> dict[str, Any]:
+def outage(kind: str, door: Door, folder: Path, size: Size) -> dict[str, Any]:
     """Train through it, bring what is lacking, and compare."""
-    wrong, (path, steps) = OUTAGES[kind], training(folder, kind, uri=door.uri)
+    wrong, (path, steps) = OUTAGES[kind], training(folder, kind, size, uri=door.uri)
     run, began, done, undone = run_folder(path), None, False, False
-    driver = start(path)
+    driver, step = start(path), updates(run)
     while driver.poll() is None:
-        at = steps_done(run) / steps
+        at = step() / steps
         if not done and at >= wrong.begins:
             wrong.do(door)
             began, done = time.monotonic(), True
         lasted = time.monotonic() - began if began else 0.0
-        if done and not undone and wrong.ends < 1 and lasted > SECONDS_DOWN:
+        if done and not undone and wrong.ends < 1 and lasted > size.down:
             wrong.undo(door)
             undone = True
         time.sleep(0.05)
@@ -99,11 +131,12 @@ def outage(kind: str, door: Door, folder: Path) -> dict[str, Any]:
     }
 
 
-def cost(folder: Path) -> dict[str, Any]:
+def cost(folder: Path, size: Size) -> dict[str, Any]:
     """What an update takes with a shipper at work, and without."""
-    path, steps = training(folder, "cost")
+    path, steps = training(folder, "cost", size)
     run, driver, shipper, going = run_folder(path), start(path), None, True
-    while driver.poll() is None and steps_done(run) < steps:
+    step = updates(run)
+    while driver.poll() is None and (done := step()) < steps:
         if shipper is None:
             found = [
                 p
@@ -111,7 +144,7 @@ def cost(folder: Path) -> dict[str, Any]:
                 if "orchestration.shipping" in p.cmdline()
             ]
             shipper = found[0] if (run / "mlflow.json").exists() else None
-        elif (steps_done(run) // TURN % 2 == 0) != going:
+        elif (done // size.turn % 2 == 0) != going:
             going = not going
             shipper.resume() if going else shipper.suspend()
         time.sleep(0.005)
@@ -122,9 +155,9 @@ def cost(folder: Path) -> dict[str, Any]:
     took: dict[int, list[float]] = {}
     for before, after in pairwise(lines):
         if after["step"] == before["step"] + 1 and "eval/loss" not in before["metrics"]:
-            took.setdefault(after["step"] // TURN, []).append(after["time"] - before["time"])
-    turns = [(took[n], took[n + 1]) for n in range(2, steps // TURN - 1, 2)]  # with, without
-    ratios = [statistics.median(a) / statistics.median(b) for a, b in turns]
+            took.setdefault(after["step"] // size.turn, []).append(after["time"] - before["time"])
+    turns = [(took[n], took[n + 1]) for n in range(2, steps // size.turn - 1, 2)]  # with, without
+    ratios = [statistics.fmean(a) / statistics.fmean(b) for a, b in turns]
     with_it, without = ([s for turn in turns for s in turn[side]] for side in (0, 1))
     calls = []
     writer = Journal(folder / "calls")
@@ -136,8 +169,9 @@ def cost(folder: Path) -> dict[str, Any]:
     return {
         "updates": len(with_it) + len(without),
         "turns": len(turns),
-        "ms_with": round(1000 * statistics.median(with_it), 2),
-        "ms_without": round(1000 * statistics.median(without), 2),
+        "ms_with": round(1000 * statistics.fmean(with_it), 2),
+        "ms_without": round(1000 * statistics.fmean(without), 2),
+        "ratio": round(statistics.fmean(with_it) / statistics.fmean(without), 4),
         "ratio_by_turns": {
             "median": round(statistics.median(ratios), 4),
             "quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)[::2]],
@@ -159,26 +193,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     kinds = [*OUTAGES, "cost"]
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, metavar="KIND")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
+    size = QUICK if options.quick else FULL
     file = options.write / "recording.json" if options.write else None
     found = json.loads(file.read_text())["kinds"] if file and file.exists() else {}
     os.environ["MLFLOW_TRACKING_TOKEN"] = TOKEN
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        chats.write(folder / "raw/digits", train=96, evaluation=8)
+        chats.write(folder / "raw/digits", train=size.chats, evaluation=8)
         server = Server(folder)
         stack.callback(server.end)
         for kind in options.only:
             if kind == "cost":
-                found[kind] = cost(folder)
+                found[kind] = cost(folder, size)
             else:
                 door = Door(server, seconds=SLOW)
-                found[kind] = outage(kind, door, folder)
+                found[kind] = outage(kind, door, folder, size)
                 door.close()
             print(f"{kind}: {found[kind]}", file=sys.stderr, flush=True)
             document = {
-                "command": "python -m tests.benchmarks.recording",
+                "command": f"python -m tests.benchmarks.recording{' --quick' * options.quick}",
+                "targets": TARGETS,
                 "kinds": found,
                 "machine": machine(torch.device("cpu")),
             }

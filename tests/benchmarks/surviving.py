@@ -31,17 +31,23 @@ from tests.benchmarks.mmca import machine
 from tests.orchestration.conftest import digits, run_folder, steps_done
 
 UPDATES, EVERY = 48, 5
-Disturb = Callable[[random.Random, "Run"], None]
+Disturb = Callable[[random.Random, Any], None]
 
 
 class Run:
     """One training, from its file on."""
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.folder = file, run_folder(file)
+    def __init__(self, folder: Path, name: str) -> None:
+        """Below a folder that has the raw data."""
+        self.file = self.write(folder, name)
+        self.folder = run_folder(self.file)
         self.driver: subprocess.Popen | None = None
         self.environment: dict[str, str] = {}
         self.notes: dict[str, bool] = {}
+
+    def write(self, folder: Path, name: str) -> Path:
+        """Its experiment, as a file; all runs share the prepared data."""
+        return digits(folder, name)
 
     def start(self) -> None:
         """Type `dsvl train`."""
@@ -150,14 +156,14 @@ def survive(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Disturb `seeds` trainings in each way; yields what became of them, way by way."""
     chats.write(folder / "raw/digits", train=96, evaluation=8)
-    whole = start(digits(folder, "unbroken"))
+    whole = start(folder, "unbroken")
     whole.start()
     whole.end()
     expected = whole.outcome()
     for kind in kinds:
         runs = []
         for seed in range(seeds):
-            began, run = time.monotonic(), start(digits(folder, f"{kind}-{seed}"))
+            began, run = time.monotonic(), start(folder, f"{kind}-{seed}")
             kinds[kind](random.Random(f"{kind}{seed}"), run)
             run.end()
             same = run.outcome() == expected

@@ -7,7 +7,7 @@
   number and the best one are held against those of the same sweep left alone.
 - `failing`: of eight of these trials one runs out of memory, one meets a NaN and one raises. The others are
   held to the same numbers, and Ray is asked for placement groups that are left.
-- `refused`: trials that the machine can never hold.
+- `refused`: trials that this machine, or a cluster that runs, can never hold.
 
 FOLDER keeps what was done: interrupted, the benchmark goes on when it is typed again.
 """
@@ -41,6 +41,8 @@ PAUSE_SECONDS = 5.0
 """At most, from the update that a kill waits for to the kill: starts and ends of trials are hit as well."""
 METRICS = ("eval/loss", "eval/accuracy", "train/loss")
 TRAIN = {"batch": 8, "epochs": 1, "precision": "fp32"}
+AT_ONCE_SECONDS = 10.0
+"""Within which a request that cannot be is refused."""
 FAULTS = {"exhaust": "RuntimeError", "corrupt": "FloatingPointError", "raise": "RuntimeError"}
 """What strikes a trial, and what it fails of."""
 
@@ -191,24 +193,31 @@ def here() -> str:
 
 
 def refused(folder: Path) -> dict[str, Any]:
-    """Ask for trials of 64 workers, and time the answer."""
-    sweep, options = proposed(folder, "refused", 4), ["search.workers=64", "train.batch=512"]
+    """Ask for trials of 64 workers, of this machine and of a cluster that runs, and time the answers."""
+    sweep = proposed(folder, "refused", 4)
+    answers = {"this_machine": answered(sweep)}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        answers["a_cluster"] = answered(sweep, f"cluster.address={here()}")
+    finally:
+        ray.shutdown()
+    return answers
+
+
+def answered(sweep: Sweep, *options: str) -> dict[str, Any]:
+    """What is said to a request that cannot be, and how soon."""
+    options = ("search.workers=64", "train.batch=512", *options)
     began, before = time.monotonic(), os.times()
     driver = sweep.start(*options, "--json")
     said = json.loads(driver.communicate()[0])
     after = os.times()
+    spent = after.children_user + after.children_system
     return {
         "request": options,
         "exit": driver.returncode,
         "said": said["error"],
         "seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(
-            after.children_user
-            + after.children_system
-            - before.children_user
-            - before.children_system,
-            1,
-        ),
+        "cpu_seconds": round(spent - before.children_user - before.children_system, 1),
         "load": round(os.getloadavg()[0], 1),
     }
 
@@ -235,7 +244,7 @@ def kept(found: dict[str, Any]) -> bool:
         }
         whole = found["others_same_metrics"] and not found["placement_groups_left"]
         return causes == FAULTS and whole
-    return found["exit"] == 2
+    return all(a["exit"] == 2 and a["seconds"] < AT_ONCE_SECONDS for a in found.values())
 
 
 def main() -> None:
@@ -253,7 +262,8 @@ def main() -> None:
         chats.write(folder / "raw/digits", train=96, evaluation=8)
     file = options.write / "sweeping.json" if options.write else None
     document = json.loads(file.read_text()) if file and file.exists() else {}
-    document |= {"machine": machine(torch.device("cpu"))}
+    command = f"python -m tests.benchmarks.sweeping FOLDER --trials {options.trials} --kills {options.kills}"
+    document |= {"command": command, "machine": machine(torch.device("cpu"))}
     for part in options.only:
         match part:
             case "killed":

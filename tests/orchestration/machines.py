@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -11,13 +12,18 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FAKE_HEAD_NODE_TYPE,
+    FakeMultiNodeProvider,
+)
 from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 
 DRIVER = """
@@ -52,11 +58,14 @@ class Machines:
             f"--include-dashboard={dashboard}", f"--dashboard-port={web}", *self._scaling(),
         )  # fmt: skip
 
-    def add(self, *, cpus: int, **options: str) -> subprocess.Popen[bytes]:
-        """A node more; options are those of `ray start`."""
+    def add(
+        self, *, cpus: int, disk: tuple[Path, Path] | None = None, **options: str
+    ) -> subprocess.Popen[bytes]:
+        """A node more; options are those of `ray start`. `disk`: what it finds in the place of a folder."""
         given = (f"--{name.replace('_', '-')}={value}" for name, value in options.items())
         own = f"--temp-dir={self._folder}/{len(self._nodes)}"  # or nodes would unpack jobs into one folder
-        return self._start(f"--address={self.address}", f"--num-cpus={cpus}", own, *given)
+        node = (f"--address={self.address}", f"--num-cpus={cpus}", own, *given)
+        return self._start(*node, within=apart(*disk) if disk else ())
 
     def wait_for_dashboard(self) -> None:
         """Wait until jobs can be submitted."""
@@ -128,10 +137,10 @@ class Machines:
         """What the head is told of nodes that are to come and go by themselves: nothing."""
         return ()
 
-    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+    def _start(self, *options: str, within: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         node = subprocess.Popen(
             [
-                str(Path(sys.executable).parent / "ray"), "start", "--block",
+                *within, str(Path(sys.executable).parent / "ray"), "start", "--block",
                 f"--dashboard-agent-listen-port={free_port()}", *options,
             ],
             env=self._environment,
@@ -144,10 +153,14 @@ class Machines:
 
 
 class Autoscaled(Machines):
-    """A head that has no CPU and starts nodes of one, up to `most`, as there is work; idle ones end."""
+    """A head that has no CPU and starts nodes of one as there is work; idle ones end.
 
-    def __init__(self, *, most: int, dashboard: bool = False) -> None:
-        self._most = most
+    Ray's second autoscaler, as in KubeRay, which knows labels; its nodes are processes of this machine.
+    """
+
+    def __init__(self, *, pools: Mapping[str, int], dashboard: bool = False) -> None:
+        """`pools`: the label `pool` of nodes -> how many there may be of them."""
+        self._pools = pools
         super().__init__(cpus=0, dashboard=dashboard)
 
     @property
@@ -157,31 +170,48 @@ class Autoscaled(Machines):
 
     def _scaling(self) -> Sequence[str]:
         self._environment |= {
-            "RAY_FAKE_CLUSTER": "1",  # nodes are processes of this machine
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+            "RAY_NODE_TYPE_NAME": FAKE_HEAD_NODE_TYPE,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             # A driver asks for nodes every 10 s by default, and for 180 s: longer than a test has work.
             "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "1",
             "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "8",
         }
-        head, node = ({"resources": {"CPU": cpus}, "node_config": {}} for cpus in (0, 1))
+        provider = FakeMultiNodeProvider
         settings = BASE_READONLY_CONFIG | {
-            "max_workers": self._most,
+            "max_workers": sum(self._pools.values()),
             "idle_timeout_minutes": 0.1,
             "provider": {
-                "type": "fake_multinode",
+                "type": "external",
+                "module": f"{provider.__module__}.{provider.__qualname__}",
                 "gcs_address": self.address,
                 "launch_multiple": True,
-                "use_node_id_as_ip": True,  # else idle nodes are not recognised
                 "disable_node_updaters": True,
             },
             "available_node_types": {
-                "ray.head.default": head | {"max_workers": 0},
-                "node": node | {"max_workers": self._most},
+                FAKE_HEAD_NODE_TYPE: {
+                    "resources": {"CPU": 0}, "node_config": {}, "max_workers": 0,
+                },
+            } | {
+                pool: {
+                    "resources": {"CPU": 1}, "node_config": {}, "labels": {"pool": pool},
+                    "min_workers": 0, "max_workers": most,
+                }
+                for pool, most in self._pools.items()
             },
-        }
+        }  # fmt: skip
         path = Path(self._folder) / "scaling.json"
         path.write_text(json.dumps(settings))
         return (f"--autoscaling-config={path}",)
+
+
+def apart(disk: Path, folder: Path) -> Sequence[str]:
+    """What begins a command that finds a disk of its own in the place of a folder."""
+    root = [] if os.getuid() == 0 else ["--map-root-user"]
+    script = f'mount --bind {shlex.quote(str(disk))} {shlex.quote(str(folder))} && exec "$@"'
+    return ["unshare", *root, "--mount", "sh", "-c", script, "sh"]
 
 
 def free_port() -> int:

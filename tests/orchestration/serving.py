@@ -26,6 +26,7 @@ from tests.conftest import png_header
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "the-token-of-these-tests"
+HOST = "127.0.0.1"
 
 
 def model_folder(folder: Path, *, seed: int = 0) -> Path:
@@ -44,7 +45,7 @@ def hosted(models: Mapping[str, Model], *, limits: Limits) -> Iterator[str]:
     """The address of a gate to these models, in a thread of its own."""
     token = sha256(TOKEN.encode()).hexdigest()
     config = uvicorn.Config(
-        lambda: Gate(models, token=token, limits=limits).app(),
+        lambda: Gate(models, token=token, limits=limits, hosts=[HOST]).app(),
         factory=True,
         port=0,
         log_level="critical",

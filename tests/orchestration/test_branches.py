@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestration import commands
+from orchestration import commands, journal
 from orchestration.compose import load
 from orchestration.journal import curve, read
 from tests.orchestration.conftest import digits, run_folder
@@ -58,4 +58,4 @@ def test_what_trains_something_else_is_no_trunk(storage, trunk):
     options = [f"checkpoint.trunk={run_folder(trunk)}", "train.seed=1"]
     with pytest.raises(ValueError, match=r"train\.seed \(1234 before, 1 now\)"):
         commands.train(load(path, options))
-    assert not run_folder(path).exists()
+    assert [file.name for file in run_folder(path).iterdir()] == [journal.LOCK], "nothing has begun"

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import os
-import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from dsvl.answers import Piece, Question
 from dsvl.data.images import ImageProcessor
 from orchestration.gate import Limits, Model, page
 from tests.orchestration.serving import TOKEN, digits, hosted
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 @pytest.fixture
@@ -49,39 +46,6 @@ def test_the_page_names_no_other_host_and_runs_nothing_but_its_own_script():
     assert "default-src 'none'" in policy
 
 
-BROWSER = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"
-)
-
-
-@pytest.fixture
-def browser(tmp_path) -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for option in (
-        "headless=new",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "window-size=1400,900",
-        f"user-data-dir={tmp_path / 'profile'}",
-    ):
-        options.add_argument(f"--{option}")
-    downloads = {"download.default_directory": str(tmp_path), "download.prompt_for_download": False}
-    options.add_experimental_option("prefs", downloads)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-@BROWSER
 @pytest.mark.slow
 def test_a_person_shows_three_images_asks_across_them_stops_exports_and_clears(
     page_address, browser, tmp_path

@@ -39,6 +39,18 @@ def dsvl(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_reader_that_has_seen_enough_is_no_failure():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "orchestration.cli", "plan", "tiny.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, env=environment, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 BROKEN = {
     "unknown key": "zzz: 1",
     "near-miss key": "optim: {lrr: 1}",

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from orchestration.compose import load
+from orchestration.domains import Grid
 from orchestration.problems import ConfigError
-from orchestration.space import Grid
 
 
 @pytest.fixture

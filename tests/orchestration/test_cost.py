@@ -75,10 +75,28 @@ def test_a_branch_costs_its_decay(settings):
     assert sweep_cost(cosine, 120).steps == 30 + 20 + 10
 
 
-def test_of_what_is_drawn_the_dearest_counts(settings):
+def test_what_is_drawn_counts_as_drawn_and_what_results_decide_as_the_dearest(settings):
     space = {"train.epochs": {"kind": "choice", "values": [1, 7, 3]}}
-    experiment = validated(settings | {"search": {"space": space, "samples": 4}})
-    assert sweep_cost(experiment, 120).steps == 4 * 7 * 10
+    search = {
+        "space": space | {"optim.lr": {"kind": "uniform", "low": 0.1, "high": 1}},
+        "samples": 4,
+    }
+    drawn = validated(settings | {"search": search})
+    lengths = [values["train.epochs"] for values in drawn.search.points()]
+    assert len(lengths) == 4
+    assert sweep_cost(drawn, 120).steps == 10 * sum(lengths) < 4 * 7 * 10
+    learnt = drawn.with_overrides({"search.sampler": "tpe"})
+    assert sweep_cost(learnt, 120).steps == 4 * 7 * 10
+
+
+def test_what_a_condition_leaves_out_costs_nothing(settings):
+    lengths = {"kind": "grid", "values": [1, 3], "when": {"model.size": "large"}}
+    sizes = {"kind": "grid", "values": ["small", "large"]}
+    search = {"space": {"model.size": sizes, "train.epochs": lengths}}
+    experiment = validated(settings | {"search": search})
+    assert sweep_cost(experiment, 120).steps == 10 * (
+        2 + 1 + 3
+    )  # two epochs are the experiment's own
 
 
 def test_disk_holds_one_checkpoint_more_than_are_kept(settings, tmp_path):

@@ -47,6 +47,13 @@ def test_a_run_that_has_started_again_has_not_ended():
     assert course().end == {}
 
 
+def test_a_command_that_only_failed_counts_since_it_was_at_work():
+    """Killed at 10; typed again at 1000, it fails before any update."""
+    end = {"kind": "end", "time": 1003.0, "state": "failed", "reason": "lost", "since": 1000.0}
+    entries = [start(0), metrics(10, 1), end]
+    assert course(*entries).seconds == seconds(entries) == 13
+
+
 @given(st.lists(st.sampled_from(["start", "metrics", "undone", "end"]), max_size=12))
 def test_work_is_counted_as_the_journal_counts_it(kinds):
     blank = {"step": 1, "workers": 2, "metrics": {}}

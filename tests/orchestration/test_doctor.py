@@ -58,6 +58,20 @@ def test_a_storage_that_cannot_be_written_to_is_named_with_a_remedy(experiment, 
     assert "storage.path" in check(broken, "storage")["remedy"]
 
 
+def test_a_store_is_tried_and_told_with_a_remedy_if_it_refuses(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "PATIENCE", 0.0)
+    place = tmp_path / "store"
+    kept = experiment.with_overrides({"storage.remote": place.as_uri()})
+    assert examine(kept)["ok"]
+    assert check(kept, "store's clock")["ok"]
+    assert not list(place.iterdir())
+    place.rmdir()
+    place.write_text("no folder")
+    assert not examine(kept)["ok"]
+    assert check(kept, "store")["found"].startswith("cannot write .probe-")
+    assert "see that the store can be reached" in check(kept, "store")["remedy"]
+
+
 @pytest.mark.parametrize(
     ("name", "version"),
     [

@@ -44,6 +44,25 @@ def test_a_schedule_is_held_to_another_pair_by_pair_and_length_by_length():
     assert rows[None].updates == pytest.approx((2 + 20) / (10 + 20))
 
 
+def test_what_one_schedule_alone_has_is_no_difference_from_the_other():
+    plain, short, long = (
+        Tried({"optim.lr": 1e-3, "optim.schedule": schedule, **decay}, metric, updates=10)
+        for schedule, decay, metric in (
+            ("cosine", {}, 1.0),
+            ("wsd", {"optim.decay_fraction": 0.1}, 0.9),
+            ("wsd", {"optim.decay_fraction": 0.2}, 0.8),
+        )
+    )
+    under = {"optim.schedule": {"optim.decay_fraction"}}
+    found = effects([plain, short, long], {}, relative=True, under=lambda path: under.get(path, ()))
+    assert [(one.path, one.pairs) for one in found] == [
+        ("optim.schedule", 2),
+        ("optim.decay_fraction", 1),
+    ]
+    assert found[0].change == pytest.approx(-0.15)
+    assert found[1].change == pytest.approx(0.8 / 0.9 - 1)
+
+
 def test_what_is_compared_is_equal_in_all_else():
     found = effects(ladder("cosine"), {"optim.lr": 1e-2}, relative=False)
     (rate,) = (one for one in found if one.path == "optim.lr")

@@ -92,10 +92,10 @@ def test_a_run_is_measured_once_and_asked_no_question_twice(storage, trained_run
     assert compared["exact"] == {"value": 0, "low": 0, "high": 0, "above": 0}
 
 
-def test_killed_and_typed_again_it_goes_on_from_the_answers_it_has(storage, trained_run, dsvl):
-    path = digits(storage, "unbroken", evaluation={"batch": 1, "new_tokens": 9})
-    command = dsvl("evaluate", path)
-    answers = run_folder(path) / "evaluations"
+def test_killed_and_typed_again_it_goes_on_from_the_answers_it_has(trained_run, dsvl):
+    one_by_one = ("evaluate", trained_run, "evaluation.batch=1", "evaluation.new_tokens=9")
+    command = dsvl(*one_by_one)
+    answers = run_folder(trained_run) / "evaluations"
 
     def kept() -> dict[str, float]:
         found = answers.glob("step-*/answers/*.json")
@@ -108,7 +108,7 @@ def test_killed_and_typed_again_it_goes_on_from_the_answers_it_has(storage, trai
     command.wait()
     there = kept()
     assert len(there) < len(before) + 8, "it was killed before its end"
-    again = dsvl("evaluate", path)
+    again = dsvl(*one_by_one)
     assert again.wait() == 0
     assert len(kept()) == len(before) + 8
     assert there.items() <= kept().items(), "no file was written a second time"

@@ -2,11 +2,14 @@
 
 import asyncio
 import gc
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import openai
 import psutil
@@ -248,6 +251,18 @@ def test_without_the_token_nothing_is_told(served, token):
             request()
         assert raised.value.code == "invalid_api_key"
         assert raised.value.response.headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/models"])
+def test_a_name_of_another_site_that_leads_here_is_refused(served, path):
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with urlopen(Request(served.address + path, headers=headers)) as answer:
+        assert answer.status == 200
+    headers["Host"] = "a-site.example"
+    with pytest.raises(HTTPError) as raised:
+        urlopen(Request(served.address + path, headers=headers))
+    assert raised.value.code == 421
+    assert json.load(raised.value)["error"]["code"] == "unknown_host"
 
 
 def test_what_models_fail_at_has_a_status_and_tells_nothing_of_the_inside(served, client):

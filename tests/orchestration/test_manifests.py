@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -64,6 +65,7 @@ def test_pools_come_from_the_experiment():
     settings = next(yaml.safe_load_all((JOBS / "kuberay.yaml").read_text()))["data"]
     inside = yaml.safe_load(settings["experiment.yaml"])["cluster"]
     assert (inside["cpu_labels"], inside["gpu_labels"]) == (cpu["labels"], gpu["labels"])
+    assert inside["autoscaled"], "or a training would be refused while there is no node yet"
 
 
 def test_no_manifest_holds_a_secret_and_all_ask_for_a_token():
@@ -108,6 +110,31 @@ def pod(spec: dict[str, Any]) -> dict[str, Any]:
 def test_a_mistake_in_a_rayjob_is_told(change, told):
     found = "\n".join(map(str, MANIFESTS["kuberay"].check(planted(change))))
     assert told in found
+
+
+@pytest.mark.skipif("DSVL_CRD" not in os.environ, reason="DSVL_CRD names no ray.io_rayjobs.yaml")
+def test_the_example_is_valid_by_the_schema_of_kuberay_itself_and_by_no_field_more():
+    """DSVL_CRD=ray.io_rayjobs.yaml pytest tests/orchestration/test_manifests.py -k schema."""
+    crd = yaml.load(Path(os.environ["DSVL_CRD"]).read_text(), Loader=yaml.CSafeLoader)
+    (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
+    schema = closed(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {}
+    jsonschema.validate(job(), schema)
+    for mistake in ({"backofLimit": 1}, {"backoffLimit": "3"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**job(), "spec": job()["spec"] | mistake}, schema)
+
+
+def closed(schema: Any) -> Any:
+    """A schema that takes no fields but those it names, as Kubernetes does under strict validation."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {key: closed(part) for key, part in schema.items()}
+    if parts.get("x-kubernetes-int-or-string"):
+        parts.pop("type", None)
+    return {"additionalProperties": False} | parts if "properties" in parts else parts
 
 
 def test_a_mistake_in_a_cluster_or_a_script_is_told():

@@ -55,12 +55,15 @@ def test_what_is_placed_to_the_last_core_is_not_refused(cluster, storage):
         require_room(experiment, workers=3 * cpus, beside=0.1)
 
 
-def test_only_nodes_with_the_labels_count(cluster, storage):
+def test_only_nodes_with_the_labels_count_unless_others_come(cluster, storage):
     options = ["cluster.gpu_labels={pool: a100}"]
     with pytest.raises(
         ValueError, match=r"labels {'pool': 'a100'} of the .* hold 0 \(there is none\)"
     ):
         require_room(load(digits(storage, "labelled"), options), workers=1)
+    require_room(
+        load(digits(storage, "labelled"), [*options, "cluster.autoscaled=true"]), workers=1
+    )
 
 
 def test_gpus_that_no_node_has_are_refused(cluster, storage):

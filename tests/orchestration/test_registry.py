@@ -9,8 +9,10 @@ from mlflow import MlflowClient
 
 from orchestration.config import Experiment, validated
 from orchestration.journal import NOTES, Journal
+from orchestration.registry import NOTED
 from orchestration.results import begin
 from orchestration.shipping import Follower
+from tests.orchestration.buckets import BUCKET, Store
 from tests.orchestration.conftest import SETTINGS, histories
 
 DATA = {
@@ -127,6 +129,52 @@ def test_the_newest_export_is_the_candidate_and_the_best_the_champion(run, exper
     assert champion.tags["folder"] == str(folder / "exports/12")
 
 
+def test_files_are_kept_in_an_object_store_where_one_is_named(tmp_path, monkeypatch):
+    store = Store()
+    try:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{store.way.port}")
+        place = f"s3://{BUCKET}/artifacts"
+        settings = {"name": "far", "storage": {"path": str(tmp_path)}}
+        made = validated(SETTINGS | settings | {"tracking": {"artifacts": place}})
+        begin(made, made.run_folder)
+        journal = Journal(made.run_folder)
+        journal.start(identity=made.identity(), params={}, step=0)
+        journal.end("finished")
+        Follower(made, made.run_folder).ship(over=True)
+        client, found = MlflowClient(made.tracking_uri), run_id(made.run_folder)
+        assert client.get_run(found).info.artifact_uri.startswith(place)
+        kept = client.download_artifacts(found, "experiment.json", str(tmp_path))
+        assert Path(kept).read_bytes() == (made.run_folder / "experiment.json").read_bytes()
+    finally:
+        store.end()
+
+
+def test_an_evaluation_is_kept_once_with_its_figures_and_its_answers(run, experiment, tmp_path):
+    client, found = run
+    folder = experiment.run_folder
+    made = folder / "evaluations/step-12"
+    made.mkdir(parents=True)
+    (made / "evaluation.json").write_text("{}")
+    row = {"set": "held out", "sample": "a", "round": 1, "question": "?", "expected": "x"}
+    rows = [row | {"answer": answer, "seconds": 1} for answer in ("x", "y")]
+    (made / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = {"evaluation/held_out/exact": 0.5}
+    Journal(folder / NOTES).evaluation("evaluations/step-12", step=12, metrics=metrics)
+    Follower(experiment, folder).ship(over=True)
+    client.delete_tag(found, NOTED)  # as if a shipper had been killed before it wrote this down
+    Follower(experiment, folder).ship(over=True)
+    (point,) = client.get_metric_history(found, "evaluation/held_out/exact")
+    assert (point.step, point.value) == (12, 0.5)
+    names = {file.path for file in client.list_artifacts(found)}
+    (table,) = (name for name in names if name.startswith("rounds-"))
+    told = json.loads(Path(client.download_artifacts(found, table, str(tmp_path))).read_text())
+    assert told["columns"] == ["set", "sample", "round", "question", "expected", "answer"]
+    assert [row[-1] for row in told["data"]] == ["x", "y"]
+    assert "evaluation.json" in names
+
+
 def test_a_file_that_was_made_of_a_run_is_kept_anew_whenever_it_is_noted(run, experiment, tmp_path):
     client, found = run
     folder = experiment.run_folder
@@ -136,3 +184,8 @@ def test_a_file_that_was_made_of_a_run_is_kept_anew_whenever_it_is_noted(run, ex
         Follower(experiment, folder).ship(over=True)
         kept = client.download_artifacts(found, "page.html", str(tmp_path))
         assert Path(kept).read_text() == text
+    (folder / "figures").mkdir()
+    (folder / "figures/loss.png").write_bytes(b"PNG")
+    Journal(folder / NOTES).file("figures/loss.png")
+    Follower(experiment, folder).ship(over=True)
+    assert [file.path for file in client.list_artifacts(found, "figures")] == ["figures/loss.png"]

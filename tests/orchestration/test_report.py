@@ -1,6 +1,5 @@
 """The page of a run or a sweep, from synthetic run folders."""
 
-import hashlib
 import json
 import os
 import re
@@ -13,16 +12,11 @@ from io import BytesIO
 from itertools import pairwise, product
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
 
-from dsvl.data.encode import Encoder
-from dsvl.data.images import StoredImage
-from dsvl.data.types import Conversation, ImageRef, Part, Rejected, Turn
 from orchestration import side_by_side
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
@@ -31,137 +25,35 @@ from orchestration.page import picture
 from orchestration.plan import plan
 from orchestration.plots import outline, short
 from orchestration.report import write
-from orchestration.results import begin
-from tests.dsvl.data import prepared
-from tests.dsvl.data.prepared import Sample
 from tests.orchestration import browser
+from tests.orchestration.sweeps import (
+    EPOCHS,
+    FAILED,
+    HOSTILE,
+    RATES,
+    STEPS,
+    STOPPED,
+    loss_of,
+    make_sweep,
+    run,
+    searched,
+    trial_name,
+)
 
 ROOT = Path(__file__).parents[2]
-RATES = (0.003, 0.01, 0.03)
-EPOCHS = (1, 2)
-STEPS = 20
-"""Updates of an epoch."""
-HOSTILE = "<script>alert('what?')</script> & <img src=https://example.com/x.png>"
 BEST = {"model.size": "large", "optim.lr": 0.01, "train.epochs": 2}
-STOPPED, FAILED = ("small", 0.003, 2), ("large", 0.03, 2)
-
-
-def loss_of(size: str, lr: float, epoch: int) -> float:
-    """A loss that is least at the larger size, the middle rate and the later epoch."""
-    return round({"small": 0.5, "large": 0.3}[size] + abs(lr - 0.01) * 10 + 0.4 / epoch, 3)
-
-
-def run(
-    folder: Path, experiment: Experiment, *, epochs: int, size: str, lr: float, end: str | None
-) -> None:
-    """A run folder as a worker leaves it after so many epochs, with its result if it has ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    begin(experiment, folder)
-    journal = Journal(folder)
-    total = experiment.train.epochs * STEPS
-    journal.start(identity=experiment.identity(), params={}, step=0, steps=total, workers=2)
-    metrics: dict[str, float] = {}
-    for step in range(1, epochs * STEPS + 1):
-        metrics = {"train/loss": 3 / step + loss_of(size, lr, 2), "train/lr": lr * step / STEPS}
-        if step % STEPS == 0:
-            loss = loss_of(size, lr, step // STEPS)
-            metrics |= {"eval/loss": loss, "eval/accuracy": 1 - loss / 3}
-            metrics |= {"eval/accuracy_blind": 0.24, "eval/accuracy_majority": 0.23}
-            metrics |= {"eval/accuracy_shuffled": 0.25, "train/epoch": step // STEPS}
-        journal.metrics(step, metrics)
-    if end:
-        journal.end(end, {"failed": "RuntimeError: <b>worker died</b>"}.get(end, ""))
-    if end in ("finished", "stopped"):
-        result = {"identity": experiment.identity(), "fields": experiment.identity_fields()}
-        write_json(folder / "result.json", {"state": end, "metrics": metrics} | result)
-
-
-def trial_name(size: str, lr: float, epochs: int) -> str:
-    return f"size={size},lr={lr:.4g},epochs={epochs}"
-
-
-def shaded(shade: int) -> bytes:
-    """A PNG of 8 x 8 pixels."""
-    image = Image.new("L", (8, 8))
-    image.putdata([(shade * (i + 3) * (i % 7)) % 256 for i in range(64)])
-    image.save(file := BytesIO(), "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture
 def experiment(tmp_path, settings) -> Experiment:
-    settings["storage"] = {"path": str(tmp_path / "runs")}
-    settings["data"]["max_tokens"] = 512
-    settings["search"] = {
-        "space": {
-            "model.size": {"kind": "grid", "values": ["small", "large"]},
-            "optim.lr": {"kind": "grid", "values": list(RATES)},
-            "train.epochs": {"kind": "grid", "values": list(EPOCHS)},
-        },
-        "scheduler": {"kind": "asha"},
-    }
-    return validated(settings)
+    return searched(settings, tmp_path / "runs")
 
 
 @pytest.fixture
 def sweep(experiment, tokenizer) -> Experiment:
-    """2 sizes x 3 rates x 2 epochs, one stopped, one failed; the best one has chats."""
-    root = experiment.run_folder / "trials"
-    keys = make_prepared(experiment, tokenizer)
-    begin(experiment, root)
-    for size, lr, epochs in product(("small", "large"), RATES, EPOCHS):
-        values = {"model.size": size, "optim.lr": lr, "train.epochs": epochs}
-        folder = root / trial_name(size, lr, epochs)
-        end = {STOPPED: "stopped", FAILED: "failed"}.get((size, lr, epochs), "finished")
-        done = epochs if end == "finished" else 1
-        run(folder, experiment.trial(values), epochs=done, size=size, lr=lr, end=end)
-        write_json(folder / "values.json", values)
-        if end == "finished":
-            write_json(folder / "chats.json", make_chats(keys))
+    """A sweep with one trial stopped and one failed; the best has chats."""
+    make_sweep(experiment, tokenizer)
     return experiment
-
-
-def make_chats(keys: list[str]) -> list[dict]:
-    first = {"question": "Which digit is in image 1?", "answer": "seven", "model": "seven"}
-    second = {"question": HOSTILE, "answer": "three", "model": "<em>five</em>"}
-    return [
-        {
-            "id": "digits/1",
-            "images": keys[:2],
-            "rounds": [{"images": [0, 1]} | first, {"images": []} | second],
-        },
-        {"id": "digits/2", "images": [keys[2], "absent"], "rounds": [{"images": [0, 1]} | first]},
-    ]
-
-
-def make_prepared(experiment: Experiment, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Prepared data of 35 chats over three images, and the keys of those."""
-    pictures = {hashlib.sha256(data).hexdigest(): data for data in map(shaded, (3, 5, 11))}
-    stored = {
-        key: StoredImage(key, data, f"{key}.png", 8, 8, "image/png", np.zeros((3, 8, 8), np.uint8))
-        for key, data in pictures.items()
-    }
-    keys = list(pictures)
-    kept = []
-    for number in range(35):
-        shown = tuple(keys[: number % 3 + 1])
-        asked = [Part("image", image=i) for i in range(len(shown))] + [Part("text", "Which?")]
-        turns = [Turn("user", tuple(asked)), Turn("assistant", (Part("text", "seven"),))]
-        refs = tuple(ImageRef(f"{key}.png") for key in shown)
-        name, place = f"chats/{number}", f"chats.json:{number}"
-        chat = Conversation(name, "chats", place, refs, tuple(turns), {"key": name})
-        kept.append(Sample(chat, shown, "train" if number < 30 else "eval", ()))
-    tokens, folder = experiment.model.image_tokens, experiment.storage.path + "/prepared/tiny-0123"
-    manifest = prepared.write(
-        Path(folder),
-        kept,
-        encoder=Encoder(tokenizer, image_tokens=tokens, max_tokens=512),
-        images=stored,
-        quarantine=[Rejected("chats", "chats.json:35", "bad_roles", HOSTILE)],
-    )
-    identity = experiment.preparation()
-    write_json(Path(folder, "manifest.json"), manifest | {"identity": identity})
-    return keys
 
 
 class Tree(HTMLParser):
@@ -268,6 +160,22 @@ def test_the_trials_of_a_sweep_are_shown_together(sweep):
     ] + [(loss_of("large", STOPPED[1], 2), loss_of("small", STOPPED[1], 1))]
     mean = sum(large / small - 1 for large, small in pairs) / len(pairs)
     assert f"{100 * mean:+.2f} %" in size
+
+
+def test_trials_that_none_beats_in_all_objectives_stand_apart(sweep):
+    for path in (sweep.run_folder / "trials").glob("*/values.json"):
+        epochs = json.loads(path.read_text())["train.epochs"]
+        Journal(path.parent).metrics(epochs * STEPS, {"train/flops": epochs * 1e12})
+    several = {"scheduler": {"kind": "none"}, "tradeoffs": ["train/flops"]}
+    settings = sweep.as_dict()
+    page = page_of(validated(settings | {"search": settings["search"] | several}))
+    rows = {attributes["data-front"]: text for attributes, text in page.all("tr", "data-front")}
+    assert list(rows) == [trial_name("large", 0.01, 2), trial_name("large", 0.01, 1)]
+    assert rows[trial_name("large", 0.01, 1)].endswith("loss 0.70001.0000 TFLOP")
+    charts = {attributes["aria-label"]: text for attributes, text in page.all("svg", "role")}
+    drawn = charts["eval/loss against train/flops"]
+    assert drawn.count("TFLOP") == 3 + 10 - 2
+    assert "min eval/loss, min train/flops" in page.text
 
 
 def test_the_best_trial_is_judged_by_its_curves_and_others_where_something_is_wrong(sweep):
@@ -477,6 +385,15 @@ def test_a_training_alone_is_told_in_its_true_state(experiment, end, said):
     assert said in page.text
     assert "Sweep" not in page.text
     assert len(list(page.all("polyline"))) > 5
+
+
+def test_a_run_tells_with_what_it_was_made_and_not_with_what_its_page_was(experiment):
+    run(experiment.run_folder, experiment, epochs=1, size="small", lr=0.01, end="finished")
+    made = {"python": "3.9", "platform": "Plan 9", "host": "far", "commit": "abc", "changed": True}
+    write_json(experiment.run_folder / "environment.json", made | {"packages": {"torch": "1.0"}})
+    rows = {text for _, text in page_of(experiment).all("tr")}
+    assert rows >= {"python3.9 on Plan 9", "machinefar", "torch1.0"}
+    assert "commitabc, with changes that are not in it" in rows
 
 
 def test_a_run_that_has_only_begun_has_a_page(experiment):

@@ -16,6 +16,7 @@ from ray.tune.schedulers import TrialScheduler
 from orchestration import search
 from orchestration.compose import load
 from orchestration.config import validated
+from orchestration.cost import flops_of_a_step
 from orchestration.journal import Journal, read, write_json
 from orchestration.proposals import Listed, Proposal, proposals
 from orchestration.results import trials_folder
@@ -106,7 +107,33 @@ def test_trials_of_an_earlier_space_under_the_same_name_do_not_count(swept):
 
 
 def test_a_sweep_without_results_has_no_best_trial(swept):
-    assert summarize(swept({})) == {"best": None, "trials": [], "failed": []}
+    nothing = {"objectives": ["eval/loss"], "trials": []}
+    expected = {"best": None, "front": nothing, "trials": [], "failed": []}
+    assert summarize(swept({})) == expected
+
+
+def test_with_several_objectives_the_answer_is_what_none_beats_in_all_of_them(swept):
+    ended = {
+        1e-4: (0.5, 0.7, 3e12),
+        2e-4: (0.6, 0.7, 3e12),
+        3e-4: (0.4, 0.6, 9e14),
+        4e-4: (0.9, 0.9, 1e12),
+    }
+    metrics = ("eval/loss", "eval/accuracy", "train/flops")
+    trials = {
+        lr: ("finished", dict(zip(metrics, found, strict=True))) for lr, found in ended.items()
+    }
+    trials[5e-4] = ("finished", {"eval/loss": 0.1, "eval/accuracy": 1.0})  # as older ones ended
+    summary = summarize(swept(trials, tradeoffs=["train/flops"]))
+    assert summary["best"]["optim.lr"] == 5e-4
+    names = [f"size=small,lr={lr}" for lr in (3e-4, 1e-4, 4e-4)]
+    assert summary["front"] == {"objectives": ["eval/loss", "train/flops"], "trials": names}
+    for trial in summary["trials"]:
+        trial["eval/accuracy_blind"] = 0.2
+    told = search.render(summary | {"effects": [], "relative": True})
+    assert "  loss 0.5000, 3.0000 TFLOP: size=small,lr=0.0001\n" in told
+    assert "  loss 0.4000, 0.90 PFLOP: size=small,lr=0.0003\n" in told
+    assert "TFLOP: size=small,lr=0.0002" not in told
 
 
 def test_trials_of_another_schedule_are_no_ranking_with_the_best_ones(swept):
@@ -214,12 +241,18 @@ def test_without_a_scheduler_every_trial_runs_to_its_end():
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_killed_sweep_goes_on_and_trains_no_finished_trial_again(storage, dsvl):
-    """Three trials of one size, on one worker each; the driver dies after the first result."""
+    """Three trials of one size, on one worker each; the driver dies after the first result.
+
+    One of the two rates is tried with two norms, which the other has no use for.
+    """
+    space = grid(1e-2, 3e-2)
+    space["optim.clip"] = {"kind": "grid", "values": [1.0, 0.5], "when": {"optim.lr": 3e-2}}
+    values = [{"optim.lr": 1e-2}] + [{"optim.lr": 3e-2, "optim.clip": clip} for clip in (1.0, 0.5)]
     path = digits(
         storage,
         "swept",
         train={"batch": 8, "epochs": 1, "precision": "fp32"},
-        search={"space": grid(1e-3, 1e-2, 3e-2), "concurrent": 2},
+        search={"space": space, "concurrent": 2, "tradeoffs": ["train/flops"]},
     )
     experiment = load(path)
     root = trials_folder(experiment)
@@ -238,7 +271,11 @@ def test_a_killed_sweep_goes_on_and_trains_no_finished_trial_again(storage, dsvl
     summary = json.loads(again.communicate()[0])
     assert again.returncode == 0
     assert summary["failed"] == []
-    assert sorted(trial["optim.lr"] for trial in summary["trials"]) == [1e-3, 1e-2, 3e-2]
+    names = [trial_name(one) for one in values]
+    assert sorted(trial["trial"] for trial in summary["trials"]) == sorted(names)
+    operations = 12 * sum(flops_of_a_step(experiment).values())
+    assert {trial["train/flops"] for trial in summary["trials"]} == {operations}
+    assert summary["front"]["trials"] == [summary["best"]["trial"]]
     losses = [trial["eval/loss"] for trial in summary["trials"]]
     assert losses == sorted(losses)
     assert {result: fingerprint(result) for result in done} == done
@@ -251,9 +288,12 @@ def test_a_killed_sweep_goes_on_and_trains_no_finished_trial_again(storage, dsvl
     assert mlflow_run(root) == parent
     (number,) = {client.get_run(parent).info.experiment_id}
     children = client.search_runs([number], f"tags.mlflow.parentRunId = '{parent}'")
-    rates = {child.info.run_name: float(child.data.params["optim.lr"]) for child in children}
-    assert len(children) == 3
-    assert rates == {trial["trial"]: trial["optim.lr"] for trial in summary["trials"]}
+    asked = {child.info.run_name: child.data.params for child in children}
+    assert sorted(asked) == sorted(names)
+    for one, name in zip(values, names, strict=True):
+        assert one.items() <= {"optim.lr": float(asked[name]["optim.lr"]), **one}.items()
+        assert float(asked[name]["optim.clip"]) == one.get("optim.clip", 1.0)
+        assert asked[name].keys() == asked[names[0]].keys()
     for child in children:
         assert child.info.status == "FINISHED"
         found = histories(client, child.info.run_id)

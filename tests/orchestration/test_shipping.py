@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,18 +11,20 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from orchestration import shipping
+from orchestration import cli, shipping
 from orchestration.config import Experiment, validated
 from orchestration.journal import Journal
 from orchestration.results import begin, trials_folder
 from orchestration.shipping import catch_up, shipped
-from tests.orchestration.conftest import SETTINGS
+from tests.orchestration.conftest import SETTINGS, digits, run_folder, steps_done
 from tests.orchestration.lives import SWEEP, command_of, disturb, run_id
 from tests.orchestration.lives import start as start_life
 from tests.orchestration.outages import OUTAGES, TOKEN, Door, Server, differences
 from tests.orchestration.postgres import PASSWORD, Postgres, programs
 
 STEPS = 300
+STEPS_TRAINED = 24
+"""Of a training on digits, two epochs long."""
 
 
 def made(storage: Path, name: str, **tracking: object) -> Experiment:
@@ -71,6 +74,46 @@ def test_no_outage_of_a_server_costs_a_point_or_doubles_one(server, tmp_path, mo
     assert TOKEN not in capfd.readouterr().err
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.ray
+def test_a_training_ends_well_while_its_store_refuses_the_token_and_then_is_down(
+    server, storage, cluster, monkeypatch, capfd
+):
+    """... to the end; `dsvl status --sync` brings all of it: points, models, page and figures."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
+    door = Door(server, seconds=0)
+    door.manner = "401"
+    tracking = {"uri": door.uri, "patience_s": 2}
+    path = digits(storage, "away", tracking=tracking, train={"batch": 8, "epochs": 2})
+    folder = run_folder(path)
+
+    def go_down() -> None:
+        while steps_done(folder) < STEPS_TRAINED // 2:
+            time.sleep(0.1)
+        door.close()
+
+    breaking = threading.Thread(target=go_down)
+    breaking.start()
+    assert cli.main(["train", str(path)]) == 0
+    breaking.join()
+    assert steps_done(folder) == STEPS_TRAINED
+    assert not (folder / "mlflow.json").exists()
+    assert cli.main(["status", str(folder), "--sync"]) == 1, "the store is still away"
+    said = capfd.readouterr().err
+    assert "the journals keep what it misses" in said
+    assert "until the command is typed again, or `dsvl status --sync`" in said
+    assert TOKEN not in said
+    door.open()
+    assert cli.main(["status", str(folder), "--sync"]) == 0
+    client, run = MlflowClient(door.uri), run_id(folder)
+    found = differences(client, run, folder)
+    assert found.pop("points") > 2 * STEPS_TRAINED
+    assert set(found.values()) == {0}
+    assert client.get_run(run).info.status == "FINISHED"
+    assert client.get_run(run).outputs.model_outputs
+    assert "report.html" in {file.path for file in client.list_artifacts(run)}
+    door.close()
 
 
 def _undergo(doors: dict[str, Door], runs: dict[str, Experiment]) -> None:
@@ -250,6 +293,7 @@ def test_two_hundred_trials_logged_at_once_to_postgresql_all_arrive(
     first = made(tmp_path / "first", "first", uri=postgres.uri)
     start(first).end("finished")
     assert catch_up(first)["runs"] == 1  # the tables are made by one
+    assert (tmp_path / "first/mlartifacts").is_dir(), "files are in the storage, wherever one works"
     sweep_together(tmp_path, commands=8, trials=25, steps=50, uri=postgres.uri)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or PASSWORD.encode() not in path.read_bytes(), path

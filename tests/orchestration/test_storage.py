@@ -17,7 +17,7 @@ from orchestration.config import Experiment
 from orchestration.mirroring import mirror_of
 from tests.orchestration.buckets import ANYONE, Store
 from tests.orchestration.conftest import digits, run_folder
-from tests.orchestration.machines import wait_until
+from tests.orchestration.machines import Machines, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -107,6 +107,49 @@ def test_a_training_whose_machine_is_lost_ends_on_another_one_with_the_same_bits
     secret = bucket.environment["AWS_SECRET_ACCESS_KEY"].encode()
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in left if secret in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_nodes_that_have_a_store_in_common_alone_train_from_their_own_disks(
+    trained_run, bucket, dsvl, tmp_path, monkeypatch
+):
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    folder, uri = tmp_path / "runs", f"storage.remote={bucket.uri('apart')}"
+    disks = [tmp_path / f"disk-{number}" for number in range(3)]
+    for made in (folder, *disks):
+        made.mkdir()
+    whole, run = run_folder(trained_run), load(trained_run, [f"storage.path={folder}"]).run_folder
+    succeed(dsvl("prepare", trained_run, uri, "--json", stdout=PIPE, stderr=PIPE))
+    slow = [{"action": "slow", "rank": 0, "step": step} for step in (11, 16, 21)]
+    monkeypatch.setenv(
+        faults.VARIABLE, json.dumps(slow)
+    )  # so that it does not end before one is lost
+    own = Machines(cpus=0, dashboard=True)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", own.token)
+    try:
+        first, _ = (own.add(cpus=1, disk=(disk, folder)) for disk in disks[:2])
+        own.wait_for_dashboard()
+        options = [f"storage.path={folder}", uri, "--address", own.dashboard, "--wait", "--json"]
+        training = dsvl("submit", "train", trained_run, *options, stdout=PIPE, stderr=PIPE)
+        mirror = mirror_of(load(trained_run, [f"storage.path={folder}", uri]))
+        assert mirror is not None
+        wait_until(lambda: training.poll() is not None or max(mirror.whole(run), default=0) > 5)
+        own.kill(first)
+        own.add(cpus=1, disk=(disks[2], folder))
+        succeed(training)
+        succeed(dsvl("submit", "report", trained_run, *options, stdout=PIPE, stderr=PIPE))
+    finally:
+        own.end()
+    first_start, second_start = (e["step"] for e in journal.read(run)[0] if e["kind"] == "start")
+    assert first_start == 0 < second_start
+    assert losses(run) == losses(whole)
+    assert (run / "report.html").is_file()
+    prepared = [sorted(path.name for path in disk.glob("prepared/*/encoded/*")) for disk in disks]
+    assert prepared[0] == prepared[1] == prepared[2] != []
+    for path in (whole / "checkpoints/step-000048").iterdir():
+        assert mirror.remote.read(mirror.key(run / path.relative_to(whole))) == path.read_bytes()
 
 
 @pytest.mark.parametrize("wrong", ["credentials", "bucket"])

@@ -67,7 +67,7 @@ def test_the_exit_status_of_a_refused_request_is_that_of_the_command(submit, sto
     options = ("train.batch=32", "cluster.workers=8")
     result = told(submit("train", path, *options, "--wait"), status=2)
     assert result["state"] == "FAILED"
-    assert "can never be placed" in result["said"]
+    assert result["message"].startswith("8 workers of 0.75 CPU can never be placed: ")
 
 
 def test_who_has_no_token_is_refused(cluster_of_jobs, submit, storage, monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from orchestration import shipping, tracking
 from orchestration.config import Experiment, validated
-from orchestration.journal import Journal
+from orchestration.journal import NOTES, Journal
 from orchestration.results import begin
 from orchestration.shipping import Follower, catch_up, shipped
 from tests.orchestration.conftest import SETTINGS, histories
@@ -228,6 +228,7 @@ def test_trials_are_children_of_their_sweep_with_the_searched_values_as_paramete
             write(journal, range(1, 5))
             journal.end("finished")
         sweep.metrics(2, {"best/eval/loss": 1.0})
+        Journal(root / NOTES).file("values.json")  # whose journal is no trial's
         sweep.end("finished")
     parent = client.get_run(run_id(root))
     assert parent.info.run_name == f"{experiment.name} sweep"
@@ -274,11 +275,15 @@ def test_a_failed_run_that_is_resumed_runs_again_and_then_is_finished(experiment
     write(first, range(1, 4))
     first.end("failed", reason="RuntimeError: lost")
     ship(experiment)
-    assert client.get_run(run_id(folder)).info.status == "FAILED"
+    failed = client.get_run(run_id(folder))
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["failure"] == "RuntimeError: lost"
     second = Journal(folder)
     start(second, experiment, step=3)
     ship(experiment)
-    assert client.get_run(run_id(folder)).info.status == "RUNNING"
+    going = client.get_run(run_id(folder))
+    assert going.info.status == "RUNNING"
+    assert "failure" not in going.data.tags
     write(second, range(4, 6))
     second.end("finished")
     ship(experiment)

@@ -61,7 +61,7 @@ def logged(experiment: Experiment) -> dict[str, list[tuple[int, float]]]:
     """What MLflow has of a run, without what its machine had to do with."""
     client = MlflowClient(experiment.tracking_uri)
     found = histories(client, mlflow_run(experiment.run_folder))
-    machine = ("throughput/", "actual/", "system/")
+    machine = ("throughput/", "actual/", "system/", "train/flops")
     return {key: points for key, points in found.items() if not key.startswith(machine)}
 
 
@@ -101,6 +101,13 @@ def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
     shares = {data.dataset.name: data.tags for data in run.inputs.dataset_inputs}
     assert shares.keys() == {"digits_train", "digits_eval held out"}
     assert [output.step for output in run.outputs.model_outputs] == [STEPS]
+    client = MlflowClient(experiment.tracking_uri)
+    kept = {
+        file.path
+        for path in ("", "figures")
+        for file in client.list_artifacts(run.info.run_id, path)
+    }
+    assert kept >= {"report.html", "figures/loss-nats-a-token.png", "figures/learning-rate.png"}
     loads = [key for key in run.data.metrics if key.startswith("system/")]
     assert any(key.endswith("cpu_utilization_percentage") for key in loads)
 
