@@ -56,9 +56,9 @@ def test_a_title_is_written_whatever_it_says(tmp_path):
 
 def test_a_heat_map_is_drawn_with_the_colour_of_every_cell(tmp_path):
     cells = {
-        (1, 0.1): Cell(2.0),
-        (1, 0.2): Cell(1.0, note="stopped", best=True),
-        (2, 0.1): Cell(None),
+        (1.0, 0.1): Cell(2.0),
+        (1.0, 0.2): Cell(1.0, note="stopped", best=True),
+        (2.0, 0.1): Cell(None),
     }
     found = drawn(heat(cells, caption="small", names=("epochs", "lr"), scale=[2.0, 1.0]), tmp_path)
     pixels = found["map-small.png"]
