@@ -1,6 +1,6 @@
 """Whether every trial of a search would be an experiment."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from graphlib import CycleError
 from typing import Any
@@ -21,7 +21,7 @@ WHAT = ("model", "data", "optim", "train")
 def search_problems(
     schema: type[BaseModel], search: SearchConfig, sections: Mapping[str, Any]
 ) -> list[Problem]:
-    """Compose every probed value into the sections that are legal themselves."""
+    """Compose every probed value into the sections that are legal themselves, and then whole trials."""
     base = to_jsonable_python(dict(sections))
     broken = schema.model_fields.keys() - sections.keys() - {"search"}
     told: list[Problem] = []
@@ -68,7 +68,28 @@ def search_problems(
                 for value in domain.probes()
                 for problem in compose(place(around, keys, value))
             ]
-    return problems
+    return problems if problems or broken else _together(search, base, compose)
+
+
+def _together(
+    search: SearchConfig,
+    base: dict[str, Any],
+    compose: Callable[[dict[str, Any]], list[Problem]],
+) -> list[Problem]:
+    """What is wrong with trials of values that are legal one by one, where trials are known beforehand."""
+    if search.across or search.sampler != "random":
+        return []
+    found: dict[str, Problem] = {}
+    listed = [path for path, domain in search.space.items() if isinstance(domain, Values)]
+    for values, _ in search.shapes(listed):
+        trial = base
+        for path, value in values.items():
+            trial = place(trial, path_keys(path), value)
+        shown = ", ".join(f"{path}={value}" for path, value in values.items())
+        for problem in compose(trial):
+            text = f"with {shown}: {problem}"
+            found.setdefault(str(problem), Problem(("search", "space"), text))
+    return list(found.values())
 
 
 def _never_holds(search: SearchConfig, path: str) -> str | None:

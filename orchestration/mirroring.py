@@ -113,6 +113,17 @@ def catch_up(experiment: Experiment, run: Path, work: Callable[[Mirror], None]) 
             log.warning("%s; going on with what is here", error)
 
 
+def newest_known(experiment: Experiment, run: Path) -> int:
+    """The updates of a run's newest checkpoint, in its folder or the store's; -1 where there is none."""
+    steps = set(checkpoint_folder.held(run / "checkpoints"))
+    if mirror := mirror_of(experiment):
+        try:
+            steps |= mirror.whole(run)
+        except RuntimeError as error:
+            log.warning("%s; what is here counts", error)
+    return max(steps, default=-1)
+
+
 class Uploads:
     """Brings a run to its store in the background of who trains it, and who never waits for that."""
 

@@ -1,7 +1,7 @@
 """How a training goes on when workers fail and nodes come and go: the policies that Ray Train decides by."""
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from ray.train.v2._internal.execution.failure_handling import (
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError
 
-from dsvl.checkpoint_folder import held
 from orchestration.results import place_of
 
 
@@ -38,14 +37,14 @@ class RecoveringTrainer(TorchTrainer):
 class Patience(FailurePolicy):
     """Ray's policy, anew after each progress, and none for what would go wrong again.
 
-    Progress is a new checkpoint in the run's folder, which the controller sees as it is on the driver's node.
+    Progress is a newer checkpoint, which the controller looks for on the driver's node.
     """
 
-    def __init__(self, failures: FailureConfig, folder: Path) -> None:
-        """Begin with the checkpoints that a run's folder has now."""
+    def __init__(self, failures: FailureConfig, newest: Callable[[], int]) -> None:
+        """`newest` tells how many updates the newest checkpoint has that is known by now."""
         super().__init__(failures)
-        self._checkpoints = folder / "checkpoints"
-        self._newest = self._find_newest()
+        self._find_newest = newest
+        self._newest = newest()
         self._ray = DefaultFailurePolicy(failures)
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
@@ -55,9 +54,6 @@ class Patience(FailurePolicy):
         if (newest := self._find_newest()) > self._newest:
             self._newest, self._ray = newest, DefaultFailurePolicy(self.failure_config)
         return self._ray.make_decision(training_failed_error)
-
-    def _find_newest(self) -> int:
-        return max(held(self._checkpoints), default=-1)
 
 
 class Legal(ElasticScalingPolicy):

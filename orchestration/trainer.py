@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.train.torch import TorchConfig
 from orchestration import faults
 from orchestration.config import Experiment
 from orchestration.journal import Journal
+from orchestration.mirroring import newest_known
 from orchestration.placement import resources
 from orchestration.problems import raised_by_us
 from orchestration.recovery import Legal, Patience, RecoveringTrainer, first_cause, told
@@ -43,7 +45,8 @@ def fit(
         resources_per_worker=resources(experiment),
         label_selector=experiment.cluster.gpu_labels or None,
     )
-    policies: dict[str, Any] = {"failure_policy": Patience(failures, folder.absolute())}
+    newest = partial(newest_known, experiment, folder.absolute())
+    policies: dict[str, Any] = {"failure_policy": Patience(failures, newest)}
     if len(counts) > 1:
         policies["scaling_policy"] = Legal(scaling, counts)
     trainer = RecoveringTrainer(

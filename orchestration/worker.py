@@ -65,7 +65,6 @@ def work(config: dict) -> None:
     if ray.train.get_context().get_local_rank() == 0:
         load.watch(folder)
     memory_before = peak_memory_gib()
-    torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
     # What fits among all workers need not fit among the few that an elastic training may have.
     world = {"cluster.workers": torch.distributed.get_world_size(), "cluster.min_workers": None}
     experiment = experiment.with_overrides(world)
@@ -75,6 +74,8 @@ def work(config: dict) -> None:
         model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
     watchdog.wind("handing the model to DeepSpeed")
     engine = Engine(model, engine=engine_config, train=train, optim_config=experiment.optim)
+    # Ray leaves it to chance, and loading weights that are divided draws some of it.
+    torch.manual_seed(train.seed + rank)
     watchdog.wind("hashing the frozen parts")
     frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
     if experiment.engine.stored_features:

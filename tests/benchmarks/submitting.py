@@ -2,14 +2,16 @@
 
     python -m tests.benchmarks.submitting [--seeds 5] [--only KIND ...] [--write tests/benchmarks/results]
 
-As `tests.benchmarks.surviving`, but every run is `dsvl submit train --wait` to a cluster behind a token, of a
-head that carries no work and two nodes of a CPU, and prepares its own data: a quarter of the moments fall in
-there. Prepared data and losses are held against those of the undisturbed run as well.
+As `tests.benchmarks.surviving`, but every run is `dsvl submit train --wait` to a cluster behind a token, of
+a head that carries no work and two nodes of a CPU. The first and the fifth of each kind are disturbed while
+they prepare the data, the others while they train on those of the undisturbed run. Prepared data and losses
+are held against its own as well.
 """
 
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -36,6 +38,11 @@ class Submitted(Run):
         """Its experiment, with a storage of its own."""
         (own := folder / name).mkdir()
         (own / "raw").symlink_to(folder / "raw")
+        prepared = folder / "unbroken/runs/prepared"
+        self.prepares = not prepared.exists() or name.endswith(("0", "4"))
+        if not self.prepares:
+            ours = shutil.ignore_patterns(".work")
+            shutil.copytree(prepared, own / "runs/prepared", ignore=ours)
         return digits(own, name)
 
     @classmethod
@@ -70,15 +77,14 @@ class Submitted(Run):
             time.sleep(0.1)
 
     def begun(self, draw: random.Random) -> subprocess.Popen:
-        """The submitter, in the midst of a preparation, or when a number of updates have been made."""
+        """The submitter, in the midst of the preparation, or when a number of updates have been made."""
         self.start()
-        prepares = draw.random() < 0.25
-        if prepares:
+        self.notes["while_preparing"] = self.prepares
+        if self.prepares:
             self.until(lambda: any(self.folder.parent.glob("prepared/.work/*")))
             time.sleep(2 * draw.random())
         else:
             self.reach(draw.randint(1, UPDATES - 10))
-        self.notes["while_preparing"] = prepares
         assert self.driver is not None
         return self.driver
 

@@ -14,11 +14,15 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import psutil
+from ray._private import parameter
+from ray._private.parameter import RayParams
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FAKE_HEAD_NODE_TYPE,
@@ -152,10 +156,25 @@ class Machines:
         return node
 
 
+class Nodes(FakeMultiNodeProvider):
+    """Processes of this machine that are nodes, each with a folder of its own, as in `Machines.add`."""
+
+    def _create_node_with_resources_and_labels(
+        self, node_config: Any, tags: Any, count: int, resources: Any, labels: Any
+    ) -> None:
+        with self.lock:
+            own = f"{self.provider_config['folder']}/{self._next_node_id}"
+            settings = partial(RayParams, temp_dir=own)
+            with patch.object(parameter, "RayParams", settings):
+                super()._create_node_with_resources_and_labels(
+                    node_config, tags, count, resources, labels
+                )
+
+
 class Autoscaled(Machines):
     """A head that has no CPU and starts nodes of one as there is work; idle ones end.
 
-    Ray's second autoscaler, as in KubeRay, which knows labels; its nodes are processes of this machine.
+    Ray's second autoscaler, as in KubeRay, which knows labels.
     """
 
     def __init__(self, *, pools: Mapping[str, int], dashboard: bool = False) -> None:
@@ -170,6 +189,7 @@ class Autoscaled(Machines):
 
     def _scaling(self) -> Sequence[str]:
         self._environment |= {
+            "PYTHONPATH": str(Path(__file__).parents[2]),  # where the head finds what starts nodes
             "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
@@ -179,13 +199,13 @@ class Autoscaled(Machines):
             "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "1",
             "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "8",
         }
-        provider = FakeMultiNodeProvider
         settings = BASE_READONLY_CONFIG | {
             "max_workers": sum(self._pools.values()),
             "idle_timeout_minutes": 0.1,
             "provider": {
                 "type": "external",
-                "module": f"{provider.__module__}.{provider.__qualname__}",
+                "module": f"{__name__}.{Nodes.__name__}",
+                "folder": self._folder,
                 "gcs_address": self.address,
                 "launch_multiple": True,
                 "disable_node_updaters": True,

@@ -2,8 +2,10 @@
 
 import pytest
 
+from orchestration.config import validated
 from orchestration.plan import plan
 from orchestration.problems import ConfigError
+from tests.orchestration.conftest import SETTINGS
 from tests.orchestration.test_space import SCHEDULES, points, searching
 
 
@@ -38,6 +40,21 @@ def test_a_condition_that_never_holds_is_refused_and_a_value_that_never_may_be(w
     with pytest.raises(ConfigError) as told:
         searching(space)
     assert str(told.value).startswith(f"search.space.optim.decay_fraction{says}")
+
+
+def test_values_that_are_legal_each_but_not_together_are_refused():
+    """Blocks before every fourth layer, as above, but of a model that has four."""
+    space = {
+        "model.size": {"kind": "grid", "values": ["large", "small"]},
+        "model.attention": {"kind": "grid", "values": ["mmca", "gated_cross"]},
+    }
+    large = SETTINGS | {"model": SETTINGS["model"] | {"size": "large"}, "search": {"space": space}}
+    with pytest.raises(ConfigError) as told:
+        validated(large)
+    assert str(told.value) == (
+        "search.space: with model.size=small, model.attention=gated_cross: model.cross_every: 4 must be at "
+        "most the 2 layers of size small, or there is no block"
+    )
 
 
 def test_conditions_that_wait_for_one_another_are_refused():

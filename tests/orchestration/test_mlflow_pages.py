@@ -48,8 +48,9 @@ def address(sweep, tmp_path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", sweep.tracking_uri]
+    alone = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # no more processes
     with (tmp_path / "ui.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=alone)
     where = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -100,12 +101,19 @@ def test_a_person_finds_trials_curves_what_was_searched_figures_and_the_model(
         browser.get("about:blank")
         browser.get(f"{address}/#/{path}")
 
+    def open_file(name: str) -> None:
+        def there() -> list[Any]:
+            nodes = find("[data-testid=artifact-tree-node]")
+            return [node for node in nodes if node.text.strip() == name]
+
+        until(there, f"{name} is listed")[0].click()
+
     visit("experiments/1/runs")
     says("tiny sweep")
     assert BEST not in text()
-    until(lambda: find("[aria-label*=xpand], [class*=expander]"), "a sweep can be unfolded")[
-        0
-    ].click()
+    for panel in find("[aria-label=Close]"):  # of MLflow's assistant
+        panel.click()
+    until(lambda: find(".ag-row button"), "a sweep can be unfolded")[0].click()
     says(BEST)
     shoot("runs")
 
@@ -118,12 +126,17 @@ def test_a_person_finds_trials_curves_what_was_searched_figures_and_the_model(
 
     visit(f"experiments/1/runs/{parent}/artifacts")
     says("report.html", "figures")
+    open_file("figures")
+    open_file("searched-values-and-what-they-came-to.png")
+    until(lambda: any(image.size["width"] > 500 for image in find("img")), "a figure is shown")
     shoot("artifacts")
 
     runs = json.dumps([run_id(path.parent) for path in sorted(root.glob("*/result.json"))])
     visit(f'compare-runs?runs={runs}&experiments=["1"]')
     says("optim.lr", "train.epochs", "model.size")
-    until(lambda: find(".parcoords, .js-plotly-plot"), "parallel coordinates are drawn")
+    until(lambda: find(".parcoords .axis-title"), "parallel coordinates are drawn")
+    axes = {axis.text for axis in find(".parcoords .axis-title")}
+    assert axes >= {"optim.lr", "train.epochs", "model.size"}
     shoot("parallel")
 
     visit("models/tiny")

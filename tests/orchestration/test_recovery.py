@@ -16,6 +16,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError
 
+from dsvl.checkpoint_folder import held
 from orchestration import faults
 from orchestration.config import validated
 from orchestration.journal import curve, read
@@ -58,9 +59,13 @@ def checkpoint(folder: Path, step: int) -> None:
     (folder / f"checkpoints/step-{step:06d}").mkdir(parents=True)
 
 
+def newest_of(folder: Path) -> Callable[[], int]:
+    return lambda: max(held(folder / "checkpoints"), default=-1)
+
+
 def test_failures_count_from_the_newest_checkpoint_on(tmp_path):
     checkpoint(tmp_path, 5)
-    patience = Patience(FailureConfig(max_failures=2), tmp_path)
+    patience = Patience(FailureConfig(max_failures=2), newest_of(tmp_path))
     for step in (10, 999_999, 1_000_000):
         assert goes_on(patience, LOST)
         assert goes_on(patience, LOST, GONE)
@@ -73,14 +78,14 @@ def test_failures_count_from_the_newest_checkpoint_on(tmp_path):
 
 @pytest.mark.parametrize("error", [REFUSED, DIVERGED, FULL], ids=lambda error: type(error).__name__)
 def test_what_would_go_wrong_again_is_not_tried_again(tmp_path, error):
-    patience = Patience(FailureConfig(max_failures=2), tmp_path)
+    patience = Patience(FailureConfig(max_failures=2), newest_of(tmp_path))
     checkpoint(tmp_path, 5)
     assert not goes_on(patience, error)
     assert not goes_on(patience, LOST, GONE, error)
 
 
 def test_a_cluster_that_is_slow_to_start_workers_is_waited_for(tmp_path):
-    patience = Patience(FailureConfig(max_failures=0), tmp_path)
+    patience = Patience(FailureConfig(max_failures=0), newest_of(tmp_path))
     for _ in range(3):
         late = ControllerError(WorkerGroupStartupFailedError("no node yet"))
         assert patience.make_decision(late) == FailureDecision.RETRY

@@ -152,6 +152,31 @@ def test_nodes_that_have_a_store_in_common_alone_train_from_their_own_disks(
         assert mirror.remote.read(mirror.key(run / path.relative_to(whole))) == path.read_bytes()
 
 
+@pytest.mark.slow
+def test_a_sweep_is_known_on_another_machine_which_trains_no_trial_again(
+    storage, bucket, dsvl, tmp_path, monkeypatch
+):
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    space = {"optim.lr": {"kind": "grid", "values": [1e-2, 3e-3]}}
+    short = {"batch": 8, "epochs": 1, "precision": "fp32"}
+    path = digits(storage, "swept-elsewhere", search={"space": space}, train=short)
+    found = []
+    for machine in ("first", "second"):
+        place = [f"storage.path={tmp_path / machine}", f"storage.remote={bucket.uri('sweep')}"]
+        found.append(succeed(dsvl("sweep", path, *place, "--json", stdout=PIPE, stderr=PIPE))[0])
+        starts = [
+            entry
+            for values in load(path, place).run_folder.glob("trials/*/values.json")
+            for entry in journal.read(values.parent)[0]
+            if entry["kind"] == "start"
+        ]
+        assert len(starts) == 2
+    losses_of = [{t["trial"]: t["eval/loss"] for t in each["trials"]} for each in found]
+    assert losses_of[0] == losses_of[1]
+    assert len(losses_of[0]) == 2
+
+
 @pytest.mark.parametrize("wrong", ["credentials", "bucket"])
 def test_a_store_that_refuses_ends_a_command_before_any_work(
     storage, bucket, dsvl, tmp_path, wrong
