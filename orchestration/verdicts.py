@@ -147,12 +147,13 @@ def precision_at_fault(
     any precision.
     """
     wild, told = _wildness(gradient_norms)
+    other = "fp32" if precision == "bf16" else "bf16"
     return Verdict(
         "precision at fault",
         precision == "fp16" and overflowed > SKIPPED and wild <= 1,
         overflowed / SKIPPED,
         f"{overflowed:.1%} of updates overflowed in {precision} (at most {SKIPPED:.0%}); {told}",
-        "the same in bf16, with the same seed: only the precision then differs",
+        f"the same in {other}, with the same seed: only the precision then differs",
     )
 
 

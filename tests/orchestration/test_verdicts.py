@@ -100,6 +100,7 @@ def test_precision_is_at_fault_where_calm_updates_overflow_and_float16_is_used()
     assert [one.holds for one in found] == [True, False, False, False]
     assert "10.0% of updates overflowed in fp16" in found[0].evidence
     assert "bf16" in found[0].experiment
+    assert "the same in fp32" in found[3].experiment, "another than it has"
 
 
 @pytest.mark.parametrize(
