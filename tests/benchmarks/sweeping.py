@@ -239,11 +239,8 @@ def kept(found: dict[str, Any]) -> bool:
             and again <= at_most
         )
     if "failed" in found:
-        causes = {
-            action: (reason or "").split(":")[0] for action, reason in found["failed"].items()
-        }
-        whole = found["others_same_metrics"] and not found["placement_groups_left"]
-        return causes == FAULTS and whole
+        told = all(cause in (found["failed"][action] or "") for action, cause in FAULTS.items())
+        return told and found["others_same_metrics"] and not found["placement_groups_left"]
     return all(a["exit"] == 2 and a["seconds"] < AT_ONCE_SECONDS for a in found.values())
 
 
