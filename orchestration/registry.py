@@ -3,7 +3,9 @@
 Its checkpoints are models that lie elsewhere; those that were exported are versions of a registered model.
 """
 
+import io
 import json
+from collections.abc import Sequence
 from itertools import islice
 from math import isfinite
 from pathlib import Path, PurePath
@@ -20,10 +22,11 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_MODEL_IS_EXTERNAL
+from PIL import Image
 
 from orchestration import journal
 from orchestration.config import digest
-from orchestration.record import read_if_there
+from orchestration.record import read_if_there, read_images
 
 FILES = ("experiment.json", "environment.json", "data.json")
 """Of a run's folder, kept with it as they are when it begins or goes on."""
@@ -33,6 +36,8 @@ BATCH = 1000
 """Most metrics that MLflow takes at once; a tenth of it for parameters."""
 TABLE = ("set", "sample", "round", "question", "expected", "answer")
 """Of the rounds of an evaluation, what MLflow shows side by side with those of other runs."""
+PICTURED, SIDE = 50, 128
+"""How many of the rounds that show images it shows with them, and their height."""
 CONTEXTS = {"train": "training", "eval": "validation"}
 
 
@@ -148,11 +153,34 @@ class Registry:
         self.client.log_artifact(self.run_id, str(folder / "evaluation.json"))
         with (folder / "rounds.jsonl").open(encoding="utf-8") as file:
             rows = [json.loads(line) for line in islice(file, BATCH)]
-        columns = {name: [str(row[name]) for row in rows] for name in TABLE}
-        # MLflow appends to a table that is there: a name of its content keeps it from doing so twice.
-        name = f"rounds-{digest(columns)}.json"
-        if name not in {held.path for held in self.client.list_artifacts(self.run_id)}:
-            self.client.log_table(self.run_id, columns, name)
+        kept = {held.path for held in self.client.list_artifacts(self.run_id)}
+        pictured = [row for row in rows if row.get("shows")][:PICTURED]
+        for name, some in (("rounds", rows), ("pictured", pictured)):
+            columns: dict[str, list[Any]] = {key: [str(row[key]) for row in some] for key in TABLE}
+            # MLflow appends to a table that is there: a name of its content keeps it from doing so twice.
+            file = f"{name}-{digest(columns)}.json"
+            if file in kept:
+                continue
+            if name == "pictured":
+                images = self._images([row["shows"] for row in some])
+                if not images:  # the prepared data are gone, or nothing was shown
+                    continue
+                columns = {"images": images} | columns
+            self.client.log_table(self.run_id, columns, file)
+
+    def _images(self, shown: Sequence[Sequence[str]]) -> list[Image.Image]:
+        """Prepared images by their keys, those of a round side by side; none where some are gone."""
+        about, keys = (
+            read_if_there(self.folder / "data.json"),
+            {key for some in shown for key in some},
+        )
+        images = read_images(Path(about["folder"]), keys) if about else {}
+        if keys - images.keys():
+            return []
+        return [
+            abreast([Image.open(io.BytesIO(images[key]["bytes"])) for key in some])
+            for some in shown
+        ]
 
     def _register(self, path: Path, note: dict[str, Any]) -> None:
         """The newest exported model is the candidate, and the champion if no champion does better."""
@@ -188,3 +216,17 @@ class Registry:
                 raise
             return None
         return float(version.tags[metric]) if metric in version.tags else None
+
+
+def abreast(images: Sequence[Image.Image]) -> Image.Image:
+    """Images side by side, as high as one another."""
+    scaled = [
+        image.convert("RGB").resize((max(1, SIDE * image.width // image.height), SIDE))
+        for image in images
+    ]
+    whole = Image.new("RGB", (sum(image.width + 4 for image in scaled) - 4, SIDE), "white")
+    left = 0
+    for image in scaled:
+        whole.paste(image, (left, 0))
+        left += image.width + 4
+    return whole

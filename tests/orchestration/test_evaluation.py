@@ -5,12 +5,15 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from PIL import Image
 
 from orchestration import cli
 from orchestration.compose import load
 from orchestration.evaluation import read_suite
 from orchestration.trained import choose
 from tests.orchestration.conftest import digits, run_folder
+from tests.orchestration.lives import run_id
 
 pytestmark = pytest.mark.ray
 
@@ -56,7 +59,9 @@ def folder(trained_run) -> Path:
     return run_folder(trained_run)
 
 
-def test_a_run_is_measured_once_and_asked_no_question_twice(storage, trained_run, folder, capsys):
+def test_a_run_is_measured_once_and_asked_no_question_twice(
+    storage, trained_run, folder, capsys, tmp_path
+):
     suite = suite_of(storage, "reworded")
     result = evaluated(trained_run, "--suite", suite, capsys=capsys)
     held = result["sets"]["held out"]
@@ -77,6 +82,15 @@ def test_a_run_is_measured_once_and_asked_no_question_twice(storage, trained_run
     assert asked["rounds"] == 4
     assert "missing.png" in asked["left_out"]["3"]
     assert {"consistency", "exact_blind", "exact_shuffled"} <= asked["figures"].keys()
+
+    client, found = MlflowClient(load(trained_run).tracking_uri), run_id(folder)
+    names = {file.path for file in client.list_artifacts(found)}
+    (table,) = (name for name in names if name.startswith("pictured-"))
+    told = json.loads(Path(client.download_artifacts(found, table, str(tmp_path))).read_text())
+    assert told["columns"][0] == "images"
+    (first, *_), *_ = told["data"]
+    drawn = client.download_artifacts(found, first["filepath"], str(tmp_path))
+    assert Image.open(drawn).height == 128
 
     kept = {path: path.stat().st_mtime_ns for path in Path(result["folder"]).glob("answers/*")}
     rounds = (Path(result["folder"]) / "rounds.jsonl").read_text()
