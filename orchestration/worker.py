@@ -23,20 +23,20 @@ from dsvl.guard import Guard, guarded
 from dsvl.model import VisualChat
 from dsvl.rehearse import rehearse
 from dsvl.train import Plan
-from orchestration import load
-from orchestration.checkpoints import Checkpoints
 from orchestration.config import Experiment
-from orchestration.cost import flops_of_a_step
-from orchestration.faults import inject
-from orchestration.features import features_folder
-from orchestration.flops import flop_utilisation
-from orchestration.journal import Journal, write_json
-from orchestration.memory import gradient_checkpointing
-from orchestration.meters import Meters
-from orchestration.mirroring import Uploads, catch_up, mirror_of, require_prepared
-from orchestration.reckoning import came_to, foretold, peak_memory_gib
-from orchestration.results import logs, note_place, write_result
-from orchestration.watchdog import Watchdog
+from orchestration.planning.cost import flops_of_a_step
+from orchestration.planning.flops import flop_utilisation
+from orchestration.planning.memory import gradient_checkpointing
+from orchestration.preparing.features import features_folder
+from orchestration.records import load
+from orchestration.records.journal import Journal, write_json
+from orchestration.records.meters import Meters
+from orchestration.records.reckoning import came_to, foretold, peak_memory_gib
+from orchestration.records.results import logs, note_place, write_result
+from orchestration.storing.mirroring import Uploads, catch_up, mirror_of, require_prepared
+from orchestration.training.checkpoints import Checkpoints
+from orchestration.training.faults import inject
+from orchestration.training.watchdog import Watchdog
 
 
 def work(config: dict) -> None:

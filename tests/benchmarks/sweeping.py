@@ -27,11 +27,12 @@ import torch
 from ray.util.state import list_placement_groups
 
 from dsvl.digits import chats
-from orchestration import commands, faults
+from orchestration import commands
 from orchestration.compose import load
-from orchestration.journal import curve, read, read_json, write_json
-from orchestration.results import trials_folder
+from orchestration.records.journal import curve, read, read_json, write_json
+from orchestration.records.results import trials_folder
 from orchestration.search import trial_name
+from orchestration.training import faults
 from tests.benchmarks.mmca import machine
 from tests.orchestration.conftest import digits
 
