@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from transformers import AutoConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -76,6 +78,8 @@ def join(*, backend: str) -> None:
     # Left to itself DeepSpeed probes which of its extensions would compile (seconds a worker), and then
     # compiles one for shared memory (half a minute once, and it takes a compiler). None is needed here.
     setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
+    # Under ZeRO 3 DeepSpeed puts this in the place of torch's.
+    partition_parameters.zero3_linear_wrap = _linear
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
 
 
@@ -237,3 +241,17 @@ def _grad_norm(
     total = sum(squares, torch.zeros((), dtype=torch.float64, device=gradients[0].device))
     dist.all_reduce(total)
     return torch.where(total.isfinite(), total.sqrt(), -1.0)
+
+
+def _linear(
+    values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """DeepSpeed's linear map for ZeRO 3, which keeps no gathered weight, rounded as torch rounds its own.
+
+    Of more than two dimensions DeepSpeed rounds the product, then the sum with the bias; torch, where values
+    are contiguous, the sum alone.
+    """
+    if bias is None or not values.is_contiguous():
+        return zero3_linear_wrap(values, weight, bias)
+    rows = zero3_linear_wrap(values.view(-1, values.shape[-1]), weight, bias)
+    return rows.view(*values.shape[:-1], rows.shape[-1])

@@ -66,7 +66,8 @@ class VisionTower(nn.Module):
             else:
                 hidden = self.encoder(pixels).last_hidden_state
         dropped = int(self.config.kind == "clip" and not self.config.class_token)
-        return hidden[:, dropped:]
+        # Else a projection rounds otherwise for many images than for one, or for features that were stored.
+        return hidden[:, dropped:].contiguous()
 
 
 def check_whole(found: dict[str, Any], checkpoint: str, *, section: str, rule: str) -> None:

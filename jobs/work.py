@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from orchestration.compose import load
-from orchestration.results import logs
+from orchestration.records.results import logs
 
 
 def main(arguments: list[str]) -> int:

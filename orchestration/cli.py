@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 
 from pydantic_core import to_jsonable_python
 
-from orchestration.again import RUN_ID, again
 from orchestration.compose import load
 from orchestration.config import Experiment, StorageConfig
 from orchestration.problems import did_you_mean, harmless, raised_by_us
+from orchestration.records.again import RUN_ID, again
 from orchestration.verbs import (
     FAULTS_FOUND,
     OF_A_FOLDER,

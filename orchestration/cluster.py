@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from orchestration.access import make_token
+from orchestration.clusters.access import make_token
 from orchestration.config import Experiment
 
 # A training polls its workers every 2 s by default, which short ones spend most of their time waiting for.

@@ -6,15 +6,23 @@ Each can be interrupted and typed again: what is done is not done again.
 import logging
 from pathlib import Path
 
-from orchestration import evidence, progress, report, search
+from orchestration import report, search
 from orchestration.cluster import connect
+from orchestration.clusters.placement import require_room, require_room_for_trials
 from orchestration.config import Experiment
-from orchestration.journal import sole
-from orchestration.mirroring import catch_up, mirrored
-from orchestration.placement import require_room, require_room_for_trials
 from orchestration.prepare import prepare, require_one_tokenizer
-from orchestration.results import begin, finished, require_same_data, trials_folder, trunk_of
-from orchestration.shipping import shipped
+from orchestration.records import progress
+from orchestration.records.journal import sole
+from orchestration.records.results import (
+    begin,
+    finished,
+    require_same_data,
+    trials_folder,
+    trunk_of,
+)
+from orchestration.records.shipping import shipped
+from orchestration.searching import evidence
+from orchestration.storing.mirroring import catch_up, mirrored
 from orchestration.trainer import fit
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from dsvl.config import ModelConfig
-from orchestration.access import readable_by_others, token_file
+from orchestration.clusters.access import readable_by_others, token_file
 from orchestration.config import Experiment
 
 GIB = 1024**3
@@ -82,7 +82,7 @@ def examine(experiment: Experiment) -> dict[str, Any]:
         *token(),
     ]
     if experiment.cluster.address != "local":
-        from orchestration.nodes import examine_nodes
+        from orchestration.clusters.nodes import examine_nodes
 
         checks += examine_nodes(experiment)
     return {
@@ -185,8 +185,8 @@ def store(uri: str | None) -> Iterator[Check]:
     """Whether the object store, if there is one, takes, lists and gives back a file; and its clock."""
     if uri is None:
         return
-    from orchestration.mirroring import SKEW_SECONDS
-    from orchestration.remote import Remote
+    from orchestration.storing.mirroring import SKEW_SECONDS
+    from orchestration.storing.remote import Remote
 
     remote = Remote(uri, patience=PATIENCE)
     try:

@@ -11,11 +11,11 @@ import yaml
 
 from dsvl import export as library
 from orchestration.config import Experiment
-from orchestration.journal import NOTES, Journal, curve
-from orchestration.page import number, percent
-from orchestration.parameters import parameters
-from orchestration.record import read
-from orchestration.shipping import shipped
+from orchestration.pages.page import number, percent
+from orchestration.planning.parameters import parameters
+from orchestration.records.journal import NOTES, Journal, curve
+from orchestration.records.record import read
+from orchestration.records.shipping import shipped
 from orchestration.trained import CHAT, Trained, choose, manner
 
 log = logging.getLogger(__name__)

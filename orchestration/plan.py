@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal
 
-from orchestration.choices import choices, fits, remedy
 from orchestration.config import Experiment
-from orchestration.cost import (
+from orchestration.planning.choices import choices, fits, remedy
+from orchestration.planning.cost import (
     checkpoints_kept,
     disk,
     exhaustive_cost,
@@ -16,10 +16,10 @@ from orchestration.cost import (
     seconds_of_a_step,
     sweep_cost,
 )
-from orchestration.flops import fullest
-from orchestration.memory import STATE_BYTES, gradient_checkpointing, host_memory, memory
-from orchestration.parameters import parameters
-from orchestration.planned import Plan, SizePlan, shown
+from orchestration.planning.flops import fullest
+from orchestration.planning.memory import STATE_BYTES, gradient_checkpointing, host_memory, memory
+from orchestration.planning.parameters import parameters
+from orchestration.planning.planned import Plan, SizePlan, shown
 
 
 class PlanError(ValueError):

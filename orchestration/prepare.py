@@ -18,20 +18,20 @@ from dsvl.data.images import ImageProcessor
 from dsvl.data.shard import stamp
 from dsvl.data.store import open_store, verify
 from dsvl.data.writer import Writer, claim, write_quarantine
-from orchestration.check import errors_of
 from orchestration.cluster import connect
 from orchestration.config import Experiment
-from orchestration.mirroring import mirror_of, require_access
 from orchestration.plan import blends_file
-from orchestration.pool import Progress
-from orchestration.problems import harmless
-from orchestration.reading import annotation_digests
-from orchestration.survey import (
+from orchestration.preparing.check import errors_of
+from orchestration.preparing.pool import Progress
+from orchestration.preparing.reading import annotation_digests
+from orchestration.preparing.survey import (
     encoder_settings,
     image_folder,
     image_processor,
     survey,
 )
+from orchestration.problems import harmless
+from orchestration.storing.mirroring import mirror_of, require_access
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,9 @@ def prepare(experiment: Experiment, *, progress: Progress = log.info) -> dict[st
         faults = []
         progress(f"data: {folder} is prepared already; remove it to have images read anew")
     if experiment.engine.stored_features:
-        from orchestration.features import store_features  # takes seconds to import, for the tower
+        from orchestration.preparing.features import (
+            store_features,  # takes seconds to import, for the tower
+        )
 
         store_features(experiment, folder, progress)
     if mirror:

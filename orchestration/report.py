@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from orchestration import (
+from orchestration.config import Experiment
+from orchestration.pages import (
     across_report,
-    comparison,
     data_report,
     evaluation_report,
     run_report,
@@ -27,12 +27,12 @@ from orchestration import (
     trials_report,
     verdict_report,
 )
-from orchestration.config import Experiment
-from orchestration.journal import NOTES, Journal, write_whole
-from orchestration.page import cards, document, duration, facts, number, percent
-from orchestration.parameters import language_parameters, parameters
-from orchestration.plots import SHARES
-from orchestration.record import Record, Run, read_if_there, stored
+from orchestration.pages.page import cards, document, duration, facts, number, percent
+from orchestration.pages.plots import SHARES
+from orchestration.planning.parameters import language_parameters, parameters
+from orchestration.records.journal import NOTES, Journal, write_whole
+from orchestration.records.record import Record, Run, read_if_there, stored
+from orchestration.searching import comparison
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def write(source: Experiment | Path, html: Path | None = None) -> dict[str, Any]
     experiment = source if isinstance(source, Experiment) else stored(source)
     if experiment.storage.remote is None:
         return _write(experiment, html)
-    from orchestration.mirroring import fetch_data, mirrored  # which loads torch
+    from orchestration.storing.mirroring import fetch_data, mirrored  # which loads torch
 
     with mirrored(experiment, writer=False):
         fetch_data(experiment)
@@ -75,7 +75,7 @@ def keep(experiment: Experiment, folder: Path) -> None:
         return
     files = [html]
     try:
-        from orchestration import pictures
+        from orchestration.pages import pictures
     except ModuleNotFoundError as error:
         log.info("no figures for MLflow: %s is missing; pip install 'dsvl[pictures]'", error.name)
     else:

@@ -17,18 +17,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
-from orchestration.budget import Budgeted, spent
-from orchestration.climb import Climb, proposal
+from orchestration.clusters.placement import TRIAL_CPUS, searched
 from orchestration.config import Experiment
-from orchestration.effects import Effect, Tried, effects, spread
-from orchestration.front import front
-from orchestration.journal import Journal, curve, read, read_json, write_json
-from orchestration.mirroring import mirror_of
-from orchestration.parzen import Parzen
-from orchestration.placement import TRIAL_CPUS, searched
-from orchestration.planned import reached
-from orchestration.proposals import Listed, Proposal, proposals
-from orchestration.results import (
+from orchestration.planning.planned import reached
+from orchestration.records.journal import Journal, curve, read, read_json, write_json
+from orchestration.records.results import (
     begin,
     evaluations,
     finished,
@@ -36,9 +29,16 @@ from orchestration.results import (
     trials_folder,
     write_result,
 )
-from orchestration.rounds import Outcome, Rounds
-from orchestration.schedulers import scheduler
+from orchestration.searching.budget import Budgeted, spent
+from orchestration.searching.climb import Climb, proposal
+from orchestration.searching.effects import Effect, Tried, effects, spread
+from orchestration.searching.front import front
+from orchestration.searching.parzen import Parzen
+from orchestration.searching.proposals import Listed, Proposal, proposals
+from orchestration.searching.rounds import Outcome, Rounds
+from orchestration.searching.schedulers import scheduler
 from orchestration.space import SCHEDULE, SEED
+from orchestration.storing.mirroring import mirror_of
 from orchestration.trainer import fit
 
 ProposalOf = Callable[[Mapping[str, Any]], Proposal]

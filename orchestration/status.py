@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 
 from orchestration.config import Experiment
-from orchestration.course import Course
-from orchestration.journal import LOCK, NAME, busy, read, read_json
+from orchestration.records.course import Course
+from orchestration.records.journal import LOCK, NAME, busy, read, read_json
 
 QUIET_SECONDS = 60.0
 """A run is silent when nothing has been written for as long, and for ten times its usual update."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from orchestration import kuberay, launcher, slurm
+from orchestration.clusters import kuberay, launcher, slurm
+from orchestration.clusters.package import portable, require_in_image
+from orchestration.clusters.ray_jobs import Request, connected, follow, send, stop, told
 from orchestration.config import Experiment, digest
-from orchestration.package import portable, require_in_image
 from orchestration.problems import ConfigError, Problem
-from orchestration.ray_jobs import Request, connected, follow, send, stop, told
 
 UP = "ray up FILE starts it, and --to ray submits to it"
 AWS = f"{UP} with cluster.autoscaled=true and the labels of its nodes, cluster.cpu_labels and gpu_labels"

@@ -21,10 +21,10 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
-from orchestration import journal, load
 from orchestration.config import Experiment
-from orchestration.record import read_if_there
-from orchestration.registry import BATCH, Registry
+from orchestration.records import journal, load
+from orchestration.records.record import read_if_there
+from orchestration.records.registry import BATCH, Registry
 from orchestration.space import SearchConfig
 
 # MLflow's own seven retries take minutes; the shipper itself tries again.

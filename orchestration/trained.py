@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from dsvl import checkpoint_folder
 from dsvl.config import require
 from orchestration.config import Experiment
-from orchestration.journal import read_json
-from orchestration.mirroring import mirror_of
-from orchestration.results import experiment_of, refuse_another, trials_folder
+from orchestration.records.journal import read_json
+from orchestration.records.results import experiment_of, refuse_another, trials_folder
 from orchestration.search import summarize
+from orchestration.storing.mirroring import mirror_of
 
 CHAT = "chat.json"
 """In an exported model: how one chats with it."""

@@ -12,14 +12,14 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig
 
-from orchestration import faults
+from orchestration.clusters.placement import resources
 from orchestration.config import Experiment
-from orchestration.journal import Journal
-from orchestration.mirroring import newest_known
-from orchestration.placement import resources
 from orchestration.problems import raised_by_us
-from orchestration.recovery import Legal, Patience, RecoveringTrainer, first_cause, told
-from orchestration.results import JOB, content_of
+from orchestration.records.journal import Journal
+from orchestration.records.results import JOB, content_of
+from orchestration.storing.mirroring import newest_known
+from orchestration.training import faults
+from orchestration.training.recovery import Legal, Patience, RecoveringTrainer, first_cause, told
 
 
 def fit(

@@ -26,7 +26,7 @@ def _quickstart(experiment: Experiment) -> Result:
 
 def _check(experiment: Experiment) -> Result:
     """Read the raw data and say what would come through."""
-    from orchestration.check import check
+    from orchestration.preparing.check import check
 
     found = check(experiment)
     problems = []
@@ -55,7 +55,7 @@ def _prepare(experiment: Experiment) -> Result:
 def _stats(experiment: Experiment) -> Result:
     """Say what an epoch of the prepared data is made of; prepares them first."""
     from orchestration.prepare import prepare
-    from orchestration.statistics import measure, render
+    from orchestration.preparing.statistics import measure, render
 
     result = measure(experiment, Path(prepare(experiment)["folder"]))
     return result, render(result)
@@ -65,8 +65,8 @@ def _preview(
     experiment: Experiment, *, count: int, blend: str | None, epoch: int, html: Path | None
 ) -> Result:
     """Show training samples as the model sees them: images, and which tokens are trained."""
-    from orchestration.journal import write_whole
-    from orchestration.preview import page, preview, render
+    from orchestration.preparing.preview import page, preview, render
+    from orchestration.records.journal import write_whole
 
     result = preview(experiment, count=count, blend=blend, epoch=epoch)
     if html is None:
@@ -85,7 +85,7 @@ def _train(experiment: Experiment) -> Result:
 
 def _sweep(experiment: Experiment) -> Result:
     """Run the search, or go on where it stopped."""
-    from orchestration.placement import room_for_trials
+    from orchestration.clusters.placement import room_for_trials
 
     with room_for_trials(experiment):  # before more is loaded, which takes seconds
         from orchestration.commands import sweep
@@ -97,7 +97,8 @@ def _sweep(experiment: Experiment) -> Result:
 
 def _report(sources: list[Experiment | Path], *, html: Path | None) -> Result:
     """Write the page of a run or a sweep, or of a comparison of several."""
-    from orchestration import report, side_by_side
+    from orchestration import report
+    from orchestration.pages import side_by_side
 
     if len(sources) == 1:
         return described(report.write(sources[0], html))
@@ -109,7 +110,7 @@ def _evaluate(
     experiment: Experiment | Path, *, suites: list[Path], step: int | None, against: Path | None
 ) -> Result:
     """Measure the best model on held-out samples and question suites."""
-    from orchestration.evaluation import evaluate, render
+    from orchestration.evaluating.evaluation import evaluate, render
 
     result = evaluate(experiment, suites=suites, step=step, against=against)
     return result, harmless(render(result))
@@ -117,13 +118,13 @@ def _evaluate(
 
 def _status(source: Experiment | Path, *, watch: bool, sync: bool) -> Result:
     """Say where runs and sweeps stand: state, progress, faults, losses, cost."""
-    from orchestration import standings
+    from orchestration.records import standings
     from orchestration.status import Watch
 
     seen, synced = Watch(source), []
     if sync:
-        from orchestration.record import stored
-        from orchestration.shipping import catch_up
+        from orchestration.records.record import stored
+        from orchestration.records.shipping import catch_up
 
         owners = [source] if isinstance(source, Experiment) else map(stored, seen.owners())
         synced = [catch_up(experiment) for experiment in owners]
@@ -151,7 +152,7 @@ def _doctor(experiment: Experiment) -> Result:
 
 def _chat(experiment: Experiment | Path, *, out: TextIO) -> Result:
     """Talk to the best model that the experiment has."""
-    from orchestration.terminal import talk
+    from orchestration.serving.terminal import talk
 
     result = talk(experiment, out=out)
     return result, f"answered: {result['answered']}"
@@ -160,7 +161,7 @@ def _chat(experiment: Experiment | Path, *, out: TextIO) -> Result:
 def _serve(sources: Sequence[Experiment | Path], *, host: str, port: int) -> Result:
     """Serve models to browsers and OpenAI's clients until Ctrl-C; of several, answers stand side by side."""
     try:
-        from orchestration.serve import run
+        from orchestration.serving.serve import run
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}; pip install 'dsvl[serve]'") from error
 
@@ -183,7 +184,7 @@ def _export(
 
 def _convert(**options: Any) -> Result:
     """Write a file of records in another format."""
-    from orchestration.convert import convert, render
+    from orchestration.preparing.convert import convert, render
 
     result = convert(**options)
     return result, harmless(render(result))

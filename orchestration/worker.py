@@ -23,20 +23,20 @@ from dsvl.guard import Guard, guarded
 from dsvl.model import VisualChat
 from dsvl.rehearse import rehearse
 from dsvl.train import Plan
-from orchestration import load
-from orchestration.checkpoints import Checkpoints
 from orchestration.config import Experiment
-from orchestration.cost import flops_of_a_step
-from orchestration.faults import inject
-from orchestration.features import features_folder
-from orchestration.flops import flop_utilisation
-from orchestration.journal import Journal, write_json
-from orchestration.memory import gradient_checkpointing
-from orchestration.meters import Meters
-from orchestration.mirroring import Uploads, catch_up, mirror_of, require_prepared
-from orchestration.reckoning import came_to, foretold, peak_memory_gib
-from orchestration.results import logs, note_place, write_result
-from orchestration.watchdog import Watchdog
+from orchestration.planning.cost import flops_of_a_step
+from orchestration.planning.flops import flop_utilisation
+from orchestration.planning.memory import gradient_checkpointing
+from orchestration.preparing.features import features_folder
+from orchestration.records import load
+from orchestration.records.journal import Journal, write_json
+from orchestration.records.meters import Meters
+from orchestration.records.reckoning import came_to, foretold, peak_memory_gib
+from orchestration.records.results import logs, note_place, write_result
+from orchestration.storing.mirroring import Uploads, catch_up, mirror_of, require_prepared
+from orchestration.training.checkpoints import Checkpoints
+from orchestration.training.faults import inject
+from orchestration.training.watchdog import Watchdog
 
 
 def work(config: dict) -> None:
@@ -65,7 +65,6 @@ def work(config: dict) -> None:
     if ray.train.get_context().get_local_rank() == 0:
         load.watch(folder)
     memory_before = peak_memory_gib()
-    torch.manual_seed(train.seed + rank)  # Ray leaves it to chance
     # What fits among all workers need not fit among the few that an elastic training may have.
     world = {"cluster.workers": torch.distributed.get_world_size(), "cluster.min_workers": None}
     experiment = experiment.with_overrides(world)
@@ -75,6 +74,8 @@ def work(config: dict) -> None:
         model = VisualChat(experiment.model, precision=train.precision, seed=train.seed)
     watchdog.wind("handing the model to DeepSpeed")
     engine = Engine(model, engine=engine_config, train=train, optim_config=experiment.optim)
+    # Ray leaves it to chance, and loading weights that are divided draws some of it.
+    torch.manual_seed(train.seed + rank)
     watchdog.wind("hashing the frozen parts")
     frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
     if experiment.engine.stored_features:

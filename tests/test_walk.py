@@ -15,9 +15,9 @@ from dsvl.data.readers import read
 from dsvl.data.store import open_store
 from dsvl.data.types import IGNORED, Kind
 from dsvl.digits import chats
-from orchestration import journal
 from orchestration.compose import load
 from orchestration.plan import plan
+from orchestration.records import journal
 from tests.orchestration.conftest import digits, histories
 
 pytestmark = pytest.mark.ray

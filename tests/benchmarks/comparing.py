@@ -25,15 +25,15 @@ from dsvl.engine import Engine, join
 from dsvl.evaluate import evaluate
 from dsvl.model import VisualChat
 from dsvl.train import steps
-from orchestration.comparison import compare
 from orchestration.compose import load
 from orchestration.config import Experiment
-from orchestration.journal import Journal, write_json
 from orchestration.prepare import prepare
-from orchestration.proposals import proposals
-from orchestration.record import Record
-from orchestration.results import begin, finished, write_result
+from orchestration.records.journal import Journal, write_json
+from orchestration.records.record import Record
+from orchestration.records.results import begin, finished, write_result
 from orchestration.search import trial_name, trials_folder
+from orchestration.searching.comparison import compare
+from orchestration.searching.proposals import proposals
 from orchestration.worker import held_out_samples
 
 log = logging.getLogger(__name__)

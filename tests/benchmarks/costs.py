@@ -17,11 +17,12 @@ from unittest.mock import patch
 import psutil
 
 from dsvl.digits import chats
-from orchestration import journal, survey
 from orchestration.cluster import connect
 from orchestration.compose import load
-from orchestration.pool import each
 from orchestration.prepare import prepare
+from orchestration.preparing import survey
+from orchestration.preparing.pool import each
+from orchestration.records import journal
 from tests.benchmarks import raw, rehearsal
 from tests.benchmarks.fleet import Fleet, Training, Trial, pool, search
 from tests.benchmarks.nine_sets import NineSets
@@ -33,7 +34,7 @@ JOBS = 400
 SHARD = 256
 """Records of a shard of a preparation."""
 PHASES = ("spools", "_check", "_gather", "_split", "_write")
-"""Of a preparation, as `orchestration.survey` calls them."""
+"""Of a preparation, as `orchestration.preparing.survey` calls them."""
 TRIALS, UPDATES = 6, 48
 LOADING = Path(__file__).parent / "results/loading.json"
 """What a photograph costs."""

@@ -27,9 +27,9 @@ from dsvl.data.types import IGNORED, Example, Kind
 from dsvl.digits import chats
 from dsvl.generate import greedy
 from dsvl.model import VisualChat
-from orchestration.asking import encoder
+from orchestration.evaluating.asking import encoder
 from orchestration.prepare import prepare
-from orchestration.results import experiment_of
+from orchestration.records.results import experiment_of
 from orchestration.trained import choose
 from tests.benchmarks.case import ORIGINAL, OURS
 from tests.benchmarks.measure import Figures, once, ratios, spread

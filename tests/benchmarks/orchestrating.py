@@ -31,9 +31,9 @@ from dsvl.digits import chats
 from dsvl.engine import Engine, join
 from dsvl.model import VisualChat
 from dsvl.train import steps
-from orchestration import journal
 from orchestration.compose import load
 from orchestration.plan import prepared_folder
+from orchestration.records import journal
 from tests.benchmarks.mmca import machine
 from tests.orchestration.conftest import digits
 

@@ -30,7 +30,7 @@ from dsvl.data.types import IGNORED, Batch, Example, Kind
 from dsvl.engine import Engine, join
 from dsvl.model import VisualChat
 from orchestration.config import Experiment, validated
-from orchestration.memory import memory
+from orchestration.planning.memory import memory
 from tests.benchmarks.measure import MALLOC, peak_mib
 from tests.benchmarks.mmca import machine
 

@@ -30,11 +30,11 @@ import torch
 from mlflow import MlflowClient
 
 from dsvl.digits import chats
-from orchestration import journal
 from orchestration.compose import load
-from orchestration.course import Course
-from orchestration.journal import Journal
-from orchestration.shipping import catch_up
+from orchestration.records import journal
+from orchestration.records.course import Course
+from orchestration.records.journal import Journal
+from orchestration.records.shipping import catch_up
 from tests.benchmarks.mmca import machine
 from tests.orchestration.conftest import digits, run_folder
 from tests.orchestration.lives import run_id
@@ -141,7 +141,7 @@ def cost(folder: Path, size: Size) -> dict[str, Any]:
             found = [
                 p
                 for p in psutil.Process(driver.pid).children()
-                if "orchestration.shipping" in p.cmdline()
+                if "orchestration.records.shipping" in p.cmdline()
             ]
             shipper = found[0] if (run / "mlflow.json").exists() else None
         elif (done // size.turn % 2 == 0) != going:

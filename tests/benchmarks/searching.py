@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata, wilcoxon
 
-from orchestration.across import AcrossSizes, Recommendation
 from orchestration.scaling import Run, Trunk
-from orchestration.verdicts import undertrained
+from orchestration.searching.across import AcrossSizes, Recommendation
+from orchestration.searching.verdicts import undertrained
 from tests.benchmarks.tuning import BUDGET, TARGET, TUNED, USUAL, Found
 from tests.benchmarks.worlds import KINDS, LADDER, RATES, World
 

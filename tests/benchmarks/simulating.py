@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from orchestration.across import AcrossSizes
 from orchestration.compose import load
 from orchestration.config import Experiment
-from orchestration.cost import flops_of_a_step, seconds_of_a_step
-from orchestration.memory import STATE_BYTES, weight_bytes
-from orchestration.parameters import parameters
 from orchestration.plan import plan
+from orchestration.planning.cost import flops_of_a_step, seconds_of_a_step
+from orchestration.planning.memory import STATE_BYTES, weight_bytes
+from orchestration.planning.parameters import parameters
 from orchestration.scaling import Ladder, Run, Size, Trunk
+from orchestration.searching.across import AcrossSizes
 from tests.benchmarks.costs import SHARD, Costs, agreement, measure
 from tests.benchmarks.fleet import Fleet, Searched, Training, Trial, pool, search
 from tests.benchmarks.mmca import machine

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import psutil
 
-from orchestration import journal
+from orchestration.records import journal
 from tests.benchmarks.surviving import UPDATES, Run, main
 from tests.orchestration.conftest import digits
 from tests.orchestration.machines import Machines

@@ -26,7 +26,8 @@ import psutil
 import torch
 
 from dsvl.digits import chats
-from orchestration import faults, journal
+from orchestration.records import journal
+from orchestration.training import faults
 from tests.benchmarks.mmca import machine
 from tests.orchestration.conftest import digits, run_folder, steps_done
 

@@ -27,11 +27,12 @@ import torch
 from ray.util.state import list_placement_groups
 
 from dsvl.digits import chats
-from orchestration import commands, faults
+from orchestration import commands
 from orchestration.compose import load
-from orchestration.journal import curve, read, read_json, write_json
-from orchestration.results import trials_folder
+from orchestration.records.journal import curve, read, read_json, write_json
+from orchestration.records.results import trials_folder
 from orchestration.search import trial_name
+from orchestration.training import faults
 from tests.benchmarks.mmca import machine
 from tests.orchestration.conftest import digits
 
@@ -239,11 +240,8 @@ def kept(found: dict[str, Any]) -> bool:
             and again <= at_most
         )
     if "failed" in found:
-        causes = {
-            action: (reason or "").split(":")[0] for action, reason in found["failed"].items()
-        }
-        whole = found["others_same_metrics"] and not found["placement_groups_left"]
-        return causes == FAULTS and whole
+        told = all(cause in (found["failed"][action] or "") for action, cause in FAULTS.items())
+        return told and found["others_same_metrics"] and not found["placement_groups_left"]
     return all(a["exit"] == 2 and a["seconds"] < AT_ONCE_SECONDS for a in found.values())
 
 

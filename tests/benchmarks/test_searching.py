@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from orchestration.across import AcrossSizes
+from orchestration.searching.across import AcrossSizes
 from tests.benchmarks.searching import RIVALS, area, measure, searched, table
 from tests.benchmarks.worlds import EXCESS, KINDS, LADDER, OCTAVES, RATES, World
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 
 from orchestration.compose import load
-from orchestration.cost import flops_of_a_step
 from orchestration.plan import plan
+from orchestration.planning.cost import flops_of_a_step
 from tests.benchmarks.costs import Costs
 from tests.benchmarks.simulating import ASSUMED, REPAIR, preparation, repaired, rounds_of
 

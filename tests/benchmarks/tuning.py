@@ -10,7 +10,7 @@ As a longer schedule has annealed less at the same epoch, schedulers compare tri
 horizons, never at equal epochs. Where that still drops the longer ones, all trials have one horizon, itself
 the best one of the ladder in worlds of development, a favour. Each but PB2 has whichever of the two had the
 least median regret in worlds 1000 to 1011, standard and hard; a scheduler for each horizon, as
-`orchestration.schedulers.Peers` has, was no better for any, as 60 epochs are a handful of trials.
+`orchestration.searching.schedulers.Peers` has, was no better for any, as 60 epochs are a handful of trials.
 
 That is also why HyperBand, whose first bracket stops nobody, and median stopping, which needs three trials
 to compare with, do little more here than draw at random. PB2, whose horizon cannot be searched, gets a

@@ -76,7 +76,6 @@ def _worker(rank, world, port, config, folder, options):
         for name in ("safe_open", "load_file", "save_file"):
             delattr(checkpoint, name)
     join(backend="nccl" if options.get("device") == "cuda" else "gloo")
-    torch.manual_seed(rank)
     engine_config = EngineConfig(
         zero_stage=options["stage"],
         micro_batch=options.get("micro", 1),
@@ -87,6 +86,7 @@ def _worker(rank, world, port, config, folder, options):
     with divided(config, engine=engine_config, train=train):
         model = VisualChat(config, precision=train.precision, seed=0)
     engine = Engine(model, engine=engine_config, train=train, optim_config=OPTIM)
+    torch.manual_seed(rank)
     guard = Guard(train)
 
     def save(step):
@@ -298,9 +298,9 @@ def test_a_checkpoint_resumes_at_another_stage_and_world_size(
     ("world", "precision", "stages"),
     [
         (2, "fp32", (1, 2, 1, 2, 1)),
-        (2, "bf16", (1, 2, 3, 2, 3)),
+        (2, "bf16", (3, 2, 3, 1, 3)),
         slow(1, "fp32", (1, 2, 1, 2, 1)),
-        slow(1, "bf16", (1, 2, 3, 2, 3)),
+        slow(1, "bf16", (3, 2, 3, 1, 3)),
     ],
 )
 def test_resumed_at_other_stages_it_ends_with_the_same_bits(
@@ -332,7 +332,7 @@ def test_a_run_that_changes_its_number_of_workers_trains_on_the_same_samples(
     np.testing.assert_allclose(records, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("stage", "epochs"), [(2, 5), (3, 5), slow(3, 20)])
+@pytest.mark.parametrize(("stage", "epochs"), [(2, 5), (3, 5), slow(2, 20), slow(3, 20)])
 def test_text_alone_leaves_no_rank_waiting(model_config, tmp_path, monkeypatch, stage, epochs):
     """11 updates an epoch on samples of which 9 % are text: alone on a rank, and on both."""
     monkeypatch.setitem(globals(), "TRAIN", replace(TRAIN, batch=2, epochs=epochs, seed=1))

@@ -17,7 +17,7 @@ import yaml
 from dsvl.digits import chats
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
-from orchestration.journal import curve
+from orchestration.records.journal import curve
 from tests.orchestration.machines import Machines, wait_until
 
 CONFIGS = Path(__file__).parents[2] / "configs"

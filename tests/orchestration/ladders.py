@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from orchestration.laws import Law, fit
 from orchestration.scaling import TERMS, Ladder, Points, Run, Size, Trunk
+from orchestration.searching.laws import Law, fit
 
 LADDER = Ladder(
     sizes=tuple(

@@ -14,7 +14,7 @@ from orchestration.config import Experiment
 WORKER = """
 import sys, time
 from pathlib import Path
-from orchestration.journal import Journal, read
+from orchestration.records.journal import Journal, read
 folder, steps = Path(sys.argv[1]), int(sys.argv[2])
 journal = Journal(folder)
 entries = read(folder)[0]
@@ -33,8 +33,8 @@ TRAINING = f"""
 import subprocess, sys
 from pathlib import Path
 from orchestration.config import validated
-from orchestration.journal import read_json
-from orchestration.shipping import shipped
+from orchestration.records.journal import read_json
+from orchestration.records.shipping import shipped
 folder = Path(sys.argv[1])
 experiment = validated(read_json(folder / "experiment.json")["experiment"])
 with shipped(experiment, folder):
@@ -47,9 +47,9 @@ SWEEP = """
 import sys, time
 from pathlib import Path
 from orchestration.config import validated
-from orchestration.journal import Journal, read_json
-from orchestration.results import begin
-from orchestration.shipping import shipped
+from orchestration.records.journal import Journal, read_json
+from orchestration.records.results import begin
+from orchestration.records.shipping import shipped
 root, trials, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 experiment = validated(read_json(root / "experiment.json")["experiment"])
 Journal(root).start(identity="i", params={}, step=0)
@@ -99,7 +99,9 @@ def disturb(
             break
         whom, processes = draw.choice(list(killed)), {"driver": [psutil.Process(driver.pid)]}
         children = processes["driver"][0].children()
-        processes["shipper"] = [p for p in children if "orchestration.shipping" in command_of(p)]
+        processes["shipper"] = [
+            p for p in children if "orchestration.records.shipping" in command_of(p)
+        ]
         processes["worker"] = [p for p in children if p not in processes["shipper"]]
         for process in processes[whom]:
             process.kill()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestration import journal
+from orchestration.records import journal
 from tests.orchestration.conftest import histories
 
 TOKEN = "canary-5f1e0c2a-token"

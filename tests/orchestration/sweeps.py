@@ -14,8 +14,8 @@ from dsvl.data.encode import Encoder
 from dsvl.data.images import StoredImage
 from dsvl.data.types import Conversation, ImageRef, Part, Rejected, Turn
 from orchestration.config import Experiment, validated
-from orchestration.journal import Journal, write_json
-from orchestration.results import begin
+from orchestration.records.journal import Journal, write_json
+from orchestration.records.results import begin
 from tests.dsvl.data import prepared
 from tests.dsvl.data.prepared import Sample
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from orchestration import cli
 from orchestration.compose import load
 from orchestration.config import validated
-from orchestration.results import begin, experiment_of
+from orchestration.records.results import begin, experiment_of
 from tests.orchestration.conftest import run_folder
 
 pytestmark = pytest.mark.ray

@@ -7,8 +7,8 @@ import pytest
 
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
-from orchestration.parameters import Part
 from orchestration.plan import PlanError, blends_file, plan
+from orchestration.planning.parameters import Part
 
 
 def test_only_the_projection_and_the_embedding_are_trained(settings):

@@ -19,9 +19,9 @@ from dsvl.data.collate import collate
 from dsvl.data.encode import load_tokenizer, show
 from dsvl.data.store import open_store, verify
 from orchestration import commands
-from orchestration.check import REMEDIES, check
 from orchestration.config import validated
 from orchestration.prepare import prepare
+from orchestration.preparing.check import REMEDIES, check
 from tests.conftest import COLOURS, raw_records
 
 pytestmark = pytest.mark.ray
@@ -279,7 +279,7 @@ def test_progress_is_told_now_and_then_and_in_the_end_of_all_records(experiment,
     said: list[str] = []
     check(experiment(BOTH), progress=said.append)
     assert said == ["data: 87 of 87 records checked"]
-    monkeypatch.setattr("orchestration.survey.SAY_EVERY", 0.0)
+    monkeypatch.setattr("orchestration.preparing.survey.SAY_EVERY", 0.0)
     said.clear()
     check(experiment(BOTH), progress=said.append)
     counts = [int(line.split()[1]) for line in said]

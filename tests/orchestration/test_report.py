@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from orchestration import side_by_side
 from orchestration.compose import load
 from orchestration.config import Experiment, validated
-from orchestration.journal import Journal, write_json
-from orchestration.page import picture
+from orchestration.pages import side_by_side
+from orchestration.pages.page import picture
+from orchestration.pages.plots import outline, short
 from orchestration.plan import plan
-from orchestration.plots import outline, short
+from orchestration.records.journal import Journal, write_json
 from orchestration.report import write
 from tests.orchestration import browser
 from tests.orchestration.sweeps import (

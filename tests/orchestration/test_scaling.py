@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from orchestration.fitting import Whitening
-from orchestration.laws import fit, interval
 from orchestration.scaling import Ladder, Points, Run, Size, Trunk
+from orchestration.searching.fitting import Whitening
+from orchestration.searching.laws import fit, interval
 from tests.orchestration.ladders import LADDER, best_rate, fitted, law, observed, trunk
 
 

@@ -16,12 +16,12 @@ from ray.tune.schedulers import TrialScheduler
 from orchestration import search
 from orchestration.compose import load
 from orchestration.config import validated
-from orchestration.cost import flops_of_a_step
-from orchestration.journal import Journal, read, write_json
-from orchestration.proposals import Listed, Proposal, proposals
-from orchestration.results import trials_folder
-from orchestration.schedulers import scheduler
+from orchestration.planning.cost import flops_of_a_step
+from orchestration.records.journal import Journal, read, write_json
+from orchestration.records.results import trials_folder
 from orchestration.search import summarize, trial_name
+from orchestration.searching.proposals import Listed, Proposal, proposals
+from orchestration.searching.schedulers import scheduler
 from tests.orchestration.conftest import SEARCH, SETTINGS, digits, histories
 
 

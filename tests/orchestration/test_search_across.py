@@ -10,8 +10,8 @@ from subprocess import PIPE
 import pytest
 
 from orchestration.compose import load
-from orchestration.journal import read
-from orchestration.results import trials_folder
+from orchestration.records.journal import read
+from orchestration.records.results import trials_folder
 from orchestration.space import EPOCHS, SEED
 from tests.orchestration.conftest import digits
 

@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 
 from orchestration.cli import main
 from orchestration.config import Experiment, validated
-from orchestration.journal import LOCK, NAME, Journal, busy, curve, sole, write_json
-from orchestration.results import begin
-from orchestration.standings import render
+from orchestration.records.journal import LOCK, NAME, Journal, busy, curve, sole, write_json
+from orchestration.records.results import begin
+from orchestration.records.standings import render
 from orchestration.status import Standing, Watch
 from tests.orchestration.conftest import SETTINGS, histories, run_folder
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 WRITER = """
 import sys, time
 from pathlib import Path
-from orchestration.journal import Journal, sole
+from orchestration.records.journal import Journal, sole
 folder = Path(sys.argv[1])
 with sole(folder):
     journal = Journal(folder)

@@ -11,8 +11,8 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 from orchestration import cli
-from orchestration.journal import curve
-from orchestration.ray_jobs import killed
+from orchestration.clusters.ray_jobs import killed
+from orchestration.records.journal import curve
 from tests.orchestration.conftest import digits, run_folder, steps_done
 from tests.orchestration.machines import Machines, wait_until
 

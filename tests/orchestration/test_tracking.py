@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from orchestration import shipping, tracking
+from orchestration import tracking
 from orchestration.config import Experiment, validated
-from orchestration.journal import NOTES, Journal
-from orchestration.results import begin
-from orchestration.shipping import Follower, catch_up, shipped
+from orchestration.records import shipping
+from orchestration.records.journal import NOTES, Journal
+from orchestration.records.results import begin
+from orchestration.records.shipping import Follower, catch_up, shipped
 from tests.orchestration.conftest import SETTINGS, histories
 
 
@@ -197,7 +198,7 @@ def _lost_and_found(experiment, client, broken, caplog, monkeypatch):
         ends.join()
     assert told == [False]
     journal.end("finished")
-    (message,) = [r.message for r in caplog.records if r.name == "orchestration.shipping"]
+    (message,) = [r.message for r in caplog.records if r.name == "orchestration.records.shipping"]
     assert "tracking store" in message
     assert "the journals keep what it misses" in message
     assert not (folder / "mlflow.json").exists()

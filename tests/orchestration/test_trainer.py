@@ -20,10 +20,11 @@ import pytest
 import torch.distributed as dist
 from mlflow import MlflowClient
 
-from orchestration import cli, commands, faults, trainer
+from orchestration import cli, commands, trainer
 from orchestration.compose import load
 from orchestration.config import Experiment
-from orchestration.journal import curve, read
+from orchestration.records.journal import curve, read
+from orchestration.training import faults
 from tests.orchestration.conftest import digits, histories, run_folder, steps_done
 
 pytestmark = pytest.mark.ray
@@ -317,7 +318,7 @@ def alone(tmp_path):
 
 @pytest.mark.usefixtures("alone")
 def test_a_checkpoint_of_another_experiment_is_refused_by_the_worker(trained_run):
-    from orchestration.checkpoints import load_newest
+    from orchestration.training.checkpoints import load_newest
 
     other = load(trained_run, ["train.epochs=8"])
     with pytest.raises(

@@ -1,0 +1,1 @@
+"""Work carried to clusters, and whether they can carry it."""

@@ -1,0 +1,1 @@
+"""How runs and sweeps look: pages of HTML and their figures."""

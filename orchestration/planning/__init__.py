@@ -1,0 +1,1 @@
+"""What an experiment needs and costs, counted from its settings alone."""

@@ -1,0 +1,1 @@
+"""From raw data to prepared data: the passes over records and images, on Ray Data."""

@@ -1,0 +1,116 @@
+"""How the standings of runs are told: a table in a terminal, written anew while someone watches."""
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from io import StringIO
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from orchestration.pages.page import duration
+from orchestration.pages.plots import short
+from orchestration.problems import harmless
+from orchestration.status import Standing, Watch
+
+PERIOD_SECONDS = 2.0
+WIDTH = 200
+"""Of a table that goes to a file."""
+BAR = 10
+"""Characters of a bar of progress."""
+COLOURS = {
+    "running": "green",
+    "finished": "blue",
+    "stopped": "blue",
+    "starting": "cyan",
+    "restarting": "yellow",
+    "silent": "yellow",
+    "failed": "red",
+    "killed": "red",
+}
+HEAD = (
+    "run",
+    "state",
+    "progress",
+    "left",
+    "tokens/s",
+    "loss",
+    "restarts",
+    "undone",
+    "GPU-h",
+    "money",
+)
+
+
+def render(standings: Sequence[Standing], *, terminal: bool) -> str:
+    """The table as a text, with why runs failed below it; as wide as the terminal that it is meant for."""
+    width = shutil.get_terminal_size().columns if terminal else WIDTH
+    console = Console(file=StringIO(), width=width, force_terminal=terminal, highlight=False)
+    with console.capture() as captured:
+        console.print(_view(standings))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def shipped(synced: Mapping[str, Any]) -> str:
+    """What a synchronisation with MLflow came to, as a line."""
+    waits = "".join(f"; {folder} is at work and ships by itself" for folder in synced["at_work"])
+    return f"\n{synced['store']} has {synced['runs']} runs{waits}"
+
+
+def watch(source: Watch) -> list[Standing]:
+    """Show the table on stderr, anew every few seconds, until Ctrl-C; returns the last standings.
+
+    Raises:
+        ValueError: if nobody can watch, stderr being no terminal.
+    """
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        raise ValueError("--watch: needs a terminal to write to; leave it out, and ask again later")
+    standings = source.look()
+    with (
+        Live(console=console, screen=True, auto_refresh=False) as live,
+        suppress(KeyboardInterrupt),
+    ):
+        while True:
+            live.update(_view(standings), refresh=True)
+            time.sleep(PERIOD_SECONDS)
+            standings = source.look()
+    return standings
+
+
+def _view(standings: Sequence[Standing]) -> Group:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, name in enumerate(HEAD):
+        number = place > 2
+        table.add_column(name, justify="right" if number else "left", no_wrap=place > 0)
+    reasons = []
+    for standing in standings:
+        for indent, one in (("", standing), *(("  ", trial) for trial in standing.trials)):
+            table.add_row(*_cells(one, indent))
+            if one.state == "failed":
+                reasons.append(Text(harmless(f"{one.name} failed: {one.reason}"), style="red"))
+    return Group(table, *reasons)
+
+
+def _cells(one: Standing, indent: str) -> Iterator[Text]:
+    yield Text(indent + harmless(one.name))
+    yield Text(one.state, style=COLOURS[one.state])
+    yield Text(_progress(one))
+    yield Text("" if one.left_s is None else duration(one.left_s))
+    yield Text("" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}")
+    yield Text("" if one.loss is None else f"{one.loss:.4g}")
+    yield Text(str(one.restarts or ""))
+    yield Text(str(one.undone or ""))
+    yield Text(short(one.gpu_hours))
+    yield Text("" if one.money is None else f"{one.money:,.2f}")
+
+
+def _progress(one: Standing) -> str:
+    if not one.steps:
+        return f"{one.step:,}"
+    done = min(BAR, BAR * one.step // one.steps)
+    return f"{'█' * done}{'░' * (BAR - done)} {one.step:,} of {one.steps:,}"

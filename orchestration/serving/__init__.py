@@ -1,0 +1,1 @@
+"""Trained models talked to: in a terminal, and behind an address."""

@@ -1,0 +1,1 @@
+"""The storage in an object store: files, what is kept there, and when."""

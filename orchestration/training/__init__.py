@@ -1,0 +1,1 @@
+"""How one training begins, goes on and survives."""

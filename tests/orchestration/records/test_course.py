@@ -1,0 +1,62 @@
+"""What the lines of a journal come to."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestration.records.course import Course
+from orchestration.records.journal import seconds
+
+
+def start(time: float, step: int = 0, workers: int = 2) -> dict:
+    return {"kind": "start", "time": time, "step": step, "steps": 10, "workers": workers}
+
+
+def metrics(time: float, step: int, **values: float) -> dict:
+    return {"kind": "metrics", "time": time, "step": step, "metrics": values}
+
+
+def course(*entries: dict) -> Course:
+    made = Course()
+    for entry in entries:
+        made.add(entry)
+    return made
+
+
+def test_an_update_that_is_undone_is_no_restart():
+    undone = {"kind": "undone", "time": 2.0, "fault": "update 3: its loss is nan"}
+    run = course(start(0), metrics(1, 3), undone, start(2.5, 1), metrics(3, 2), start(9, 2))
+    assert (run.undone, run.restarts, run.step) == (1, 1, 2)
+
+
+def test_hours_are_those_of_the_workers_that_each_start_had():
+    run = course(start(0), metrics(10, 1), start(100, 1, workers=1), metrics(105, 2))
+    assert (run.seconds, run.worker_seconds) == (15, 10 * 2 + 5)
+
+
+def test_the_pace_is_that_since_the_last_start():
+    assert course(start(0), metrics(50, 5)).pace == 10
+    assert course(start(0), metrics(50, 5), start(60, 5)).pace is None
+    assert course(start(0), metrics(50, 5), start(60, 5), metrics(62, 6)).pace == 2
+
+
+def test_a_run_that_has_started_again_has_not_ended():
+    end = {"kind": "end", "time": 2.0, "state": "failed", "reason": "lost"}
+    assert course(start(0), end).end == end
+    assert course(start(0), end, start(3)).end == {}
+    assert course().end == {}
+
+
+def test_a_command_that_only_failed_counts_since_it_was_at_work():
+    """Killed at 10; typed again at 1000, it fails before any update."""
+    end = {"kind": "end", "time": 1003.0, "state": "failed", "reason": "lost", "since": 1000.0}
+    entries = [start(0), metrics(10, 1), end]
+    assert course(*entries).seconds == seconds(entries) == 13
+
+
+@given(st.lists(st.sampled_from(["start", "metrics", "undone", "end"]), max_size=12))
+def test_work_is_counted_as_the_journal_counts_it(kinds):
+    blank = {"step": 1, "workers": 2, "metrics": {}}
+    entries = [start(0)]
+    entries += [{"kind": kind, "time": i**2, **blank} for i, kind in enumerate(kinds, start=1)]
+    assert course(*entries).seconds == pytest.approx(seconds(entries))
