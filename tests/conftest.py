@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import struct
 import tempfile
 import zlib
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # models are tiny, and tests run side by side
+# What a shell starts in the background ignores interrupts, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RECORDS = Path(__file__).parent / "data/llava_json"
 COLOURS = {

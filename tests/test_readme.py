@@ -132,17 +132,15 @@ def test_the_experiment_to_write_yourself_loads(tmp_path):
 
 def test_the_tree_names_every_module():
     (tree,) = (block for block in blocks("") if block.startswith("dsvl/"))
-    named, folder = set(), ""
+    named, folders = set(), list[str]()
     for line in tree.splitlines():
-        name = line.split()[0]
-        if line.startswith(" "):
-            named.add(folder + name)
-        else:
-            folder = name
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name]
+        named.add("".join(folders))
     modules = {
         str(path.relative_to(ROOT))
-        for part in ("dsvl", "orchestration")
-        for path in (ROOT / part).glob("*.py")
+        for pattern in ("dsvl/*.py", "orchestration/**/*.py")
+        for path in ROOT.glob(pattern)
         if path.stem != "__init__"
     }
     assert {name for name in named if name.endswith(".py")} == modules
