@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -32,8 +33,8 @@ CHATTY = (
     "ray._private.runtime_env.packaging",
 )
 """Loggers that tell of every request."""
-RECORDS = ("INFO ", "WARNING ", "ERROR ")
-"""How lines begin that a command says on its way."""
+RECORDS = re.compile(r"(INFO|WARNING|ERROR) |\[?\d{4}-\d\d-\d\d |Running entrypoint for job ")
+"""How lines begin that a command, its libraries and Ray say on the way."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SIGNAL = 128
 """Exit statuses from here on tell of a signal, as those of a shell do."""
@@ -197,7 +198,7 @@ def told(client: JobSubmissionClient, job: JobDetails) -> dict[str, Any]:
 def _last_words(log: str) -> str:
     """What a command says after all records of its log: why it failed."""
     lines = log.splitlines()
-    records = [number for number, line in enumerate(lines, start=1) if line.startswith(RECORDS)]
+    records = [number for number, line in enumerate(lines, start=1) if RECORDS.match(line)]
     return harmless("\n".join(lines[max(records, default=0) :]).strip())
 
 
