@@ -75,13 +75,14 @@ def note(chosen: Trained, target: Path) -> None:
     search = chosen.experiment.search
     metric, mode = (search.metric, search.mode) if search else ("eval/loss", "min")
     seen = [v for step, v in curve(chosen.folder, metric) if step <= chosen.checkpoint.step]
-    Journal(chosen.folder / NOTES).export(
-        os.path.relpath(target, chosen.folder),
-        step=chosen.checkpoint.step,
-        metric=metric,
-        value=seen[-1] if seen else math.nan,
-        mode=mode,
-    )
+    with Journal(chosen.folder / NOTES) as notes:
+        notes.export(
+            os.path.relpath(target, chosen.folder),
+            step=chosen.checkpoint.step,
+            metric=metric,
+            value=seen[-1] if seen else math.nan,
+            mode=mode,
+        )
     with shipped(chosen.experiment, chosen.root):
         pass
 

@@ -80,9 +80,9 @@ def keep(experiment: Experiment, folder: Path) -> None:
         log.info("no figures for MLflow: %s is missing; pip install 'dsvl[pictures]'", error.name)
     else:
         files += pictures.write(html.read_text(encoding="utf-8"), folder / "figures")
-    notes = Journal(folder / NOTES)
-    for path in files:
-        notes.file(os.path.relpath(path, folder))
+    with Journal(folder / NOTES) as notes:
+        for path in files:
+            notes.file(os.path.relpath(path, folder))
 
 
 def _write(experiment: Experiment, html: Path | None) -> dict[str, Any]:

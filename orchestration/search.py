@@ -57,7 +57,8 @@ def search(experiment: Experiment, prepared: Path) -> None:
     root, settings = trials_folder(experiment), searched(experiment)
     space = {path: str(domain) for path, domain in settings.space.items()}
     trials = settings.trials or 0
-    Journal(root).start(identity=experiment.identity(), params=space, step=0, steps=trials)
+    with Journal(root) as journal:
+        journal.start(identity=experiment.identity(), params=space, step=0, steps=trials)
     ledger, decides = Ledger(experiment, root), scheduler(experiment)
     searcher, proposal_of = _searcher(experiment)
     held = Budgeted(
@@ -194,9 +195,10 @@ class Ledger(tune.Callback):
     def _tell(self, folder: Path) -> None:
         self.done += 1
         best = summarize(self.experiment)["best"]
-        Journal(self.root).metrics(
-            self.done, {f"best/{name}": best[name] for name in ("eval/loss", "eval/accuracy")}
-        )
+        with Journal(self.root) as journal:
+            journal.metrics(
+                self.done, {f"best/{name}": best[name] for name in ("eval/loss", "eval/accuracy")}
+            )
         of_all = f" of {self.total}" if self.total else ""
         log.info("trial %d%s: %s: %s", self.done, of_all, folder.name, describe(folder))
 

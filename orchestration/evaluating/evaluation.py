@@ -123,7 +123,8 @@ def _note(chosen: Trained, folder: Path, sets: Mapping[str, Any]) -> None:
     notes, inside = chosen.folder / NOTES, os.path.relpath(folder, chosen.folder)
     about: dict[str, Any] = {"path": inside, "step": chosen.checkpoint.step, "metrics": values}
     if not any(note.items() >= about.items() for note in read(notes)[0]):  # measured again
-        Journal(notes).evaluation(**about)
+        with Journal(notes) as journal:
+            journal.evaluation(**about)
     with shipped(chosen.experiment, chosen.root):
         pass
 

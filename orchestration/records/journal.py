@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 NAME = "journal.jsonl"
 NOTES = "notes"
@@ -95,6 +95,12 @@ class Journal:
             text = f"{folder}: another process is training here; wait for its end, or stop it"
             raise RuntimeError(text) from None
         self._file.truncate(read(folder)[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._file.close()
 
     def start(
         self,

@@ -36,8 +36,7 @@ from orchestration.records.course import Course
 from orchestration.records.journal import Journal
 from orchestration.records.shipping import catch_up
 from tests.benchmarks.mmca import machine
-from tests.orchestration.conftest import digits, run_folder
-from tests.orchestration.lives import run_id
+from tests.orchestration.conftest import digits, run_folder, run_id
 from tests.orchestration.outages import OUTAGES, TOKEN, Door, Server, differences
 
 BATCH = 8

@@ -281,6 +281,11 @@ def run_folder(path: Path) -> Path:
     return load(path).run_folder
 
 
+def run_id(folder: Path) -> str:
+    """Of the MLflow run of a folder."""
+    return json.loads((folder / "mlflow.json").read_text())["run_id"]
+
+
 def steps_done(folder: Path) -> int:
     """How many updates the journal of a run tells of."""
     return max((step for step, _ in curve(folder, "train/loss")), default=0)

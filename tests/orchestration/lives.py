@@ -1,11 +1,9 @@
 """Commands in processes of their own that do in little what trainings and sweeps do to a record."""
 
-import json
 import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 
@@ -111,8 +109,3 @@ def disturb(
             driver = start(TRAINING, folder, steps)
     assert driver.wait() == 0
     return killed
-
-
-def run_id(folder: Path) -> str:
-    """Of the MLflow run of a folder."""
-    return json.loads((folder / "mlflow.json").read_text())["run_id"]

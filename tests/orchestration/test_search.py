@@ -22,7 +22,7 @@ from orchestration.records.results import trials_folder
 from orchestration.search import summarize, trial_name
 from orchestration.searching.proposals import Listed, Proposal, proposals
 from orchestration.searching.schedulers import scheduler
-from tests.orchestration.conftest import SEARCH, SETTINGS, digits, histories
+from tests.orchestration.conftest import SEARCH, SETTINGS, digits, histories, run_id
 
 
 def grid(*rates: float) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def test_a_killed_sweep_goes_on_and_trains_no_finished_trial_again(storage, dsvl
     assert driver.wait() == -signal.SIGKILL
     done = {result: fingerprint(result) for result in root.glob("*/result.json")}
     journals = {result.parent: (result.parent / "journal.jsonl").read_bytes() for result in done}
-    parent = mlflow_run(root)
+    parent = run_id(root)
     assert len(done) < 3
 
     again = dsvl("sweep", path, "--json", stdout=PIPE)
@@ -287,7 +287,7 @@ def test_a_killed_sweep_goes_on_and_trains_no_finished_trial_again(storage, dsvl
         assert (kinds.count("start"), kinds.count("end")) == (1, 1)
 
     client = MlflowClient(experiment.tracking_uri)
-    assert mlflow_run(root) == parent
+    assert run_id(root) == parent
     (number,) = {client.get_run(parent).info.experiment_id}
     children = client.search_runs([number], f"tags.mlflow.parentRunId = '{parent}'")
     asked = {child.info.run_name: child.data.params for child in children}
@@ -307,10 +307,6 @@ def test_a_killed_sweep_goes_on_and_trains_no_finished_trial_again(storage, dsvl
 
 def fingerprint(path: Path) -> tuple[bytes, int]:
     return path.read_bytes(), path.stat().st_mtime_ns
-
-
-def mlflow_run(folder: Path) -> str:
-    return json.loads((folder / "mlflow.json").read_text())["run_id"]
 
 
 @pytest.mark.ray
@@ -341,8 +337,7 @@ def test_a_sweep_with_asha_ends_though_one_trial_is_stopped_and_another_fails(st
     root = trials_folder(experiment)
     client = MlflowClient(experiment.tracking_uri)
     ends = {
-        name: client.get_run(mlflow_run(root / name))
-        for name in ("lr=0.01", "lr=1e-07", "lr=1e+300")
+        name: client.get_run(run_id(root / name)) for name in ("lr=0.01", "lr=1e-07", "lr=1e+300")
     }
     assert [run.info.status for run in ends.values()] == ["FINISHED", "FINISHED", "FAILED"]
     assert ends["lr=1e-07"].data.tags["stopped_by"] == "scheduler"

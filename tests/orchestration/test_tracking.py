@@ -1,6 +1,5 @@
 """A journal reaches MLflow whole and once, whatever happens to either of them on the way."""
 
-import json
 import os
 import socket
 import sys
@@ -18,7 +17,7 @@ from orchestration.records import shipping
 from orchestration.records.journal import NOTES, Journal
 from orchestration.records.results import begin
 from orchestration.records.shipping import Follower, catch_up, shipped
-from tests.orchestration.conftest import SETTINGS, histories
+from tests.orchestration.conftest import SETTINGS, histories, run_id
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +38,6 @@ def experiment(storage, request) -> Experiment:
 @pytest.fixture
 def client(experiment) -> MlflowClient:
     return MlflowClient(experiment.tracking_uri)
-
-
-def run_id(folder: Path) -> str:
-    return json.loads((folder / "mlflow.json").read_text())["run_id"]
 
 
 def ship(experiment: Experiment, folder: Path | None = None, *, over: bool = False) -> None:

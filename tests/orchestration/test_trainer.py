@@ -25,7 +25,7 @@ from orchestration.compose import load
 from orchestration.config import Experiment
 from orchestration.records.journal import curve, read
 from orchestration.training import faults
-from tests.orchestration.conftest import digits, histories, run_folder, steps_done
+from tests.orchestration.conftest import digits, histories, run_folder, run_id, steps_done
 
 pytestmark = pytest.mark.ray
 
@@ -61,13 +61,9 @@ def final_checkpoint(folder: Path) -> dict[str, bytes]:
 def logged(experiment: Experiment) -> dict[str, list[tuple[int, float]]]:
     """What MLflow has of a run, without what its machine had to do with."""
     client = MlflowClient(experiment.tracking_uri)
-    found = histories(client, mlflow_run(experiment.run_folder))
+    found = histories(client, run_id(experiment.run_folder))
     machine = ("throughput/", "actual/", "system/", "train/flops")
     return {key: points for key, points in found.items() if not key.startswith(machine)}
-
-
-def mlflow_run(folder: Path) -> str:
-    return json.loads((folder / "mlflow.json").read_text())["run_id"]
 
 
 def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
@@ -98,7 +94,7 @@ def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
     assert result["metrics"]["eval/loss"] == found["eval/loss"][-1][1] < found["eval/loss"][0][1]
     assert 0 < found["plan/memory_gib"][0][1] < 2 * result["metrics"]["actual/memory_gib"]
     assert result["metrics"]["actual/hours"] > 0
-    run = MlflowClient(experiment.tracking_uri).get_run(mlflow_run(folder))
+    run = MlflowClient(experiment.tracking_uri).get_run(run_id(folder))
     shares = {data.dataset.name: data.tags for data in run.inputs.dataset_inputs}
     assert shares.keys() == {"digits_train", "digits_eval held out"}
     assert [output.step for output in run.outputs.model_outputs] == [STEPS]
@@ -166,13 +162,13 @@ def test_a_training_whose_driver_is_killed_goes_on_and_ends_with_the_same_bits(
     )
     driver.kill()
     assert driver.wait() == -signal.SIGKILL
-    before = mlflow_run(folder)
+    before = run_id(folder)
     commands.train(experiment)  # at once, while workers of the killed driver may still be dying
     first, second = starts(folder)
     assert first == 0
     assert second in {*range(5, STEPS, 5), STEPS}, f"killed after {MOMENT}"  # orphans may finish
     assert final_checkpoint(folder) == final_checkpoint(run_folder(trained_run))
-    assert mlflow_run(folder) == before
+    assert run_id(folder) == before
     assert logged(experiment) == logged(load(trained_run))
 
 

@@ -12,8 +12,7 @@ from orchestration import cli
 from orchestration.compose import load
 from orchestration.evaluating.evaluation import read_suite
 from orchestration.trained import choose
-from tests.orchestration.conftest import digits, run_folder
-from tests.orchestration.lives import run_id
+from tests.orchestration.conftest import digits, run_folder, run_id
 
 pytestmark = pytest.mark.ray
 

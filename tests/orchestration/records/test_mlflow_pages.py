@@ -19,8 +19,7 @@ from orchestration.config import Experiment
 from orchestration.records.journal import NOTES, Journal
 from orchestration.records.results import trials_folder
 from orchestration.records.shipping import catch_up
-from tests.orchestration.conftest import SETTINGS
-from tests.orchestration.lives import run_id
+from tests.orchestration.conftest import SETTINGS, run_id
 from tests.orchestration.outages import free_port
 from tests.orchestration.sweeps import STEPS, make_sweep, searched, trial_name
 

@@ -13,7 +13,7 @@ from orchestration.records.registry import NOTED
 from orchestration.records.results import begin
 from orchestration.records.shipping import Follower
 from tests.orchestration.buckets import BUCKET, Store
-from tests.orchestration.conftest import SETTINGS, histories
+from tests.orchestration.conftest import SETTINGS, histories, run_id
 
 DATA = {
     "folder": "/prepared/chats",
@@ -50,10 +50,6 @@ def run(experiment) -> tuple[MlflowClient, str]:
     for _ in range(2):
         Follower(experiment, folder).ship(over=True)
     return MlflowClient(experiment.tracking_uri), run_id(folder)
-
-
-def run_id(folder: Path) -> str:
-    return json.loads((folder / "mlflow.json").read_text())["run_id"]
 
 
 def test_data_are_inputs_of_the_run_by_digest_with_the_share_that_each_blend_has(run):

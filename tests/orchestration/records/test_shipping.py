@@ -17,8 +17,8 @@ from orchestration.records import shipping
 from orchestration.records.journal import Journal
 from orchestration.records.results import begin, trials_folder
 from orchestration.records.shipping import catch_up, shipped
-from tests.orchestration.conftest import SETTINGS, digits, run_folder, steps_done
-from tests.orchestration.lives import SWEEP, command_of, disturb, run_id
+from tests.orchestration.conftest import SETTINGS, digits, run_folder, run_id, steps_done
+from tests.orchestration.lives import SWEEP, command_of, disturb
 from tests.orchestration.lives import start as start_life
 from tests.orchestration.outages import OUTAGES, TOKEN, Door, Server, differences
 from tests.orchestration.postgres import PASSWORD, Postgres, programs
