@@ -18,7 +18,6 @@ from dsvl.data.types import IGNORED, Example, Turn
 from dsvl.decoder import Interleaved
 from dsvl.generate import Sampling, generate
 from dsvl.model import VisualChat
-from dsvl.train import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,7 @@ class Answers:
         )
         for tokens in generate(
             self.model,
-            to_device(batch, self.device),
+            batch.to(self.device),
             end=self.encoder.end,
             max_new_tokens=max(answer.most for answer in answers),
             sampling=[answer.question.sampling for answer in answers],

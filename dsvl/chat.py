@@ -19,7 +19,6 @@ from dsvl.decoder import Interleaved
 from dsvl.generate import Sampling, generate
 from dsvl.model import VisualChat
 from dsvl.template import text
-from dsvl.train import to_device
 
 
 class TooLongError(ValueError):
@@ -142,7 +141,7 @@ class Chat:
         try:
             for (token,) in generate(
                 self.model,
-                to_device(batch, self.device),
+                batch.to(self.device),
                 end=self.encoder.end,
                 max_new_tokens=self.max_new_tokens,
                 sampling=self.sampling and self.sampling.numbered(len(self.turns) // 2),

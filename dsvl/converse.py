@@ -17,7 +17,6 @@ from dsvl.data.types import IGNORED, Example, Kind
 from dsvl.decoder import Interleaved
 from dsvl.generate import generate
 from dsvl.model import VisualChat
-from dsvl.train import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,7 @@ def converse(
         written: list[list[int]] = [[] for _ in going]
         for tokens in generate(
             model,
-            to_device(batch, device),
+            batch.to(device),
             end=encoder.end,
             max_new_tokens=max_new_tokens,
             cache=cache,

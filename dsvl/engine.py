@@ -179,7 +179,7 @@ class Engine:
         """One optimiser update from this rank's share of a global batch.
 
         Args:
-            micro_batches: as many as there are accumulation steps.
+            micro_batches: as many as there are accumulation steps; each is brought to the device in its turn.
             targets: supervised tokens of the whole global batch; the loss is the mean over them.
             lr: the learning rate of this update.
 
@@ -192,7 +192,7 @@ class Engine:
         # DeepSpeed averages over ranks and accumulation steps; the loss is a sum over tokens.
         share = self.workers * len(micro_batches) / targets
         for batch in micro_batches:
-            loss = self.deepspeed(batch)
+            loss = self.deepspeed(batch.to(self.device))
             total += loss.detach().float()
             self.deepspeed.backward(loss * share)
             if self.stage == 0:

@@ -14,7 +14,7 @@ from dsvl.data.blend import Epoch, Samples
 from dsvl.data.store import Prepared
 from dsvl.data.types import Batch
 from dsvl.model import VisualChat, labels
-from dsvl.train import batch_of, to_device
+from dsvl.train import batch_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def evaluate(
         mine = range(len(samples))[first : first + batch * workers][rank::workers]
         # A rank without a sample passes one uncounted, so that every rank takes part in every collective.
         examples = [samples[i] for i in mine or (0,)]
-        loaded = to_device(batch_of(prepared, examples), device)
+        loaded = batch_of(prepared, examples).to(device)
         others = [prepared.vision_input(another[key]) for key in loaded.images]
         pixels = torch.from_numpy(np.stack(others)).to(device) if others else loaded.pixels
         part = score(model, loaded, others=pixels)

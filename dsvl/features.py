@@ -66,6 +66,8 @@ class Features:
                 "missing; prepare the data with engine.stored_features=true, or set that to false"
             )
         self._shards = [np.asarray(np.load(path, mmap_mode="r")) for path in paths]
+        self.shape: tuple[int, ...] = self._shards[0].shape[1:] if paths else prepared.vision_shape
+        """Of the features of an image; without any, of its pixels."""
 
     def __call__(self, key: str) -> np.ndarray:
         """(tokens, width) float32 of the image with this sha256 key."""

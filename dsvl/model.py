@@ -134,8 +134,13 @@ class VisualChat(nn.Module):
             return text, text[:0]
         # Without an image the path to the projection still runs, at zero weight: every rank takes part in
         # every collective, and a text-only batch is ordinary. (All ranks generate the same.)
-        size = self.config.vision.image_size
-        seen = pixels if len(pixels) else pixels.new_zeros(1, 3, size, size)
+        # The same path on all ranks: through the tower, or not where features come ready-made.
+        size, shape = (
+            self.config.vision.image_size,
+            (self.config.vision.tokens, self.config.vision.width),
+        )
+        blank = (3, size, size) if pixels.ndim == 4 else shape
+        seen = pixels if len(pixels) else pixels.new_zeros(1, *blank)
         if seen.ndim == 4:
             features = self.vision(seen, recompute=self.recompute)
         else:
@@ -146,7 +151,6 @@ class VisualChat(nn.Module):
                 rank,
                 "trains the tower: pass images on as pixels",
             )
-            shape = (self.config.vision.tokens, self.config.vision.width)
             require(
                 seen.shape[1:] == shape,
                 "features: shape",

@@ -12,7 +12,7 @@ from dsvl.data.blend import Blender, Epoch
 from dsvl.data.store import Prepared
 from dsvl.engine import Engine
 from dsvl.evaluate import evaluate
-from dsvl.train import batch_of, to_device
+from dsvl.train import batch_of
 
 
 def rehearse(
@@ -38,7 +38,7 @@ def rehearse(
     longest, what = _longest(samples.lengths, config.micro_batch)
     remedy = "engine.micro_batch or data.max_tokens, or set engine.gradient_checkpointing=true"
     with _fits(f"{what}, the longest of an epoch,", remedy):
-        batch = to_device(batch_of(prepared, [samples[i] for i in longest]), engine.device)
+        batch = batch_of(prepared, [samples[i] for i in longest])
         loss, _ = engine.update(
             [batch] * engine.accumulation,
             targets=max(1, int(samples.targets[longest].sum())),

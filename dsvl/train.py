@@ -3,10 +3,9 @@
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from dsvl.config import EngineConfig, TrainConfig
 from dsvl.data.blend import Blender, deal, order
@@ -90,15 +89,6 @@ class Plan:
         return self._order[index * self.train.batch : (index + 1) * self.train.batch]
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch on another device."""
-    tensors = {
-        name: getattr(batch, name).to(device, non_blocking=True)
-        for name in ("ids", "labels", "pixels")
-    }
-    return replace(batch, layout=batch.layout.to(device), **tensors)
-
-
 def steps(
     engine: Engine,
     prepared: Prepared,
@@ -128,7 +118,7 @@ def steps(
         if not skipped:
             passes = deal(samples.lengths[indices], len(indices) // config.micro_batch)
             micro_batches = [
-                to_device(batch_of(prepared, [samples[i] for i in indices[part]]), engine.device)
+                batch_of(prepared, [samples[i] for i in indices[part]])
                 for part in passes[engine.rank :: engine.workers]
             ]
             with stragglers.update(), norms if inspect else nullcontext():
@@ -156,4 +146,5 @@ def batch_of(prepared: Prepared, examples: Sequence[Example]) -> Batch:
         pixels=prepared.vision_input,
         image_tokens=prepared.image_tokens,
         pad_id=prepared.pad_id,
+        no_image=prepared.vision_shape,
     )

@@ -79,7 +79,8 @@ def work(config: dict) -> None:
     watchdog.wind("hashing the frozen parts")
     frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
     if experiment.engine.stored_features:
-        prepared.vision_input = Features(prepared, features_folder(experiment, prepared.folder))
+        features = Features(prepared, features_folder(experiment, prepared.folder))
+        prepared.vision_input, prepared.vision_shape = features, features.shape
     blender = Blender(prepared, "train", data=experiment.data, seed=train.seed)
     samples = held_out_samples(prepared, experiment)
     plan, guard = Plan(len(blender), train), Guard(train)

@@ -17,6 +17,7 @@ def collate(
     image_tokens: int,
     pad_id: int,
     rows: Sequence[int] | None = None,
+    no_image: Sequence[int] = (3, 0, 0),
 ) -> Batch:
     """Lay examples out in rows, padded on the right to the longest, and gather their images.
 
@@ -26,8 +27,8 @@ def collate(
         image_tokens: positions of an image.
         pad_id: what fills `ids` where there is no text.
         rows: the row of each example, ascending from 0, to pack several into one; else each has its own.
+        no_image: without any image `pixels` is (0, *no_image), an image more or less.
 
-    Without any image the batch has `pixels` of shape (0, 3, 0, 0), as nothing tells P.
     Raises ValueError without any example; and, naming it, where an example is empty or its image positions
     and its images disagree.
     """
@@ -68,6 +69,6 @@ def collate(
         images=shown,
         pixels=torch.from_numpy(np.stack([pixels(key) for key in shown]))
         if shown
-        else torch.zeros(0, 3, 0, 0),
+        else torch.zeros(0, *no_image),
         layout=lay_out(kinds, predicts, samples=None if rows is None else packing),
     )

@@ -185,6 +185,8 @@ class Prepared:
         """Those that are held out."""
         self.vision_input: Callable[[str], np.ndarray] = self.pixels
         """What a batch takes of the image with a key: pixels, unless features are set (`dsvl.features`)."""
+        self.vision_shape: tuple[int, ...] = (3, self.processor.size, self.processor.size)
+        """Of what that gives."""
 
     @property
     def quarantined(self) -> int:

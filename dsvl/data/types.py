@@ -1,7 +1,7 @@
 """The types that data passes through, from a raw record to a batch; standard library only."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -172,3 +172,8 @@ class Batch:
     def kinds(self) -> "torch.Tensor":
         """(B, S) int8 of Kind."""
         return self.layout.kinds
+
+    def to(self, device: "torch.device") -> "Batch":
+        """The same batch on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "labels", "pixels")}
+        return replace(self, layout=self.layout.to(device), **moved)

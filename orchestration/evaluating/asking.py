@@ -25,7 +25,6 @@ from dsvl.data.sources import BadImage, Images
 from dsvl.data.store import open_store
 from dsvl.data.types import Example
 from dsvl.evaluate import score_rounds
-from dsvl.train import to_device
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.preparing.pool import Progress, each
@@ -200,7 +199,7 @@ class Asker:
             image_tokens=self._encoder.image_tokens,
             pad_id=self._encoder.pad_id,
         )
-        rounds = score_rounds(self._model, to_device(batch, self._device))
+        rounds = score_rounds(self._model, batch.to(self._device))
         for (key, _), told in zip(examples, rounds, strict=True):
             results[key][way] = [[each.loss, each.targets, each.right] for each in told]
 

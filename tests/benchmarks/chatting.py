@@ -11,7 +11,6 @@ from dsvl.data.collate import collate
 from dsvl.data.types import Conversation, Example, ImageRef, Part, Turn
 from dsvl.generate import generate
 from dsvl.model import VisualChat
-from dsvl.train import to_device
 from tests.benchmarks.case import OURS, Case, Target, at_once
 from tests.benchmarks.measure import Run
 from tests.benchmarks.setting import Setting, pixels, visual_chat, words
@@ -58,7 +57,7 @@ class Room:
             image_tokens=chat.encoder.image_tokens,
             pad_id=chat.encoder.pad_id,
         )
-        batch = to_device(batch, chat.device)
+        batch = batch.to(chat.device)
         ((token,),) = generate(self.model, batch, end=chat.encoder.end, max_new_tokens=1)
         assert token is not None
         return chat.encoder.decode([token])

@@ -19,7 +19,6 @@ from dsvl.config import LanguageConfig, ModelConfig, VisionConfig
 from dsvl.data.collate import collate
 from dsvl.data.types import IGNORED, Batch, Example, Kind
 from dsvl.model import DTYPES, VisualChat
-from dsvl.train import to_device
 
 ANSWERS = 0.3
 """Share of a sample's text that is trained; with as many image tokens as text, 15 % of all positions."""
@@ -126,7 +125,7 @@ def sample(setting: Setting, images: int, texts: int) -> Batch:
         image_tokens=setting.size.image_tokens,
         pad_id=0,
     )
-    return to_device(batch, setting.device)
+    return batch.to(setting.device)
 
 
 def stock_decoder(setting: Setting, **shape: int) -> LlamaForCausalLM:

@@ -6,7 +6,7 @@ import torch
 from dsvl.data.layout import Layout
 from dsvl.decoder import Streams
 from dsvl.model import VisualChat
-from dsvl.train import Plan, to_device
+from dsvl.train import Plan
 from tests.dsvl import test_train
 from tests.dsvl.test_model import batch_of, example
 
@@ -24,7 +24,7 @@ def batch():
 def test_states_and_gradients_are_those_of_the_cpu(model_config, batch, precision, tolerance):
     expected = VisualChat(model_config, precision="fp32", seed=0)
     model = VisualChat(model_config, precision=precision, seed=0).to(GPU)
-    loss, reference = model(to_device(batch, GPU)), expected(batch)
+    loss, reference = model(batch.to(GPU)), expected(batch)
     assert loss.item() == pytest.approx(reference.item(), rel=tolerance)
     loss.backward()
     reference.backward()
@@ -40,7 +40,7 @@ def test_states_and_gradients_are_those_of_the_cpu(model_config, batch, precisio
 def test_a_pass_over_the_layers_never_waits_for_the_device(model_config, batch, recompute):
     model = VisualChat(model_config, precision="bf16", seed=0).to(GPU)
     model.recompute = recompute
-    moved = to_device(batch, GPU)
+    moved = batch.to(GPU)
     assert isinstance(model.decoder, Streams)
     assert isinstance(moved.layout, Layout)
     model(moved).backward()  # the first pass sets libraries up

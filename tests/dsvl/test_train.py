@@ -24,6 +24,7 @@ from dsvl.model import VisualChat
 from dsvl.optim import groups, learning_rate
 from dsvl.rehearse import rehearse
 from dsvl.train import Plan, Step
+from dsvl.vision import VisionTower
 from tests.dsvl.test_model import PIXELS, batch_of, example
 
 LAYOUTS = ("t1tTTtT", "tTTT", "t11ttTtTT", "ttT1tT", "tt1TTT", "t1t1tT", "tttTtT", "1TTT", "t1T")
@@ -58,6 +59,7 @@ class Prepared:
 
     train = eval = Examples()
     pixels = vision_input = staticmethod(PIXELS.__getitem__)
+    vision_shape = (3, 8, 8)
     image_tokens, pad_id = 4, 0
 
 
@@ -85,6 +87,13 @@ def _worker(rank, world, port, config, folder, options):
     train = TrainConfig(**{**vars(TRAIN), "precision": options.get("precision", "fp32")})
     with divided(config, engine=engine_config, train=train):
         model = VisualChat(config, precision=train.precision, seed=0)
+    prepared = Prepared()
+    if options.get("features"):
+        tower = VisionTower(config.vision, dtype=torch.float32).eval()
+        with torch.no_grad():
+            made = {k: tower(torch.from_numpy(p)[None])[0].numpy() for k, p in PIXELS.items()}
+        prepared.vision_input = made.__getitem__
+        prepared.vision_shape = (config.vision.tokens, config.vision.width)
     engine = Engine(model, engine=engine_config, train=train, optim_config=OPTIM)
     torch.manual_seed(rank)
     guard = Guard(train)
@@ -112,7 +121,7 @@ def _worker(rank, world, port, config, folder, options):
     # What a rehearsal leaves behind is overwritten by the checkpoint.
     rehearse(
         engine,
-        Prepared(),
+        prepared,
         Prepared.train,
         config=engine_config,
         epoch=0,
@@ -122,7 +131,7 @@ def _worker(rank, world, port, config, folder, options):
     records = []
     for step in guarded(
         engine,
-        Prepared(),
+        prepared,
         Prepared.train,
         train=train,
         config=engine_config,
@@ -216,6 +225,14 @@ def test_every_way_of_sharding_trains_as_a_plain_loop_does(
     values = checkpoint.load_file(tmp_path / "step-000012/parameters.safetensors")
     for name, expected in reference[1].items():
         torch.testing.assert_close(values[name], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_with_stored_features_ranks_without_an_image_take_part_in_what_the_others_do(
+    model_config, reference, tmp_path
+):
+    """The tower is divided too; who has no image must not run it while the others do not."""
+    records = run(model_config, tmp_path, stage=3, features=True)
+    np.testing.assert_allclose(records, reference[0], rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(
