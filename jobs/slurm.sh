@@ -7,8 +7,10 @@
 #SBATCH --exclusive
 #SBATCH --cpus-per-task=65
 #SBATCH --time=60:00:00
+#SBATCH --signal=B:USR1@300
 #SBATCH --gpus-per-node=8
 # Singleton: typed twice, the second waits for the first and finds its work done.
+# What its limit ends waits in the queue again, and goes on from its newest checkpoint.
 set -euo pipefail
 umask 077
 
@@ -156,4 +158,6 @@ EXPERIMENT
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 ray symmetric-run --address "$head:6379" --min-nodes 2 --num-cpus=65 --num-gpus=8 \
-  -- python -m jobs.work train "$place/experiment.yaml"
+  -- python -m jobs.work train "$place/experiment.yaml" &
+trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+wait "$!"

@@ -36,6 +36,11 @@ class DeployConfig(Section):
     """A Secret of Kubernetes whose entries all nodes find in their environment, such as HF_TOKEN."""
     partition: str | None = None
     """Of Slurm; its default one when empty."""
+    hours: int | None = Field(default=None, gt=0)
+    """Of a job of Slurm, where longer ones are not taken; half as much again as planned when empty.
+
+    Work that takes longer waits in the queue again, and goes on.
+    """
     setup: tuple[str, ...] = ()
     """Commands of a Slurm script before the work, such as those that load modules."""
 

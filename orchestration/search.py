@@ -167,7 +167,10 @@ class Ledger(tune.Callback):
         """A trial that the scheduler stopped cannot write its result itself."""
         folder = self.root / trial_name(trial.config)
         if mirror := mirror_of(self.experiment):
-            mirror.fetch(folder)  # what a worker on another machine has made
+            try:
+                mirror.fetch(folder)  # what a worker on another machine has made
+            except RuntimeError as error:  # which Tune would take for a failure of the trial
+                log.warning("%s; the sweep goes on with what is here", error)
         if finished(self.experiment.trial(trial.config), folder):
             self._tell(folder)
         else:

@@ -33,6 +33,8 @@ class Manifest:
     """The program that ends what has the name which is added."""
     then: str
     """What to do with the text, or once it is sent."""
+    named: Callable[[str], str] = str
+    """What a work is called there."""
 
 
 MANIFESTS = {
@@ -41,7 +43,9 @@ MANIFESTS = {
         kuberay.check,
         ("kubectl", "apply", "--filename=-"),
         ("kubectl", "delete", "--ignore-not-found", "rayjob,configmap"),
-        "kubectl get rayjob tells how it is, kubectl logs --follow job/NAME what it says",
+        "kubectl get rayjob tells how it is, kubectl logs --follow job/NAME what it says; one that has "
+        "failed goes on after --stop and the same command",
+        kuberay.object_name,
     ),
     "slurm": Manifest(
         slurm.script,
@@ -76,6 +80,11 @@ def submit(
     """
     name = name_of(work, experiment)
     request = Request(work, portable(experiment), name)
+    given = {"--wait": wait, "--again": again, "--address": address}
+    if to != "ray" and (flags := [flag for flag, value in given.items() if value]):
+        raise ValueError(
+            f"{', '.join(flags)}: only with --to ray; with --to {to}, {MANIFESTS[to].then}"
+        )
     if to != "ray":
         return _made(request, MANIFESTS[to], dry_run=dry_run, check=check, stopping=stopping)
     address = (address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD).rstrip("/")
@@ -98,12 +107,13 @@ def _made(
         ValueError: if it cannot be made, is not valid, or there is no program to send it with.
     """
     require_in_image(request.experiment)
-    text = manifest.make(request.experiment, request.verb, request.stem)
+    name = manifest.named(request.stem)
+    text = manifest.make(request.experiment, request.verb, name)
     if problems := list(manifest.check(text)):
         raise ConfigError(problems)
     if dry_run or check:
         return {"manifest": text, "then": manifest.then}
-    command = (*manifest.stop, request.stem) if stopping else manifest.send
+    command = (*manifest.stop, name) if stopping else manifest.send
     if not manifest.send:
         raise ValueError(f"this is no job but a cluster, which --dry-run prints; {manifest.then}")
     if shutil.which(command[0]) is None:
@@ -115,7 +125,7 @@ def _made(
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
     state = "STOPPED" if stopping else "SENT"
     return {
-        "job": request.stem,
+        "job": name,
         "state": state,
         "message": done.stdout.strip(),
         "then": manifest.then,

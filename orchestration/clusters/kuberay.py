@@ -17,8 +17,10 @@ RAY = "2.60.0"
 ATTEMPTS = 3
 """Clusters more that KubeRay starts when a head or a driver is lost; each goes on where the last was."""
 MOUNTED = "/etc/dsvl"
+LONGEST = 47
+"""Characters of a name."""
 KEPT = 3600
-"""Seconds for which a cluster whose job failed is kept to look at, and a job that is done is listed."""
+"""Seconds for which a cluster whose job failed is kept to look at; a job that is over is listed for a day."""
 
 
 def manifest(experiment: Experiment, verb: str, name: str) -> str:
@@ -29,7 +31,6 @@ def manifest(experiment: Experiment, verb: str, name: str) -> str:
     """
     experiment = labelled(experiment)
     nodes = pools(experiment)
-    name = name.lower().replace("_", "-").replace(".", "-")[:47].rstrip("-")  # as KubeRay has it
     settings = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -64,6 +65,7 @@ def manifest(experiment: Experiment, verb: str, name: str) -> str:
                     _deleted("SUCCEEDED", "DeleteCluster", 60),
                     _deleted("FAILED", "DeleteCluster", KEPT),
                     _deleted("SUCCEEDED", "DeleteSelf", 24 * KEPT),
+                    _deleted("FAILED", "DeleteSelf", 24 * KEPT),
                 ]
             },
             "rayClusterSpec": {
@@ -80,6 +82,12 @@ def manifest(experiment: Experiment, verb: str, name: str) -> str:
         },
     }
     return yaml.safe_dump_all([settings, job], sort_keys=False)
+
+
+def object_name(stem: str) -> str:
+    """What the objects of a work are called: at most 47 characters, as KubeRay has it, its digest whole."""
+    head, _, digest = stem.lower().replace("_", "-").replace(".", "-").rpartition("-")
+    return f"{head[: LONGEST - len(digest) - 1].rstrip('-')}-{digest}"
 
 
 def _deleted(status: str, policy: str, seconds: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ DAYS = 2
 """Of the limit of a job whose plan tells no time."""
 SPARE = 1.5
 """How many times the planned hours, which tell of updates alone, are asked for."""
+BEFORE = 300
+"""Seconds before its limit in which a job is put in the queue again."""
 
 SCRIPT = """\
 #!/bin/bash
@@ -30,8 +32,10 @@ SCRIPT = """\
 #SBATCH --exclusive
 #SBATCH --cpus-per-task={cpus}
 #SBATCH --time={limit}
+#SBATCH --signal=B:USR1@{before}
 {options}
 # Singleton: typed twice, the second waits for the first and finds its work done.
+# What its limit ends waits in the queue again, and goes on from its newest checkpoint.
 set -euo pipefail
 umask 077
 {setup}
@@ -46,7 +50,9 @@ cat > "$place/experiment.yaml" <<'EXPERIMENT'
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 ray symmetric-run --address "$head:6379" --min-nodes {nodes} {start} \\
-  -- python -m jobs.work {verb} "$place/experiment.yaml"
+  -- python -m jobs.work {verb} "$place/experiment.yaml" &
+trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+wait "$!"
 """
 
 
@@ -59,7 +65,10 @@ def script(experiment: Experiment, verb: str, name: str) -> str:
     node, deploy = pools(experiment)["gpu"], experiment.deploy
     cluster = experiment.cluster.model_copy(update={"cpu_labels": {}, "gpu_labels": {}})
     alike = experiment.model_copy(update={"cluster": cluster})
-    hours = plan(experiment).run.hours
+    planned, limit = plan(experiment), experiment.deploy.hours
+    cost = {"train": planned.run, "sweep": planned.sweep}.get(verb)
+    if limit is None:
+        limit = SPARE * cost.hours if cost and cost.hours else 24 * DAYS
     options = [f"#SBATCH --gpus-per-node={node['gpus']}"] if node["gpus"] else []
     options += [f"#SBATCH --partition={deploy.partition}"] if deploy.partition else []
     start = f"--num-cpus={node['cpus']}" + (f" --num-gpus={node['gpus']}" if node["gpus"] else "")
@@ -67,7 +76,8 @@ def script(experiment: Experiment, verb: str, name: str) -> str:
         name=name,
         nodes=node["nodes"],
         cpus=node["cpus"],
-        limit=f"{max(1, math.ceil(SPARE * hours))}:00:00" if hours else f"{DAYS}-00:00:00",
+        limit=f"{math.ceil(limit)}:00:00",
+        before=BEFORE,
         options="\n".join(options),
         setup="\n".join(deploy.setup),
         place=shlex.quote(str(experiment.run_folder / "jobs" / name)),

@@ -156,7 +156,20 @@ class Asker:
         self._store = ImageStore(limit_bytes=STORE_BYTES)
 
     def __call__(self, job: Sequence[tuple[str, Sample]]) -> int:
-        """Ask the samples of a job, keep the results and return how many there are."""
+        """Ask the samples of a job, keep the results and return how many there are.
+
+        Where they need more memory than the GPU has, they are asked in halves.
+        """
+        try:
+            return self._ask(job)
+        except torch.OutOfMemoryError:
+            if len(job) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(job) // 2
+        return self(job[:half]) + self(job[half:])
+
+    def _ask(self, job: Sequence[tuple[str, Sample]]) -> int:
         shown, faults = self._look(job)
         fine = [(key, sample) for key, sample in job if key not in faults]
         results: dict[str, Result] = {key: {"fault": fault} for key, fault in faults.items()}

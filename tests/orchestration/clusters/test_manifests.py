@@ -1,7 +1,10 @@
 """Manifests for KubeRay, Slurm and the cluster launcher: made from an experiment, and checked."""
 
+import math
 import os
 import re
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,12 @@ import pytest
 import yaml
 
 from orchestration import cli
+from orchestration.clusters import kuberay, slurm
 from orchestration.compose import load
-from orchestration.submit import MANIFESTS, name_of
+from orchestration.plan import plan
+from orchestration.submit import MANIFESTS
 from tests.orchestration.conftest import CONFIGS
+from tests.orchestration.machines import wait_until
 
 JOBS = Path(__file__).parents[3] / "jobs"
 EXPERIMENT = CONFIGS / "experiment/visualchat_13b_set1.yaml"
@@ -175,9 +181,70 @@ def test_what_is_sent_is_what_a_dry_run_prints(capsys, monkeypatch, tmp_path):
     assert "apply --filename=-" in out
     assert nameless((tmp_path / "got").read_text()) == nameless((JOBS / "kuberay.yaml").read_text())
     status, out, _ = submit(capsys, "--to", "kuberay", "--stop")
-    assert f"rayjob,configmap {name_of('train', load(EXPERIMENT, SETTINGS))}" in out
+    (named,) = {
+        one["metadata"]["name"] for one in yaml.safe_load_all((tmp_path / "got").read_text())
+    }
+    assert f"rayjob,configmap {named}\n" in out
     monkeypatch.setenv("PATH", "/nowhere")
     assert submit(capsys, "--to", "kuberay")[0] == 2
+
+
+def test_two_works_never_have_one_name_in_kubernetes_however_long_theirs_are():
+    stems = [f"train-Visual.Chat_13b-{'long-' * 12}run-{k}-{k * 8}" for k in "ab"]
+    names = {kuberay.object_name(stem) for stem in stems}
+    assert len(names) == 2
+    assert all(re.fullmatch(r"[a-z0-9][-a-z0-9]{,45}[a-z0-9]", name) for name in names)
+    assert {name[-8:] for name in names} == {"aaaaaaaa", "bbbbbbbb"}
+
+
+def test_what_is_for_ray_jobs_alone_is_refused_elsewhere(capsys, monkeypatch):
+    monkeypatch.chdir(JOBS.parent)
+    status, out, said = submit(capsys, "--to", "slurm", "--wait", "--dry-run")
+    assert (status, out) == (2, "")
+    assert said.startswith("--wait: only with --to ray; with --to slurm, squeue tells how it is")
+
+
+def test_a_script_asks_for_the_time_of_its_work_or_as_much_as_is_given():
+    experiment = load(CONFIGS / "experiment/visualchat_13b_set1_seeds.yaml", SETTINGS)
+    planned, given = plan(experiment), experiment.with_overrides({"deploy.hours": 12})
+    assert planned.sweep.hours > planned.run.hours > 12
+    wanted = {
+        "train": math.ceil(slurm.SPARE * planned.run.hours),
+        "sweep": math.ceil(slurm.SPARE * planned.sweep.hours),
+        "evaluate": 24 * slurm.DAYS,
+    }
+    for verb, hours in wanted.items():
+        assert f"#SBATCH --time={hours}:00:00" in slurm.script(experiment, verb, "name")
+        assert "#SBATCH --time=12:00:00" in slurm.script(given, verb, "name")
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_script_ends_as_its_work_does_and_is_queued_again_before_its_limit(tmp_path, status):
+    programs = {
+        "scontrol": f'echo "$@" >> {tmp_path}/asked',
+        "srun": f"test -e {tmp_path}/asked.2 && exit {status}; touch {tmp_path}/asked.2; sleep 60",
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = [*SETTINGS, f"storage.path={tmp_path}/runs", f"storage.data={tmp_path}"]
+    (script := tmp_path / "script.sh").write_text(
+        slurm.script(load(EXPERIMENT, settings), "train", "work")
+    )
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node",
+    }
+    first = subprocess.Popen(["bash", str(script)], env=environment, start_new_session=True)
+    wait_until((tmp_path / "asked.2").exists)
+    first.send_signal(signal.SIGUSR1)
+    first.wait(timeout=30)
+    os.killpg(first.pid, signal.SIGKILL)  # as Slurm does
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "requeue 7"
+    second = subprocess.run(["bash", str(script)], env=environment, check=False, timeout=60)
+    assert second.returncode == status
+    assert not list(tmp_path.glob("runs/*/jobs/work/token-*"))
 
 
 def test_the_image_is_pinned_not_root_and_of_the_same_ray():
