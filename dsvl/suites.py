@@ -5,8 +5,9 @@ A suite is files of one format and a folder of images. `FORMATS` has a parser fo
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -152,6 +153,8 @@ def _jsonl(paths: Sequence[Path]) -> Iterator[Dialogue]:
         rounds = record.get("rounds", [record])
         asked = []
         for each in rounds:
+            if wrong := _misspelt(each.keys() | (record.keys() - {"id", "rounds"})):
+                raise ValueError("no field {!r}; did you mean {!r}?".format(*wrong))
             images, expected = _several(each, "image"), _several(each, "answer")
             kind = each.get("kind", "answer" if expected else "open")
             if kind not in ("open", "answer", "people", "caption", "yes_no", "choice"):
@@ -160,6 +163,14 @@ def _jsonl(paths: Sequence[Path]) -> Iterator[Dialogue]:
                 Asked(str(each["question"]), images, kind, expected, each.get("group", ""))
             )
         yield Dialogue(str(record.get("id", number)), tuple(asked))
+
+
+def _misspelt(names: Collection[str]) -> tuple[str, str] | None:
+    """A field that is near to one of a round's that is not there, and that."""
+    fields = ({"question"}, {"image", "images"}, {"answer", "answers"}, {"kind"}, {"group"})
+    missing = set().union(*(field for field in fields if not field & set(names)))
+    near = {name: get_close_matches(name, missing, 1, cutoff=0.75) for name in sorted(names)}
+    return next(((name, found[0]) for name, found in near.items() if found), None)
 
 
 def _several(record: Mapping[str, Any], name: str) -> tuple[str, ...]:

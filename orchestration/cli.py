@@ -82,6 +82,8 @@ class _Parser(argparse.ArgumentParser):
 def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """What is asked for, and the options that its verb alone takes."""
     verb = next((word for word in arguments if not word.startswith("-")), None)
+    if verb is None and not {"-h", "--help"} & set(arguments):
+        raise ValueError(f"name what to do: {', '.join(VERBS)}; dsvl --help says what each does")
     if verb is not None and verb not in VERBS:
         near = did_you_mean(verb, VERBS) or f"; the verbs are {', '.join(VERBS)}"
         raise ValueError(f"no verb {verb!r}{near}")
@@ -108,12 +110,13 @@ def _request(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, An
 def _sources(request: argparse.Namespace) -> list[Experiment | Path]:
     """What the verb works on: one experiment or folder, or several where it takes them."""
     verb, path, overrides = request.verb, request.experiment, request.overrides
-    if verb == "quickstart" and (path is None or "=" in path):
+    if verb in ("quickstart", "doctor") and (path is None or "=" in path):
         path, overrides = QUICKSTART, [*([path] if path else []), *overrides]
     if path is None and request.verb == "status":
         path = StorageConfig().path
     if path is None:
-        raise ValueError(f"name an experiment: dsvl {verb} EXPERIMENT")
+        asked = " WORK" if verb == "submit" else ""
+        raise ValueError(f"name an experiment: dsvl {verb}{asked} EXPERIMENT")
     paths = [path]
     if verb in SEVERAL:
         paths += [word for word in overrides if "=" not in word or Path(word).is_dir()]
@@ -127,6 +130,10 @@ def _source(verb: str, path: str | Path, overrides: Sequence[str]) -> Experiment
             told = f"{path} is a folder, whose settings are what they were; leave out {' '.join(overrides)}"
             raise ValueError(told)
         return Path(path)
+    if verb in OF_A_FOLDER and not Path(path).exists() and Path(path).suffix != ".yaml":
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; {verb} takes a YAML file{OF_A_FOLDER[verb]}"
+        )
     if verb in OF_A_RUN and RUN_ID.fullmatch(str(path)):
         return again(str(path), overrides)
     return load(path, overrides)
@@ -148,6 +155,8 @@ def _json(document: dict[str, Any]) -> str:
 def _log(verb: str, experiment: Experiment | Path | None, cause: str) -> str:
     """Write cause and traceback of the current exception beside the run, or somewhere; tell where."""
     own = experiment.run_folder if isinstance(experiment, Experiment) else None
+    if verb == "submit":  # to where the storage is, perhaps that of other machines
+        own = None
     for folder in (own, None):
         with suppress(OSError):  # a full disk, or one that may not be written to
             folder = folder or Path(tempfile.gettempdir())

@@ -10,6 +10,7 @@ from orchestration import report, search
 from orchestration.cluster import connect
 from orchestration.clusters.placement import require_room, require_room_for_trials
 from orchestration.config import Experiment
+from orchestration.plan import plan
 from orchestration.prepare import prepare, require_one_tokenizer
 from orchestration.records import progress
 from orchestration.records.journal import sole
@@ -21,7 +22,7 @@ from orchestration.records.results import (
     trunk_of,
 )
 from orchestration.records.shipping import shipped
-from orchestration.searching import evidence
+from orchestration.searching import evidence, summary
 from orchestration.storing.mirroring import catch_up, mirrored
 from orchestration.trainer import fit
 
@@ -47,6 +48,7 @@ def train(experiment: Experiment) -> dict:
                 with connect(experiment):
                     require_room(experiment, workers=experiment.worker_counts(workers)[0])
                     prepared = Path(prepare(experiment)["folder"])
+                    plan(experiment)  # raises where there are fewer samples than an update has
                     require_same_data(experiment, folder, prepared)
                     with progress.shown(experiment, experiment.name):
                         fit(experiment, folder, prepared, workers=workers)
@@ -73,14 +75,15 @@ def sweep(experiment: Experiment) -> dict:
         with connect(experiment), shipped(experiment, folder):
             require_room_for_trials(experiment)
             prepared = Path(prepare(experiment)["folder"])
+            plan(experiment)
             with progress.shown(experiment, f"{experiment.name} sweep"):
                 search.search(experiment, prepared)
             if experiment.search and experiment.search.across:
                 evidence.write(experiment)
             report.keep(experiment, folder)
-    summary = search.summarize(experiment)
-    for failure in summary["failed"]:
+    found = summary.summarize(experiment)
+    for failure in found["failed"]:
         log.warning("trial %s", failure)
-    if not summary["trials"]:
+    if not found["trials"]:
         raise RuntimeError(f"no trial of {experiment.name} came to an end")
-    return summary | search.compare(experiment, summary["trials"])
+    return found | summary.compare(experiment, found["trials"])

@@ -19,6 +19,9 @@ from orchestration.config import Experiment, validated
 from orchestration.problems import MISSING, ConfigError, Keys, Problem
 from orchestration.settings import merge, path_keys, place
 
+OVERRIDE = "override"
+"""How the origin of a value begins that the command line set."""
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a file with overrides on top.
@@ -88,6 +91,9 @@ class _Composition:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
             return self._unreadable(asked_by, f"no file {path!r}{_near_file(path)}")
+        except IsADirectoryError:
+            held = _near_file(os.path.join(path, "?"))
+            return self._unreadable(asked_by, f"{path!r} is a folder, not a YAML file{held}")
         except (OSError, UnicodeDecodeError) as error:
             return self._unreadable(asked_by, f"cannot read {path!r}: {error}")
         tree = self._parse(path, text)
@@ -108,7 +114,7 @@ class _Composition:
 
     def override(self, tree: _Tree, text: str) -> _Tree:
         """The settings with `section.field=value` on top."""
-        origin = f"override '{text}'"
+        origin = f"{OVERRIDE} '{text}'"
         path, equals, value_text = text.partition("=")
         keys = path_keys(path.strip())
         if not equals or not all(keys):
@@ -232,7 +238,11 @@ class _Parser:
 
 
 def _origin(keys: Keys, origins: dict[Keys, str]) -> str:
-    """Where the value at `keys` was set, else the section around it."""
+    """Where the value at `keys`, or last a part of it, was set; else the section around it."""
+    within = [origins[known] for known in origins if known[: len(keys)] == keys]
+    overrides = [origin for origin in within if origin.startswith(OVERRIDE)]
+    if keys and overrides:
+        return overrides[-1]
     return next(
         (origins[keys[:end]] for end in range(len(keys), -1, -1) if keys[:end] in origins), ""
     )

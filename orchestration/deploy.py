@@ -63,8 +63,13 @@ def pools(experiment: Any) -> dict[str, Any]:
     workers = max(cluster.workers, experiment.search.workers if experiment.search else 0)
     if cluster.gpus_per_worker:
         per_node = deploy.gpus_per_node
+    elif cluster.cpus_per_worker > deploy.cpus_per_node:
+        raise ValueError(
+            f"deploy.cpus_per_node={deploy.cpus_per_node}: must be at least cluster.cpus_per_worker="
+            f"{cluster.cpus_per_worker:g}, or no node has room for a worker"
+        )
     else:
-        per_node = max(1, int(deploy.cpus_per_node / cluster.cpus_per_worker))
+        per_node = int(deploy.cpus_per_node / cluster.cpus_per_worker)
     nodes = math.ceil(workers / per_node)
     if deploy.gpu_nodes is not None and nodes > deploy.gpu_nodes:
         raise ValueError(

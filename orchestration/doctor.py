@@ -5,7 +5,6 @@ Nothing is mended by itself, and nothing heavy is imported: what is looked at ma
 
 import os
 import platform
-import re
 import shutil
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from packaging.specifiers import SpecifierSet
 
 from dsvl.config import ModelConfig
 from orchestration.clusters.access import readable_by_others, token_file
+from orchestration.clusters.package import REMEDY, missing, named
 from orchestration.config import Experiment
 
 GIB = 1024**3
@@ -140,23 +140,14 @@ def packages() -> Iterator[Check]:
 
 def checkpoints(model: ModelConfig) -> Check:
     """Whether every checkpoint is a folder here, or at least a name that the hub could know."""
-    named = [
-        *(language.checkpoint for language in model.languages.values()),
-        model.vision.checkpoint,
-    ]
-    lost = [
-        name
-        for name in named
-        if not (Path(name).is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name))
-    ]
-    whole = "set each checkpoint of model to a whole path"
+    lost = missing(model)
     return Check(
         "checkpoints",
         not lost,
         f"{', '.join(lost)}: no such folder in {Path.cwd()}, where relative paths start"
         if lost
-        else f"{len(named)} named",
-        f"cd {HOME}, or {whole}" if all((HOME / name).is_dir() for name in lost) else whole,
+        else f"{len(named(model))} named",
+        f"cd {HOME}, or {REMEDY}" if all((HOME / name).is_dir() for name in lost) else REMEDY,
     )
 
 

@@ -45,9 +45,11 @@ def plan(experiment: Experiment) -> Plan:
                 sizes.append(size)
     samples, source = _samples(experiment)
     batch, epochs = experiment.train.batch, experiment.train.epochs
-    if samples is not None and samples < batch:
+    shapes = search.shapes(("train.batch",)) if search else []
+    most = max(batch, *(values.get("train.batch", 0) for values, _ in shapes), 0)
+    if samples is not None and samples < most:
         raise PlanError(
-            f"train.batch={batch} must not exceed the {samples} training samples ({source}); "
+            f"train.batch={most} must not exceed the {samples} training samples ({source}); "
             "set it lower"
         )
     steps_per_epoch = None if samples is None else samples // batch
@@ -65,6 +67,7 @@ def plan(experiment: Experiment) -> Plan:
         run=run_cost(experiment, samples),
         sweep=sweep_cost(experiment, samples) if search else None,
         exhaustive=exhaustive_cost(experiment, samples),
+        gpu_memory_gib=experiment.cluster.gpu_memory_gib,
         gpu_tflops=experiment.cluster.gpu_tflops,
         utilisation=experiment.cluster.utilisation,
         gpu_hour_price=experiment.cluster.gpu_hour_price,

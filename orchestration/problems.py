@@ -131,6 +131,7 @@ def _explain(details: ErrorDetails, root: type[BaseModel]) -> Iterator[Problem]:
             yield Problem(keys, f"{_shown(chosen)} must be one of {expected}{near}")
         case _:
             rule = re.sub(r"^(Input|\w+) should ", "must ", text).replace(" after validation", "")
+            rule = rule.replace("a valid tuple", "a list, as [a, b]")
             yield Problem(keys, f"{_shown(value)} {rule}")
 
 

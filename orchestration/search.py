@@ -1,10 +1,8 @@
 """Ray Tune over any fields of an experiment; a trial is an Experiment like any other."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
-from orchestration.clusters.placement import TRIAL_CPUS, searched
+from orchestration.clusters.placement import TRIAL_CPUS
 from orchestration.config import Experiment
-from orchestration.planning.planned import reached
-from orchestration.records.journal import Journal, curve, read, read_json, write_json
+from orchestration.records.journal import Journal, write_json
 from orchestration.records.results import (
     begin,
     evaluations,
@@ -31,13 +28,12 @@ from orchestration.records.results import (
 )
 from orchestration.searching.budget import Budgeted, spent
 from orchestration.searching.climb import Climb, proposal
-from orchestration.searching.effects import Effect, Tried, effects, spread
-from orchestration.searching.front import front
 from orchestration.searching.parzen import Parzen
 from orchestration.searching.proposals import Listed, Proposal, proposals
 from orchestration.searching.rounds import Outcome, Rounds
 from orchestration.searching.schedulers import scheduler
-from orchestration.space import SCHEDULE, SEED
+from orchestration.searching.summary import describe, ended, summarize
+from orchestration.space import searched
 from orchestration.storing.mirroring import mirror_of
 from orchestration.trainer import fit
 
@@ -91,7 +87,10 @@ def search(experiment: Experiment, prepared: Path) -> None:
     except BaseException as error:
         Journal(root).end("failed", reason=f"{type(error).__name__}: {error}")
         raise
-    Journal(root).end("finished")
+    if summarize(experiment)["trials"]:
+        Journal(root).end("finished")
+    else:
+        Journal(root).end("failed", reason="no trial came to an end")
 
 
 def trial_name(values: Mapping[str, object]) -> str:
@@ -119,7 +118,7 @@ def outcome(experiment: Experiment, values: Mapping[str, Any]) -> Outcome | None
     folder = trials_folder(experiment) / trial_name(values)
     if result := finished(experiment.trial(values), folder):
         return Outcome(result["state"], result["metrics"])
-    state, reason = _ended(folder)
+    state, reason = ended(folder)
     diverged = state == "failed" and reason.startswith(FloatingPointError.__name__)
     return Outcome("diverged", {}) if diverged else None
 
@@ -138,7 +137,7 @@ def trainable(
         if not done:
             proposed = proposal_of(values)
             trunk = root / trial_name(proposed.trunk) if proposed.trunk else None
-            if trunk is not None and _ended(trunk)[0] in ("failed", "stopped"):
+            if trunk is not None and ended(trunk)[0] in ("failed", "stopped"):
                 trunk = None  # then it trains by itself what they would have shared
             chosen = chosen.with_overrides(proposed.settings(trunk))
             begin(chosen, folder)
@@ -208,93 +207,3 @@ class Ledger(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list, trial: Trial, **info: object) -> None:
         """A failed trial has written its cause; the search goes on."""
         log.warning("trial %s failed", trial_name(trial.config))
-
-
-def describe(folder: Path) -> str:
-    """One line on a finished trial."""
-    result = read_json(folder / "result.json")
-    metrics = result["metrics"]
-    return f"{result['state']}, loss {metrics['eval/loss']:.3f}, accuracy {metrics['eval/accuracy']:.1%}"
-
-
-def summarize(experiment: Experiment) -> dict:
-    """The finished trials, the best first by `search.metric`, and the names of those that failed.
-
-    `front` names those that none beats in all `objectives`. Trials of another schedule than the best one's
-    come after all of its own: they are no ranking together.
-    """
-    search, root = searched(experiment), trials_folder(experiment)
-    trials, failures = [], []
-    for path in sorted(root.glob("*/values.json")):
-        folder, values = path.parent, read_json(path)
-        if not search.proposes(values):
-            continue  # left by a search of another space under this name
-        if (folder / "result.json").exists():
-            result = read_json(folder / "result.json")
-            about = {"trial": folder.name, "folder": str(folder), "state": result["state"]}
-            trials.append(about | values | result["metrics"])
-        elif (ended := _ended(folder))[0] == "failed":
-            failures.append(f"{folder.name}: {ended[1]}")
-    sign = 1 if search.mode == "min" else -1
-    # A trial that diverged has no number to compare: last.
-    trials.sort(key=lambda t: (math.isnan(t[search.metric]), sign * t[search.metric]))
-    first = list(dict.fromkeys(trial.get(SCHEDULE) for trial in trials))
-    trials.sort(key=lambda trial: first.index(trial.get(SCHEDULE)))
-    signs = search.objectives
-    ends = [[s * trial.get(name, math.nan) for name, s in signs.items()] for trial in trials]
-    names = [trials[at]["trial"] for at in front(ends)]
-    return {
-        "best": trials[0] if trials else None,
-        "front": {"objectives": list(signs), "trials": names},
-        "trials": trials,
-        "failed": failures,
-    }
-
-
-def compare(experiment: Experiment, trials: Sequence[Mapping[str, Any]]) -> dict:
-    """What single settings change among the trials of a summary."""
-    search = searched(experiment)
-    tried = [
-        Tried(
-            {path: trial[path] for path in (*search.space, SEED) if path in trial},
-            trial[search.metric],
-            len(curve(Path(trial["folder"]), "train/loss")),
-        )
-        for trial in trials
-    ]
-    relative = search.mode == "min"
-    own = experiment.searched()
-    changed = effects(tried, own, relative=relative, under=search.under)
-    return {"relative": relative, "effects": [*map(asdict, changed)]}
-
-
-def _ended(folder: Path) -> tuple[str | None, str]:
-    """The state in which a trial has ended, if it has, and why."""
-    entries = read(folder)[0]
-    last = entries[-1] if entries else {}
-    return last.get("state"), last.get("reason", "")
-
-
-def render(summary: dict) -> str:
-    """The trials as a table, the best first, those of the front, and what single settings change."""
-    width = max(len(trial["trial"]) for trial in summary["trials"])
-    lines = [f"{'trial':<{width}}  state     eval/loss  accuracy  blind"]
-    lines += [
-        f"{trial['trial']:<{width}}  {trial['state']:<8}  {trial['eval/loss']:9.4f}  "
-        f"{trial['eval/accuracy']:8.1%}  {trial['eval/accuracy_blind']:5.1%}"
-        for trial in summary["trials"]
-    ]
-    objectives, named = summary["front"]["objectives"], summary["front"]["trials"]
-    if len(objectives) > 1:
-        lines.append(f"beaten by none in {' and '.join(objectives)}:")
-        lines += [
-            f"  {', '.join(reached(name, trial[name]) for name in objectives)}: {trial['trial']}"
-            for trial in summary["trials"]
-            if trial["trial"] in named
-        ]
-    lines += [f"failed: {failure}" for failure in summary["failed"]]
-    for effect in (Effect(**one) for one in summary["effects"]):
-        change = spread(effect, relative=summary["relative"])
-        counted = f"{effect.pairs} pairs, {effect.updates:.2f} of the updates"
-        lines.append(f"{effect.what}: {change}, {counted}")
-    return "\n".join(lines)

@@ -260,3 +260,14 @@ class SearchConfig(Section):
         if self.across:
             return None
         return self.samples if self.sampler == "tpe" else len(self.points())
+
+
+def searched(experiment: Any) -> SearchConfig:
+    """The search section of an experiment, without which there is nothing to search.
+
+    Raises:
+        ValueError: where it is empty.
+    """
+    if experiment.search is None:
+        raise ValueError("search is empty: extend one of configs/search, or set search.space")
+    return experiment.search

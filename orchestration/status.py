@@ -25,7 +25,7 @@ class Standing:
     folder: str
     state: str
     """starting, running, silent (no line for long), restarting, finished, stopped (by a scheduler), failed,
-    or killed: it has not ended, and no process is at work."""
+    killed (it has not ended, and no process is at work), or not begun (what was asked for was refused)."""
     reason: str
     """Why it failed or was stopped."""
     step: int
@@ -92,7 +92,7 @@ class Followed:
             usual = 10 * (self.course.pace or 0.0)
             return "silent" if told and now - told > max(QUIET_SECONDS, usual) else "running"
         if not at_work:
-            return "killed"
+            return "not begun" if told is None else "killed"
         return "starting" if told is None else "restarting"
 
     def _price(self) -> float | None:
@@ -133,7 +133,7 @@ class Watch:
     def _folders(self) -> Iterator[Path]:
         folders = [self._source.absolute()]
         if not _has_run(folders[0]):
-            folders = sorted(self._source.glob("*"))
+            folders = sorted(folders[0].glob("*"))
         yield from filter(_has_run, folders)
 
     def _sweep(self, folder: Path, now: float) -> Standing:

@@ -14,6 +14,7 @@ from orchestration.clusters.package import portable, require_in_image
 from orchestration.clusters.ray_jobs import Request, connected, follow, send, stop, told
 from orchestration.config import Experiment, digest
 from orchestration.problems import ConfigError, Problem
+from orchestration.space import searched
 
 UP = "ray up FILE starts it, and --to ray submits to it"
 AWS = f"{UP} with cluster.autoscaled=true and the labels of its nodes, cluster.cpu_labels and gpu_labels"
@@ -73,11 +74,13 @@ def submit(
 ) -> dict[str, Any]:
     """Send work to a cluster, or find it there: the same work is one job, however often it is sent.
 
-    Returns the job and its state; for a dry run what would be sent.
+    Returns the job and its state; for a dry run what would be sent, for a check that it is `ok`.
 
     Raises:
         ValueError: if the request is wrong, or the cluster is not one that may be used.
     """
+    if work == "sweep":
+        searched(experiment)  # raises where there is nothing to search
     name = name_of(work, experiment)
     request = Request(work, portable(experiment), name)
     given = {"--wait": wait, "--again": again, "--address": address}
@@ -86,10 +89,13 @@ def submit(
             f"{', '.join(flags)}: only with --to ray; with --to {to}, {MANIFESTS[to].then}"
         )
     if to != "ray":
-        return _made(request, MANIFESTS[to], dry_run=dry_run, check=check, stopping=stopping)
+        made = _made(request, MANIFESTS[to], printed=dry_run or check, stopping=stopping)
+        return {"ok": True, "checked": f"{name} for {to}"} if check else made
     address = (address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD).rstrip("/")
     shown = request.shown(address)  # raises where the package is too large
-    if dry_run or check:
+    if check:
+        return {"ok": True, "checked": f"{name} for {to}"}
+    if dry_run:
         return shown
     client = connected(address)
     if stopping:
@@ -98,9 +104,7 @@ def submit(
     return told(client, follow(client, request, job) if wait else job)
 
 
-def _made(
-    request: Request, manifest: Manifest, *, dry_run: bool, check: bool, stopping: bool
-) -> dict[str, Any]:
+def _made(request: Request, manifest: Manifest, *, printed: bool, stopping: bool) -> dict[str, Any]:
     """Make a manifest, find what is wrong with it, and send it unless that is all that is asked for.
 
     Raises:
@@ -111,7 +115,7 @@ def _made(
     text = manifest.make(request.experiment, request.verb, name)
     if problems := list(manifest.check(text)):
         raise ConfigError(problems)
-    if dry_run or check:
+    if printed:
         return {"manifest": text, "then": manifest.then}
     command = (*manifest.stop, name) if stopping else manifest.send
     if not manifest.send:
@@ -142,6 +146,8 @@ def name_of(work: str, experiment: Experiment) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """A job, or what would be sent, as text for people."""
+    if "checked" in result:
+        return f"nothing is wrong with {result['checked']}"
     if "manifest" in result:
         return result["manifest"].rstrip()
     if "request" in result:

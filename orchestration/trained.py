@@ -8,7 +8,7 @@ from dsvl.config import require
 from orchestration.config import Experiment
 from orchestration.records.journal import read_json
 from orchestration.records.results import experiment_of, refuse_another, trials_folder
-from orchestration.search import summarize
+from orchestration.searching.summary import summarize
 from orchestration.storing.mirroring import mirror_of
 
 CHAT = "chat.json"

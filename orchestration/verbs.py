@@ -89,7 +89,7 @@ def _sweep(experiment: Experiment) -> Result:
 
     with room_for_trials(experiment):  # before more is loaded, which takes seconds
         from orchestration.commands import sweep
-        from orchestration.search import render
+        from orchestration.searching.summary import render
 
         result = sweep(experiment)
     return result, render(result)
@@ -101,7 +101,9 @@ def _report(sources: list[Experiment | Path], *, html: Path | None) -> Result:
     from orchestration.pages import side_by_side
 
     if len(sources) == 1:
-        return described(report.write(sources[0], html))
+        result = report.write(sources[0], html)
+        held = [verdict for verdict in result["verdicts"] if verdict["holds"]]
+        return result, described(result | {"verdicts": held})[1]
     result = side_by_side.write(sources, html or Path("comparison.html"))
     return result, side_by_side.render(result)
 
@@ -110,6 +112,9 @@ def _evaluate(
     experiment: Experiment | Path, *, suites: list[Path], step: int | None, against: Path | None
 ) -> Result:
     """Measure the best model on held-out samples and question suites."""
+    from orchestration.trained import choose
+
+    choose(experiment, step=step)  # refuses before more is loaded, which takes seconds
     from orchestration.evaluating.evaluation import evaluate, render
 
     result = evaluate(experiment, suites=suites, step=step, against=against)
@@ -152,6 +157,9 @@ def _doctor(experiment: Experiment) -> Result:
 
 def _chat(experiment: Experiment | Path, *, out: TextIO) -> Result:
     """Talk to the best model that the experiment has."""
+    from orchestration.trained import find
+
+    find(experiment)  # refuses before more is loaded, which takes seconds
     from orchestration.serving.terminal import talk
 
     result = talk(experiment, out=out)
@@ -160,6 +168,10 @@ def _chat(experiment: Experiment | Path, *, out: TextIO) -> Result:
 
 def _serve(sources: Sequence[Experiment | Path], *, host: str, port: int) -> Result:
     """Serve models to browsers and OpenAI's clients until Ctrl-C; of several, answers stand side by side."""
+    from orchestration.trained import find
+
+    for source in sources:
+        find(source)
     try:
         from orchestration.serving.serve import run
     except ModuleNotFoundError as error:
@@ -176,6 +188,9 @@ def _export(
     step: int | None,
 ) -> Result:
     """Write the best model as a folder to hand on: whole, or what was trained alone."""
+    from orchestration.trained import choose
+
+    choose(experiment, step=step)
     from orchestration.export import export, render
 
     result = export(experiment, form=form, target=target, step=step)
@@ -205,14 +220,19 @@ def _lines(result: Mapping[str, Any], indent: str = "") -> list[str]:
     width = max((len(str(name)) for name in result), default=0) + 1
     lines: list[str] = []
     for name, value in result.items():
+        if isinstance(value, Mapping | list | tuple) and not value:
+            continue
         if isinstance(value, Mapping):
             lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
         elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
             lines.append(f"{indent}{name}:")
             for item in value:
                 lines += [*_lines(item, indent + "  "), ""]
+        elif isinstance(value, list) and any(" " in str(item) for item in value):
+            lines += [f"{indent}{name}:", *(f"{indent}  {item}" for item in value)]
         else:
             shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else shown
             lines.append(f"{indent}{f'{name}:':<{width}} {shown}")
     return lines
 

@@ -27,9 +27,16 @@ from dsvl.template import (
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
     """The tokenizer exactly as the checkpoint's `tokenizer.json` has it (a folder or a hub name).
 
-    Raises ValueError where it has no end-of-sequence token, as no answer could end then.
+    Raises ValueError where it has no end-of-sequence token, as no answer could end then; FileNotFoundError
+    where there is no such checkpoint.
     """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(
+            f"{checkpoint}: neither a folder with a tokenizer nor on the hub ({reason}); name one of them"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{checkpoint}: the tokenizer has no eos_token, which ends every answer; "

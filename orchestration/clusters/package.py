@@ -1,11 +1,13 @@
 """What a job brings along to a cluster: the code, its experiment, and small checkpoints."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
+from dsvl.config import ModelConfig
 from orchestration.config import Experiment
 from orchestration.problems import ConfigError, Problem
 
@@ -13,6 +15,9 @@ EXPERIMENT = "experiment.yaml"
 """The experiment within the package, whole: nothing that it extends is needed."""
 HOME = Path(__file__).parents[2]
 CODE = ("dsvl", "orchestration", "jobs")
+HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""How a hub names checkpoints."""
+REMEDY = "set each checkpoint of model to a whole path"
 LIMIT = 100 * 1024**2
 """Bytes that Ray keeps of a package in the head's memory."""
 
@@ -37,9 +42,12 @@ def portable(experiment: Experiment) -> Experiment:
             ("model",),
             f"checkpoint {name!r} must lie below {Path.cwd()} to be sent along; set its whole path",
         )
-        for name in _named(experiment)
+        for name in named(experiment.model)
         if ".." in Path(name).parts
     ]
+    if lost := [name for name in missing(experiment.model) if not Path(name).is_absolute()]:
+        text = f"no folder {', '.join(lost)} in {Path.cwd()}, where relative paths start; {REMEDY}"
+        problems.append(Problem(("model",), text))
     if problems:
         raise ConfigError(problems)
     return experiment.with_overrides({"cluster.address": "auto"})
@@ -58,7 +66,7 @@ def contents(experiment: Experiment) -> dict[str, Path]:
         if "__pycache__" not in path.parts
     }
     sizes = {"the code": _size(files)}
-    for name in _named(experiment):
+    for name in named(experiment.model):
         folder = Path(name)
         if not folder.is_absolute() and folder.is_dir():
             added = {str(path): path for path in _files(folder)}
@@ -85,10 +93,25 @@ def require_in_image(experiment: Experiment) -> None:
     Raises:
         ConfigError: naming them.
     """
-    lost = [name for name in _named(experiment) if Path(name).is_dir() and not _in_image(name)]
+    lost = [name for name in named(experiment.model) if Path(name).is_dir() and not _in_image(name)]
     if lost:
         text = f"{', '.join(lost)}: no node has this folder; put it where all see it, and set its whole path"
         raise ConfigError([Problem(("model",), text)])
+
+
+def named(model: ModelConfig) -> list[str]:
+    """The checkpoints that a model names."""
+    return [*(each.checkpoint for each in model.languages.values()), model.vision.checkpoint]
+
+
+def missing(model: ModelConfig) -> list[str]:
+    """Those of them that are no folders, nor names that a hub could have: it has no tower of kind qwen."""
+    extracted = model.vision.checkpoint if model.vision.kind == "qwen" else None
+    return [
+        name
+        for name in named(model)
+        if not Path(name).is_dir() and (name == extracted or not HUB.fullmatch(name))
+    ]
 
 
 def _in_image(name: str) -> bool:
@@ -111,13 +134,6 @@ def described(experiment: Experiment) -> str:
 
 def _whole(path: str) -> bool:
     return Path(path).is_absolute() or "://" in path
-
-
-def _named(experiment: Experiment) -> Iterator[str]:
-    """The checkpoints that an experiment names."""
-    for language in experiment.model.languages.values():
-        yield language.checkpoint
-    yield experiment.model.vision.checkpoint
 
 
 def _files(folder: Path) -> Iterator[Path]:

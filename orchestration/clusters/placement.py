@@ -9,7 +9,7 @@ from ray._private.utils import get_num_cpus
 
 from orchestration.cluster import connect
 from orchestration.config import Experiment
-from orchestration.space import SearchConfig
+from orchestration.space import searched
 
 GRAIN = 1e-4
 """The smallest share of a CPU that Ray knows."""
@@ -22,13 +22,6 @@ def resources(experiment: Experiment) -> dict[str, float]:
     cluster = experiment.cluster
     needed = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
     return {kind: amount for kind, amount in needed.items() if amount}
-
-
-def searched(experiment: Experiment) -> SearchConfig:
-    """The search section, without which there is nothing to search."""
-    if experiment.search is None:
-        raise ValueError("search is empty: extend one of configs/search, or set search.space")
-    return experiment.search
 
 
 def require_room_for_trials(experiment: Experiment) -> None:

@@ -30,6 +30,8 @@ from dsvl.template import ANSWER, QUESTION
 from orchestration.config import Experiment, digest
 from orchestration.evaluating.asking import BLANK, Sample, answers_folder, ask, encoder, held_out
 from orchestration.evaluating.scores import Row, differences, figures, grouped
+from orchestration.planning.memory import GIB, model_bytes
+from orchestration.planning.planned import shown
 from orchestration.prepare import prepare
 from orchestration.problems import did_you_mean
 from orchestration.records.journal import NOTES, Journal, read, sole, write_json, write_whole
@@ -67,7 +69,8 @@ def evaluate(
 
     Raises:
         ValueError: if a suite is not of its format, or has the name of another; if there is no such
-            checkpoint; if what it is to be compared with has not been evaluated.
+            checkpoint; if what it is to be compared with has not been evaluated; if a GPU cannot hold the
+            model.
         FileNotFoundError: if nothing has been trained yet, or a file is missing.
     """
     described = {path.stem: read_suite(path) for path in suites}
@@ -76,6 +79,7 @@ def evaluate(
     chosen = choose(source, step=step)
     other = read_rounds(against) if against else None
     experiment, folder = chosen.experiment, answers_folder(chosen)
+    _require_room(experiment)
     prepared, code = open_store(_data(chosen)), encoder(experiment)
     rows: list[Row] = []
     sets: dict[str, Any] = {}
@@ -110,6 +114,16 @@ def evaluate(
         write_json(folder / "evaluation.json", result)
     _note(chosen, folder, result["sets"])
     return result
+
+
+def _require_room(experiment: Experiment) -> None:
+    need, limit = model_bytes(experiment), experiment.cluster.gpu_memory_gib
+    if experiment.cluster.gpus_per_worker and limit is not None and need > limit * GIB:
+        raise ValueError(
+            f"model.size={experiment.model.size}: a GPU that answers holds the whole model, {shown(need)}, "
+            f"but cluster.gpu_memory_gib={limit:g}; evaluate where it fits, or train with "
+            "model.quantization=nf4; the training itself, which divides it, records losses and accuracy"
+        )
 
 
 def _note(chosen: Trained, folder: Path, sets: Mapping[str, Any]) -> None:
@@ -170,7 +184,7 @@ def read_suite(path: Path) -> tuple[SuiteConfig, Path]:
         suite = TypeAdapter(SuiteConfig).validate_python(settings)
     except ValidationError as error:
         told += [
-            ": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"])))
+            ": ".join([*map(str, each["loc"]), each["msg"].removeprefix("Value error, ")])
             for each in error.errors()
         ]
     if told or suite is None:
@@ -261,6 +275,10 @@ def _suite(
                 names[image] = hashlib.sha256(held.read(image)).hexdigest()
         except BadImage as bad:
             faults[dialogue.id] = str(bad)
+    if len(faults) == len(asked):
+        raise ValueError(
+            f"--suite {name}: no image of it can be used: {next(iter(faults.values()))}"
+        )
     asked = [dialogue for dialogue in asked if dialogue.id not in faults]
     another = others(list(names.values()))
     plain = {dialogue.id: _questions(dialogue, names, code) for dialogue in asked}

@@ -42,6 +42,12 @@ def host_memory(experiment: Experiment) -> int:
     return optimizer + (weights if engine.offload_parameters == "cpu" else 0)
 
 
+def model_bytes(experiment: Experiment) -> int:
+    """Bytes of all weights, as who answers with the model holds them on one device."""
+    frozen, scales, trained = _weights(experiment)
+    return frozen + scales + trained * weight_bytes(experiment)
+
+
 def gradient_checkpointing(experiment: Experiment) -> bool:
     """Whether a layer keeps only its input for the backward pass: as configured, else where no more fits.
 

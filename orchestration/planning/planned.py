@@ -66,6 +66,8 @@ class Plan:
     """All trials, none stopped early."""
     exhaustive: Cost | None
     """The grid that a search across sizes stands for."""
+    gpu_memory_gib: float | None
+    """That a worker's memory has to fit; None is no limit."""
     gpu_tflops: float | None
     utilisation: float
     gpu_hour_price: float | None
@@ -97,6 +99,10 @@ class Plan:
             (
                 "a full sample",
                 f"{a_sample.text:,} text tokens, all answers, and {a_sample.images} images",
+            ),
+            (
+                "memory of a GPU",
+                "no limit set" if self.gpu_memory_gib is None else f"{self.gpu_memory_gib:g} GiB",
             ),
             ("checkpoints", f"{self.checkpoints_kept} kept"),
             ("disk", "; ".join(f"{name} {shown(size)}" for name, size in self.disk.items())),
@@ -176,7 +182,7 @@ def _choices(choices: Sequence[Choice]) -> list[tuple[str, ...]]:
             _yes(choice.gradient_checkpointing),
             shown(choice.memory_bytes),
             shown(choice.host_bytes),
-            "unlimited" if choice.fits is None else _yes(choice.fits),
+            "no limit set" if choice.fits is None else _yes(choice.fits),
             "" if choice.fewest_workers is None else _count(choice.fewest_workers),
             "configured" * choice.configured or "simplest that fits" * (choice is smallest),
         )
@@ -211,7 +217,10 @@ def shown(size: int | None) -> str:
 
 def operations(flops: float) -> str:
     """Floating-point operations for people."""
-    return f"{flops / 1e15:,.2f} PFLOP" if flops >= 1e14 else f"{flops / 1e12:,.4f} TFLOP"
+    for unit, size, least in (("ZFLOP", 1e21, 1), ("EFLOP", 1e18, 1), ("PFLOP", 1e15, 0.1)):
+        if flops >= least * size:
+            return f"{flops / size:,.2f} {unit}"
+    return f"{flops / 1e12:,.4f} TFLOP"
 
 
 def reached(objective: str, value: float) -> str:

@@ -36,8 +36,8 @@ def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str,
     """Find every problem of the raw data, storing nothing.
 
     Returns `ok` (whether `prepare` would succeed), the `errors` that would stop it, the records
-    of every set by what becomes of them, and `problems`: for each set and reason the count,
-    the records and the remedy.
+    of every set by what becomes of them (`held_out` are those of benchmarks), how many samples are on
+    each side of the `splits`, and `problems`: for each set and reason the count, the records and the remedy.
 
     Raises:
         ValueError: if a checkpoint does not fit the experiment.
@@ -56,6 +56,7 @@ def check(experiment: Experiment, *, progress: Progress = log.info) -> dict[str,
         "sets": conservation(
             found.raw, used=found.used, merged=found.merged, quarantine=found.quarantine
         ),
+        "splits": dict(found.splits),
         "problems": [
             {
                 "source": source,
@@ -73,6 +74,8 @@ def errors_of(experiment: Experiment, found: Survey) -> list[str]:
     """Why the survey's samples must not be used, a line each."""
     errors = []
     for source, raw in found.raw.items():
+        if not raw:
+            errors.append(f"data.sets.{source}: its annotations hold no record; name others")
         field, limit = "data.max_dropped", experiment.data.max_dropped
         if (own := experiment.data.sets[source].max_dropped) is not None:
             field, limit = f"data.sets.{source}.max_dropped", own

@@ -134,7 +134,7 @@ def _rows(blends: Mapping[str, Any]) -> Iterator[Sequence[str]]:
 
 
 def _fates(sets: Mapping[str, Any]) -> Iterator[Sequence[str]]:
-    yield "set", "", "raw", "= used", "+ merged", "+ dropped", "+ held out"
+    yield "set", "", "raw", "= used", "+ merged", "+ dropped", "+ benchmark"
     for name, of in sets.items():
         counts = (of["raw"], of["used"], of["merged"], sum(of["dropped"].values()), of["held_out"])
         yield name, "", *(f"{count:,}" for count in counts)

@@ -33,6 +33,10 @@ def again(run_id: str, overrides: Sequence[str]) -> Experiment:
     storage = said.get("storage.path", StorageConfig().path)
     inside = f"sqlite:///{Path(storage) / 'mlflow.db'}"
     uri = said.get("tracking.uri") or os.environ.get("MLFLOW_TRACKING_URI") or inside
+    if uri == inside and not Path(storage, "mlflow.db").is_file():  # which MLflow would make
+        raise ValueError(
+            f"{run_id}: no store {inside}; set tracking.uri, or storage.path as it was then"
+        )
     with tempfile.TemporaryDirectory() as folder:
         from orchestration.tracking import download  # MLflow: seconds
 

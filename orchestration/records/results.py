@@ -91,12 +91,16 @@ def write_result(experiment: Experiment, folder: Path, *, state: str) -> None:
 def begin(experiment: Experiment, folder: Path) -> None:
     """Leave the resolved experiment in its run folder, and what it is run with.
 
+    What was refused before anything was trained leaves the name to another experiment.
+
     Raises:
         ValueError: if the folder holds the run of another experiment; the differing fields are named.
     """
     path = folder / "experiment.json"
-    if path.exists():
+    if read(folder)[0]:
         refuse_another(experiment, read_json(path), where=path)
+    elif path.exists() and read_json(path)["identity"] != experiment.identity():
+        (folder / "data.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         path,

@@ -101,7 +101,11 @@ def talk(source: Experiment | Path, *, out: TextIO) -> dict:
                     print(f"image {number}: {path}{waits}", file=sys.stderr)
             case "/image":
                 try:
-                    images += [_path(word) for word in shlex.split(rest)]
+                    for path in map(_path, shlex.split(rest)):
+                        if Path(path).is_file():
+                            images.append(path)
+                        else:
+                            print(f"{path}: no such file", file=sys.stderr)
                 except ValueError as error:  # a quotation without its end
                     print(f"{line}: {error}", file=sys.stderr)
             case _:

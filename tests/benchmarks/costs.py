@@ -61,13 +61,15 @@ class Costs:
     """By the clock, from the end of a trial of a sweep to the first update of the next."""
     update: float
     """By the clock, of an update of such a trial."""
+    trial_cores: float
+    """Of all cores together, of such a trial from its start to its end."""
 
 
 def measure(folder: Path) -> Costs:
     """All costs, below a folder for files."""
     rows, phases, held = _prepared(folder / "small", SMALL, preparers=1)
     images = json.loads(LOADING.read_text(encoding="utf-8"))["images"]["ways"]["dsvl"]
-    trial, update = _swept(folder / "one", concurrent=1)[1:]
+    _, trial, update, trial_cores = _swept(folder / "one", concurrent=1)
     return Costs(
         read=phases["spools"] / rows,
         check=phases["_check"] / rows,
@@ -77,6 +79,7 @@ def measure(folder: Path) -> Costs:
         driver_bytes=held / rows,
         trial=trial,
         update=update,
+        trial_cores=trial_cores,
     )
 
 
@@ -94,9 +97,11 @@ def agreement(folder: Path, costs: Costs) -> dict[str, tuple[float, float]]:
         foretold = rows * costs.read / preparers + checked.seconds + rows * costs.merge
         took = sum(phases[name] for name in PHASES) + phases["start"]
         found[f"{rows:,} records prepared by {preparers}"] = (foretold, took)
-    took, _, _ = _swept(folder / "two", concurrent=2)
+    took, *_ = _swept(folder / "two", concurrent=2)
     training = Training(UPDATES, costs.update, every=UPDATES + 1, start=costs.trial)
     foretold = search([[Trial(training, 1)] * TRIALS], Fleet(nodes=2)).seconds
+    # Nodes that they do not have here to themselves: its cores are what both share.
+    foretold = max(foretold, TRIALS * costs.trial_cores / psutil.cpu_count())
     found[f"{TRIALS} trials, two at once"] = (foretold, took)
     return found
 
@@ -159,8 +164,8 @@ class _Nothing:
         return job
 
 
-def _swept(folder: Path, *, concurrent: int) -> tuple[float, float, float]:
-    """Seconds of a sweep, of a trial beside its updates, and of an update."""
+def _swept(folder: Path, *, concurrent: int) -> tuple[float, float, float, float]:
+    """Seconds of a sweep, of a trial beside its updates, of an update, and of all cores a trial."""
     chats.write(folder / "raw/digits", train=96, evaluation=8)
     file = digits(
         folder,
@@ -173,7 +178,10 @@ def _swept(folder: Path, *, concurrent: int) -> tuple[float, float, float]:
         },
     )
     command = [sys.executable, "-m", "orchestration.cli", "sweep", str(file)]
+    before = psutil.cpu_times()
     subprocess.run(command, check=True, capture_output=True)
+    after = psutil.cpu_times()
+    at_work = after.user + after.system - before.user - before.system
     trials = load(file).run_folder / "trials"
     took = journal.seconds(journal.read(trials)[0])
     updates = [
@@ -185,4 +193,4 @@ def _swept(folder: Path, *, concurrent: int) -> tuple[float, float, float]:
         if "eval/loss" not in later["metrics"]
     ]
     update = statistics.median(updates)
-    return took, took * concurrent / TRIALS - UPDATES * update, update
+    return took, took * concurrent / TRIALS - UPDATES * update, update, at_work / TRIALS

@@ -257,7 +257,12 @@ def table(document: dict[str, Any]) -> Iterator[str]:
         },
         zip(prepared, document["preparation_spot"], strict=True),
     )
-    yield f"\nThe driver would hold {prepared[0]['driver_gib']:.0f} GiB."
+    limited = [found["nodes"] for found in prepared if found["longest"] == "merge"]
+    yield (
+        f"\nWhat breaks first is the driver, which merges what the nodes have checked by itself: it would "
+        f"hold {prepared[0]['driver_gib']:.0f} GiB"
+        + (f", and from {limited[0]:,} nodes on its work is the longest." if limited else ".")
+    )
     yield "\n## Repairing the 70B\n"
     yield from _rows(
         {
@@ -272,6 +277,11 @@ def table(document: dict[str, Any]) -> Iterator[str]:
             "days, if taken away daily": lambda _, spot: f"{spot['days']:.1f}",
         },
         zip(repaired, document["repair_spot"], strict=True),
+    )
+    busy = max(found["nodes"] for found in repaired if found["utilisation"] >= 0.5)
+    yield (
+        f"\nWith more than {busy:,} nodes less than half of the GPUs have work: rounds wait for the slowest "
+        "trial, and the trials of a round are few."
     )
     yield "\n## Agreement with real runs\n"
     yield "| | foretold, s | took, s | ratio |\n|---|---|---|---|"

@@ -11,7 +11,8 @@ from tests.benchmarks.costs import Costs
 from tests.benchmarks.simulating import ASSUMED, REPAIR, preparation, repaired, rounds_of
 
 COSTS = Costs(
-    read=1e-4, check=1e-3, image=1e-2, merge=1e-4, dispatch=1e-3, driver_bytes=2e3, trial=20, update=0.1
+    read=1e-4, check=1e-3, image=1e-2, merge=1e-4, dispatch=1e-3, driver_bytes=2e3, trial=20, update=0.1,
+    trial_cores=30,
 )  # fmt: skip
 
 

@@ -109,6 +109,28 @@ def test_images_and_questions_are_put_as_the_suite_says():
     assert len(read("pope", "pope.json", samples=1)) == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"imag": "a.png", "question": "?"}', "no field 'imag'; did you mean 'image'?"),
+        (
+            '{"rounds": [{"question": "?", "awnser": "a"}]}',
+            "no field 'awnser'; did you mean 'answer'?",
+        ),
+    ],
+)
+def test_a_misspelt_field_is_no_question_without_it(tmp_path, line, told):
+    (tmp_path / "s.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=r"record 0 is not of format jsonl") as refused:
+        dialogues(SuiteConfig(format="jsonl", files=("s.jsonl",)), tmp_path)
+    assert told in str(refused.value)
+
+
+def test_what_else_a_line_holds_is_its_own_affair(tmp_path):
+    (tmp_path / "s.jsonl").write_text('{"question_id": 7, "question": "?", "split": "test"}')
+    assert len(dialogues(SuiteConfig(format="jsonl", files=("s.jsonl",)), tmp_path)) == 1
+
+
 def test_a_file_of_another_format_is_named_with_the_record_and_the_remedy():
     with pytest.raises(
         ValueError, match=r"pope\.json: record 0 is not of format gqa.*name its own"

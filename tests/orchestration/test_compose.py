@@ -224,9 +224,10 @@ def test_a_file_that_is_no_text_or_too_deep_gives_one_line(content):
     assert "x.yaml" in problem
 
 
-def test_a_folder_is_no_file():
-    (problem,) = lines(".")
-    assert problem.startswith("cannot read '.': ")
+def test_a_folder_is_no_file_and_tells_what_it_holds():
+    Path("parts").mkdir()
+    write("parts/one.yaml", "name: x")
+    assert lines("parts") == ["'parts' is a folder, not a YAML file; parts holds one.yaml"]
 
 
 @pytest.mark.parametrize("override", ["optim.lr", "=1", "optim.=1", ".lr=1", ""])

@@ -108,6 +108,14 @@ def test_a_batch_larger_than_the_data_is_refused(settings):
         plan(validated(settings))
 
 
+def test_a_batch_that_a_search_tries_is_no_larger_than_the_data_either(settings, search):
+    settings["search"] = search
+    search["space"]["train.batch"] = {"kind": "grid", "values": [12, 1200]}
+    settings["data"]["sets"]["chats"] |= {"records": 500, "split": "train"}
+    with pytest.raises(PlanError, match=r"train\.batch=1200 must not exceed the 500 training"):
+        plan(validated(settings))
+
+
 def test_accumulation_makes_up_the_batch(settings):
     settings |= {"cluster": {"workers": 2}, "engine": {"micro_batch": 3}}
     assert plan(validated(settings)).sizes[0].accumulation == 2

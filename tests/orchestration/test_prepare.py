@@ -252,6 +252,22 @@ def test_missing_annotations_are_named_before_ray_starts(experiment):
         prepare(experiment({"good": {"annotations": ["absent.json"]}}))
 
 
+@pytest.mark.usefixtures("with_copies")
+def test_a_checkpoint_that_is_nowhere_is_named_before_ray_starts(experiment):
+    with pytest.raises(
+        FileNotFoundError, match=r"path/to/folder: neither a folder .* nor on the hub"
+    ):
+        prepare(experiment(BOTH, tokenizer="path/to/folder"))
+
+
+@pytest.mark.usefixtures("cluster", "with_copies")
+def test_a_blend_of_which_no_sample_can_be_made_is_refused(experiment):
+    """No record of these sets is over several images."""
+    blends = {"all": {"sets": ["good", "broken"]}, "none": {"sets": ["broken"], "join": True}}
+    with pytest.raises(ValueError, match=r"data\.blends\.none: no sample can be made"):
+        prepare(experiment(BOTH, blends=blends))
+
+
 @pytest.mark.usefixtures("cluster", "with_copies")
 def test_check_finds_every_problem_and_stores_nothing(experiment, llava_set, tmp_path):
     (llava_set / "garbage.json").write_text("[\n{,}]")

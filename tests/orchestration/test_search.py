@@ -13,15 +13,15 @@ import pytest
 from mlflow import MlflowClient
 from ray.tune.schedulers import TrialScheduler
 
-from orchestration import search
 from orchestration.compose import load
 from orchestration.config import validated
 from orchestration.planning.cost import flops_of_a_step
 from orchestration.records.journal import Journal, read, write_json
-from orchestration.records.results import trials_folder
-from orchestration.search import summarize, trial_name
+from orchestration.records.results import evaluations, trials_folder
+from orchestration.search import trial_name
 from orchestration.searching.proposals import Listed, Proposal, proposals
 from orchestration.searching.schedulers import scheduler
+from orchestration.searching.summary import compare, render, summarize
 from tests.orchestration.conftest import SEARCH, SETTINGS, digits, histories, run_id
 
 
@@ -130,7 +130,7 @@ def test_with_several_objectives_the_answer_is_what_none_beats_in_all_of_them(sw
     assert summary["front"] == {"objectives": ["eval/loss", "train/flops"], "trials": names}
     for trial in summary["trials"]:
         trial["eval/accuracy_blind"] = 0.2
-    told = search.render(summary | {"effects": [], "relative": True})
+    told = render(summary | {"effects": [], "relative": True})
     assert "  loss 0.5000, 3.0000 TFLOP: size=small,lr=0.0001\n" in told
     assert "  loss 0.4000, 0.90 PFLOP: size=small,lr=0.0003\n" in told
     assert "TFLOP: size=small,lr=0.0002" not in told
@@ -149,11 +149,11 @@ def test_trials_of_another_schedule_are_no_ranking_with_the_best_ones(swept):
         write_json(folder / "result.json", {"state": "finished", "metrics": metrics})
     summary = summarize(experiment)
     assert [trial["eval/loss"] for trial in summary["trials"]] == [0.2, 0.4, 0.3, 0.5]
-    compared = search.compare(experiment, summary["trials"])
+    compared = compare(experiment, summary["trials"])
     (effect,) = (one for one in compared["effects"] if one["path"] == "optim.schedule")
     assert (effect["value"], effect["against"], effect["pairs"]) == ("wsd", "cosine", 2)
     assert effect["change"] == pytest.approx((0.2 / 0.3 + 0.4 / 0.5) / 2 - 1)
-    told = search.render(summary | compared)
+    told = render(summary | compared)
     assert "optim.schedule wsd against cosine: -26.67 % (" in told
     assert "2 pairs, 1.00 of the updates" in told
 
@@ -342,8 +342,8 @@ def test_a_sweep_with_asha_ends_though_one_trial_is_stopped_and_another_fails(st
     assert [run.info.status for run in ends.values()] == ["FINISHED", "FINISHED", "FAILED"]
     assert ends["lr=1e-07"].data.tags["stopped_by"] == "scheduler"
     assert "overflow" in ends["lr=1e+300"].data.tags["failure"]
-    assert len(search.evaluations(root / "lr=0.01")) == 10
-    assert len(search.evaluations(root / "lr=1e-07")) < 10
+    assert len(evaluations(root / "lr=0.01")) == 10
+    assert len(evaluations(root / "lr=1e-07")) < 10
 
 
 WSD = {"lr": 1e-2, "schedule": "wsd", "warmup_steps": 4, "decay_fraction": 0.25}

@@ -98,7 +98,7 @@ def started(folder: Path) -> float:
 def test_a_run_whose_workers_are_gone_while_its_driver_lives_is_restarting(experiment):
     folder = experiment.run_folder
     begin(experiment, folder)
-    assert one(experiment).state == "killed"
+    assert one(experiment).state == "not begun"
     with sole(folder):
         assert one(experiment).state == "starting"
         journal = Journal(folder)

@@ -156,6 +156,15 @@ def test_a_mistake_in_a_cluster_or_a_script_is_told():
     ("options", "told"),
     [
         (["deploy.gpu_nodes=1"], "16 workers need 2 nodes of 8 each; set it to 2"),
+        (
+            [
+                "cluster.gpus_per_worker=0",
+                "cluster.gpu_memory_gib=null",
+                "cluster.cpus_per_worker=20",
+            ],
+            "deploy.cpus_per_node=16: must be at least cluster.cpus_per_worker=20",
+        ),
+        (["model.vision.checkpoint=data/qwen"], "no folder data/qwen in"),
         (["deploy.gpu_nods=1"], "no such field; did you mean 'deploy.gpu_nodes'?"),
         (["deploy.gpus_per_node=many"], "deploy.gpus_per_node: 'many' must be a valid integer"),
         (["deploy.image=dsvl:latest"], "must have a tag other than latest"),

@@ -137,6 +137,10 @@ def load_json(path: Path) -> dict:
     ("arguments", "told"),
     [
         (["--checkpoint", "3"], "must be one of those in"),
+        (
+            ["cluster.gpus_per_worker=1", "cluster.gpu_memory_gib=1e-4"],
+            "a GPU that answers holds the whole",
+        ),
         (["--against", "nowhere"], "holds no evaluation; run dsvl evaluate nowhere first"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 
 from orchestration import cli
 from orchestration.config import Experiment, validated
+from orchestration.records.journal import Journal
 from orchestration.records.results import begin, require_same_data, trunk_of
 from tests.orchestration.conftest import digits, run_folder
 
@@ -25,6 +26,20 @@ def run(settings, tmp_path):
         return experiment
 
     return make
+
+
+def test_what_was_refused_before_anything_was_trained_leaves_its_name_to_another(run):
+    refused = run("mine", {"lr": 0.5}, 2)
+    (refused.run_folder / "data.json").write_text("{}")
+    other = run("mine", {"lr": 0.25}, 2)
+    stored = json.loads((other.run_folder / "experiment.json").read_text())
+    assert stored["identity"] == other.identity() != refused.identity()
+    assert not (other.run_folder / "data.json").exists()
+    with Journal(other.run_folder) as journal:
+        journal.start(identity=other.identity(), params={}, step=0)
+    run("mine", {"lr": 0.25}, 2)
+    with pytest.raises(ValueError, match=r"optim\.lr \(0\.25 before, 0\.5 now\)"):
+        run("mine", {"lr": 0.5}, 2)
 
 
 def test_a_trunk_is_shorter_or_longer_and_decays_as_it_likes(run):
