@@ -36,6 +36,7 @@ SHARD = 256
 PHASES = ("spools", "_check", "_gather", "_split", "_write")
 """Of a preparation, as `orchestration.preparing.survey` calls them."""
 TRIALS, UPDATES = 6, 48
+TOGETHER = f"{TRIALS} trials, two at once"
 LOADING = Path(__file__).parent / "results/loading.json"
 """What a photograph costs."""
 QUICKSTART = Path(__file__).parents[2] / "configs/experiment/quickstart.yaml"
@@ -102,7 +103,7 @@ def agreement(folder: Path, costs: Costs) -> dict[str, tuple[float, float]]:
     foretold = search([[Trial(training, 1)] * TRIALS], Fleet(nodes=2)).seconds
     # Nodes that they do not have here to themselves: its cores are what both share.
     foretold = max(foretold, TRIALS * costs.trial_cores / psutil.cpu_count())
-    found[f"{TRIALS} trials, two at once"] = (foretold, took)
+    found[TOGETHER] = (foretold, took)
     return found
 
 

@@ -28,7 +28,7 @@ from orchestration.planning.memory import STATE_BYTES, weight_bytes
 from orchestration.planning.parameters import parameters
 from orchestration.scaling import Ladder, Run, Size, Trunk
 from orchestration.searching.across import AcrossSizes
-from tests.benchmarks.costs import SHARD, Costs, agreement, measure
+from tests.benchmarks.costs import SHARD, TOGETHER, TRIALS, UPDATES, Costs, agreement, measure
 from tests.benchmarks.fleet import Fleet, Searched, Training, Trial, pool, search
 from tests.benchmarks.mmca import machine
 from tests.benchmarks.worlds import World
@@ -287,6 +287,13 @@ def table(document: dict[str, Any]) -> Iterator[str]:
     yield "| | foretold, s | took, s | ratio |\n|---|---|---|---|"
     for name, (foretold, took) in document["agreement"].items():
         yield f"| {name} | {foretold:.1f} | {took:.1f} | {foretold / took:.2f} |"
+    _, together = document["agreement"][TOGETHER]
+    alone = document["costs"]["trial"] + UPDATES * document["costs"]["update"]
+    yield (
+        "\nTwo that work at once are foretold a node each; here they share one of "
+        f"{document['machine']['cores']} cores, on which two trials take {2 * together / TRIALS / alone:.1f} times "
+        "as long as one, most of it to start their processes."
+    )
     yield "\n## Measured and assumed\n"
     for name, value in document["costs"].items():
         yield f"- measured: {name} {value:.4g}"
