@@ -291,7 +291,7 @@ def table(document: dict[str, Any]) -> Iterator[str]:
     alone = document["costs"]["trial"] + UPDATES * document["costs"]["update"]
     yield (
         "\nTwo that work at once are foretold a node each; here they share one of "
-        f"{document['machine']['cores']} cores, on which two trials take {2 * together / TRIALS / alone:.1f} times "
+        f"{document['machine']['cores']} cores, on which two take {2 * together / TRIALS / alone:.1f} times "
         "as long as one, most of it to start their processes."
     )
     yield "\n## Measured and assumed\n"
