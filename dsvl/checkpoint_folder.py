@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsvl.config import CheckpointConfig
-from dsvl.data.folders import discard
-from dsvl.data.store import sha256
+from dsvl.data.folders import discard, sha256
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"

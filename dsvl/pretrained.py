@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dsvl.config import ModelConfig
-from dsvl.data.store import sha256
+from dsvl.data.folders import sha256
 from dsvl.model import VisualChat
 
 PARAMETERS = "parameters.safetensors"

@@ -13,11 +13,11 @@ from typing import Any
 
 from dsvl.data.blend import Blender
 from dsvl.data.encode import Encoder, fingerprint, load_tokenizer
-from dsvl.data.folders import discard
+from dsvl.data.folders import claim, discard
 from dsvl.data.images import ImageProcessor
 from dsvl.data.shard import stamp
 from dsvl.data.store import open_store, verify
-from dsvl.data.writer import Writer, claim, write_quarantine
+from dsvl.data.writer import Writer, write_quarantine
 from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.plan import blends_file

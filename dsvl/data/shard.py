@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 
 from dsvl.data.columns import Column
 from dsvl.data.encode import Encoder
-from dsvl.data.folders import complete, discard
+from dsvl.data.folders import complete, discard, sha256
 from dsvl.data.images import ImageProcessor, StoredImage, load
 from dsvl.data.sources import BadImage, Images
 from dsvl.data.spool import path_of
-from dsvl.data.store import IMAGES, sha256
+from dsvl.data.store import IMAGES
 from dsvl.data.types import Conversation, Encoded, ImageRef, Part, Rejected, Turn
 
 GROUP_BYTES = 8 << 20

@@ -12,7 +12,6 @@ manifest.json       identity, conservation of every set, realised mix, ids of th
                     sha256 of every file
 """
 
-import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 
 from dsvl.config import SCHEMA_VERSION
 from dsvl.data.encode import Phrases
+from dsvl.data.folders import sha256
 from dsvl.data.images import ImageProcessor
 from dsvl.data.types import Example, Part, Turn
 
@@ -300,9 +300,3 @@ def verify(folder: str | Path) -> list[str]:
         making.write_text(json.dumps(verified), encoding="utf-8")
         making.rename(record)
     return faults
-
-
-def sha256(path: str | Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,14 +1,12 @@
 """Writing a prepared set (`store` says what it is): streamed to disk, then published at once."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,30 +18,12 @@ import pyarrow.parquet as pq
 from dsvl.config import SCHEMA_VERSION
 from dsvl.data.columns import Column
 from dsvl.data.encode import Phrases
-from dsvl.data.folders import link
+from dsvl.data.folders import link, sha256
 from dsvl.data.images import ImageProcessor
-from dsvl.data.store import IMAGES, RAGGED, SAMPLES, SPLITS, sha256
+from dsvl.data.store import IMAGES, RAGGED, SAMPLES, SPLITS
 from dsvl.data.types import Encoded, Rejected
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Be the only one that prepares `folder`, until the block or the process ends.
-
-    Waits for another that does, and removes what killed ones have left.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("data: another process prepares %s; waiting for its end", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for left in folder.parent.glob(f".{folder.name}-*"):
-            shutil.rmtree(left)
-        yield
 
 
 class Writer:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dsvl.config import SCHEMA_VERSION
+from dsvl.data.folders import sha256
 from dsvl.data.readers import read
 from dsvl.data.spool import spool
-from dsvl.data.store import sha256
 from orchestration.config import Experiment, digest
 from orchestration.preparing.pool import Progress, each
 

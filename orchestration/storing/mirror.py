@@ -25,8 +25,7 @@ from typing import Any
 
 from dsvl import checkpoint_folder
 from dsvl.config import CheckpointConfig
-from dsvl.data.folders import discard, link
-from dsvl.data.store import sha256
+from dsvl.data.folders import discard, link, sha256
 from orchestration.records import journal
 from orchestration.storing.remote import Found, Remote, each
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dsvl import checkpoint_folder
 from dsvl.config import CheckpointConfig
-from dsvl.data.writer import claim
+from dsvl.data.folders import claim
 from orchestration.config import Experiment
 from orchestration.records.journal import read_json
 from orchestration.records.results import content_of

@@ -29,9 +29,10 @@ from torch.utils.data import DataLoader
 from dsvl.config import BlendConfig, DataConfig, SetConfig, TrainConfig
 from dsvl.data.blend import Blender, order
 from dsvl.data.encode import Phrases
+from dsvl.data.folders import sha256
 from dsvl.data.images import ImageProcessor, StoredImage
 from dsvl.data.shard import ImageShard
-from dsvl.data.store import SAMPLES, Prepared, open_store, sha256
+from dsvl.data.store import SAMPLES, Prepared, open_store
 from dsvl.data.types import IGNORED, Encoded, Example, Kind
 from dsvl.data.writer import Writer
 from dsvl.train import Plan

@@ -14,7 +14,7 @@ from transformers import CLIPVisionModel
 from transformers.utils import hub
 
 from dsvl import pretrained
-from dsvl.data.store import sha256
+from dsvl.data.folders import sha256
 from dsvl.model import VisualChat
 from tests.dsvl.test_model import batch_of, example
 

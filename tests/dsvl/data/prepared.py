@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dsvl.data.encode import Encoder
+from dsvl.data.folders import sha256
 from dsvl.data.images import ImageProcessor, StoredImage
 from dsvl.data.shard import ImageShard
 from dsvl.data.spool import Row, samples, spool
-from dsvl.data.store import sha256
 from dsvl.data.types import Conversation, Rejected
 from dsvl.data.writer import Writer
 

@@ -11,12 +11,13 @@ import pytest
 
 from dsvl.config import SetConfig
 from dsvl.data.encode import Encoder, Phrases
+from dsvl.data.folders import claim, sha256
 from dsvl.data.images import load
 from dsvl.data.readers import read
 from dsvl.data.sources import Images
-from dsvl.data.store import open_store, sha256, verify
+from dsvl.data.store import open_store, verify
 from dsvl.data.types import Rejected
-from dsvl.data.writer import Writer, claim, conservation
+from dsvl.data.writer import Writer, conservation
 from tests.dsvl.data.prepared import PROCESSOR, Sample, take_over, write
 
 BAD = Rejected("set", "bad.json:0", "bad_roles", "message 0 is from 'robot'")
