@@ -25,6 +25,21 @@ Before = Callable[[int, torch.Tensor], torch.Tensor]
 """Number of a layer and (1, M + F, D) -> (1, M + F, D)."""
 
 
+def sum_apart(decoder: Any) -> None:
+    """Have gradients of what enters a norm summed up by themselves, before that of the residual is added.
+
+    Under ZeRO 3 hooks of DeepSpeed have it so. Without this the order would be another at other stages, and
+    with it the last bit.
+    """
+    for module in decoder.modules():
+        if isinstance(module, type(decoder.norm)):
+            module.register_forward_pre_hook(_alone)
+
+
+def _alone(_: nn.Module, entering: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.view_as(tensor) for tensor in entering)
+
+
 class Streams:
     """All text tokens of a batch first, all image tokens after them, without padding.
 

@@ -2,13 +2,15 @@
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from transformers import AutoConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -16,15 +18,6 @@ from dsvl import optim
 from dsvl.config import EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from dsvl.data.types import Batch
 from dsvl.model import VisualChat
-
-# DeepSpeed's autotuner, which nothing here uses, would import MLflow: a fifth of a worker's start.
-_hidden = sys.modules.setdefault("mlflow", None) is None  # pyright: ignore[reportArgumentType]
-import deepspeed  # noqa: E402
-from deepspeed.runtime.zero import partition_parameters  # noqa: E402
-from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: E402
-
-if _hidden:
-    del sys.modules["mlflow"]
 
 T = TypeVar("T")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from dsvl import attention as _attention  # noqa: F401  (registers the schemes with transformers)
 from dsvl.config import ModelConfig, require
 from dsvl.data.types import Batch
-from dsvl.decoder import decoder_for
+from dsvl.decoder import decoder_for, sum_apart
 from dsvl.gated import Gated, blocks
 from dsvl.head import Head
 from dsvl.lora import adapt
@@ -77,6 +77,7 @@ class VisualChat(nn.Module):
             adapt(self.vision.encoder, config.vision_lora, dtype=dtype)
         self.head = Head(self.language.lm_head)
         stock = self.language.model
+        sum_apart(stock)
         self.decoder = (
             Gated(stock, self.cross, every=config.cross_every, image_tokens=config.image_tokens)
             if config.cross_blocks

@@ -160,7 +160,8 @@ def run(config, folder: Path, *, world: int = 2, **options):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
-    method = "spawn" if options.get("device") == "cuda" else "fork"  # CUDA does not survive a fork
+    # CUDA does not survive a fork.
+    method = options.get("method", "spawn" if options.get("device") == "cuda" else "fork")
     mp.start_processes(
         _worker, (world, port, config, folder, options), nprocs=world, start_method=method
     )
@@ -314,17 +315,22 @@ def test_a_checkpoint_resumes_at_another_stage_and_world_size(
 @pytest.mark.parametrize(
     ("world", "precision", "stages"),
     [
+        (1, "fp32", (3, 2, 3, 1, 3)),
         (2, "fp32", (1, 2, 1, 2, 1)),
         (2, "bf16", (3, 2, 3, 1, 3)),
-        slow(1, "fp32", (1, 2, 1, 2, 1)),
+        slow(2, "fp32", (3, 2, 3, 1, 3)),
         slow(1, "bf16", (3, 2, 3, 1, 3)),
     ],
 )
 def test_resumed_at_other_stages_it_ends_with_the_same_bits(
-    model_config, tmp_path, world, precision, stages
+    model_config, tmp_path, world, precision, stages, monkeypatch
 ):
     """One pass an update: with several, stage 1 adds up a rank's own before it asks the others."""
     one_pass = {"world": world, "micro": 4 // world, "precision": precision}
+    if (world, precision, 3 in stages) == (2, "fp32", True):
+        # Weights that were gathered lie elsewhere in memory, on which sums of MKL depend otherwise.
+        monkeypatch.setenv("MKL_CBWR", "AVX2,STRICT")
+        one_pass["method"] = "spawn"
     run(model_config, tmp_path / "whole", stage=1, save=(12,), **one_pass)
     for stage, end in zip(stages, (3, 5, 8, 10, 12), strict=True):
         run(model_config, tmp_path / "cut", stage=stage, save=(end,), stop=end, **one_pass)
