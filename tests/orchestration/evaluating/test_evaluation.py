@@ -12,7 +12,7 @@ from orchestration import cli
 from orchestration.compose import load
 from orchestration.evaluating.evaluation import read_suite
 from orchestration.trained import choose
-from tests.orchestration.conftest import digits, run_folder, run_id
+from tests.orchestration.conftest import run_folder, run_id
 
 pytestmark = pytest.mark.ray
 
@@ -168,9 +168,8 @@ def test_a_suite_that_describes_nothing_is_refused_with_all_that_is_wrong(tmp_pa
     assert all(each in str(refused.value) for each in told)
 
 
-def test_a_suite_that_is_not_there_is_refused_before_any_work(storage, capsys):
-    path = digits(storage, "untrained")
-    assert cli.main(["evaluate", str(path), "--suite", "nowhere.yaml"]) == 2
+def test_a_suite_that_is_not_there_is_refused_before_any_work(trained_run, capsys):
+    assert cli.main(["evaluate", str(trained_run), "--suite", "nowhere.yaml"]) == 2
     assert "--suite nowhere.yaml: no such file" in capsys.readouterr().err
 
 
