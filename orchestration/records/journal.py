@@ -10,6 +10,7 @@ and `{"kind": "end", "time", "state", "reason", "since"}` with state finished, s
 failed; `since` when who ended it was at work.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -235,8 +236,8 @@ def write_json(path: Path, document: object) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder")
+    if not path.parent.is_dir():  # told of this file, not of the unfinished one
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -101,10 +101,12 @@ def talk(source: Experiment | Path, *, out: TextIO) -> dict:
                     print(f"image {number}: {path}{waits}", file=sys.stderr)
             case "/image":
                 try:
-                    for path in map(_path, shlex.split(rest)):
-                        if Path(path).is_file():
-                            images.append(path)
-                        else:
+                    added = [_path(word) for word in shlex.split(rest)]
+                    images += (
+                        added  # what is not there has the question refused, not asked without it
+                    )
+                    for path in added:
+                        if not path.is_file():
                             print(f"{path}: no such file", file=sys.stderr)
                 except ValueError as error:  # a quotation without its end
                     print(f"{line}: {error}", file=sys.stderr)

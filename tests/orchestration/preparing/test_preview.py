@@ -156,7 +156,7 @@ def test_the_command_tells_it_to_people_without_colour_where_there_is_no_termina
         (["--count", "0"], "--count 0: must be at least 1"),
         (["--count", "many"], "invalid int value: 'many'"),
         (["--epoch", "-1"], "--epoch -1: must be at least 0"),
-        (["--html", "no/such/folder.html"], "no/such: no such folder"),
+        (["--html", "no/such/folder.html"], "No such file or directory"),
     ],
 )
 def test_a_request_that_cannot_be_met_ends_with_2(mixed, options, says, capsys):

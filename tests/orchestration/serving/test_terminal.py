@@ -60,6 +60,7 @@ def test_a_conversation_answers_questions_and_survives_everything_else(storage, 
     assert answers[0] == answers[2] == answers[3], "the same chat begins again, or stands still"
     assert "Traceback" not in err
     for message in (
+        "/no/such/image.png: no such file",
         "'image.png' is not a file in /no/such",
         "No closing quotation",
         "no command /nonsense",
