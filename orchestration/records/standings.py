@@ -26,6 +26,7 @@ COLOURS = {
     "running": "green",
     "finished": "blue",
     "stopped": "blue",
+    "not begun": "cyan",
     "starting": "cyan",
     "restarting": "yellow",
     "silent": "yellow",

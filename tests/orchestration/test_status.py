@@ -99,6 +99,7 @@ def test_a_run_whose_workers_are_gone_while_its_driver_lives_is_restarting(exper
     folder = experiment.run_folder
     begin(experiment, folder)
     assert one(experiment).state == "not begun"
+    assert "not begun" in render([one(experiment)], terminal=True)
     with sole(folder):
         assert one(experiment).state == "starting"
         journal = Journal(folder)
