@@ -215,7 +215,7 @@ def _blends(experiment: Experiment, folder: Path) -> dict[str, dict[str, int]]:
         name: {side: blender.sizes[place] for side, blender in sides.items()}
         for place, name in enumerate(experiment.data.all_blends())
     }
-    if empty := [name for name, of in blends.items() if not any(of.values())]:
+    if empty := [name for name in data.blends if not any(blends[name].values())]:
         raise ValueError(
             f"data.blends.{empty[0]}: no sample can be made of its sets; join takes conversations "
             "over several images, after some over one of these alone: leave the blend out, or add such sets"
