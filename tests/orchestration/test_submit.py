@@ -116,6 +116,7 @@ def test_a_driver_that_was_killed_is_told_from_one_that_failed():
         (["--address", "head:8265"], "must read http://HOST:PORT"),
         (["--address", "http://127.0.0.1:1"], "no Ray dashboard answers"),
         (["model.vision.checkpoint=../tower"], "'../tower' must lie below"),
+        (["model.vision.checkpoint=a/b/tower"], "no folder a/b/tower in"),
         (["model.vision.checkpoint=heavy"], "of which 101 are heavy; Ray takes at most 100"),
     ],
 )
@@ -123,7 +124,9 @@ def test_a_wrong_request_is_refused_before_anything_is_sent(
     storage, tmp_path, monkeypatch, capsys, options, told
 ):
     path = digits(storage, "wrong")
+    checkpoints = Path("dsvl").absolute()
     monkeypatch.chdir(tmp_path)
+    Path("dsvl").symlink_to(checkpoints)
     Path("heavy").mkdir()
     with Path("heavy/model.safetensors").open("wb") as file:
         file.truncate(101 * 1024**2)
