@@ -97,10 +97,12 @@ def begin(experiment: Experiment, folder: Path) -> None:
         ValueError: if the folder holds the run of another experiment; the differing fields are named.
     """
     path = folder / "experiment.json"
-    if read(folder)[0]:
-        refuse_another(experiment, read_json(path), where=path)
-    elif path.exists() and read_json(path)["identity"] != experiment.identity():
-        (folder / "data.json").unlink(missing_ok=True)
+    if path.exists():
+        stored = read_json(path)
+        if read(folder)[0]:
+            refuse_another(experiment, stored, where=path)
+        elif stored["identity"] != experiment.identity():
+            (folder / "data.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         path,

@@ -42,6 +42,12 @@ def test_what_was_refused_before_anything_was_trained_leaves_its_name_to_another
         run("mine", {"lr": 0.5}, 2)
 
 
+def test_a_run_whose_journal_alone_has_come_from_a_store_begins_here(run, tmp_path):
+    with Journal(tmp_path / "mine") as journal:
+        journal.start(identity="i", params={}, step=0)
+    assert (run("mine", {"lr": 0.5}, 2).run_folder / "experiment.json").is_file()
+
+
 def test_a_trunk_is_shorter_or_longer_and_decays_as_it_likes(run):
     short = run("short", WSD, 2)
     endless = run("endless", WSD | {"schedule": "constant"}, 9, branch_epochs=[4])
