@@ -136,10 +136,8 @@ class VisualChat(nn.Module):
         # Without an image the path to the projection still runs, at zero weight: every rank takes part in
         # every collective, and a text-only batch is ordinary. (All ranks generate the same.)
         # The same path on all ranks: through the tower, or not where features come ready-made.
-        size, shape = (
-            self.config.vision.image_size,
-            (self.config.vision.tokens, self.config.vision.width),
-        )
+        vision = self.config.vision
+        size, shape = vision.image_size, (vision.tokens, vision.width)
         blank = (3, size, size) if pixels.ndim == 4 else shape
         seen = pixels if len(pixels) else pixels.new_zeros(1, *blank)
         if seen.ndim == 4:

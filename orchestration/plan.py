@@ -46,7 +46,7 @@ def plan(experiment: Experiment) -> Plan:
     samples, source = _samples(experiment)
     batch, epochs = experiment.train.batch, experiment.train.epochs
     shapes = search.shapes(("train.batch",)) if search else []
-    most = max(batch, *(values.get("train.batch", 0) for values, _ in shapes), 0)
+    most = max([batch, *(values.get("train.batch", 0) for values, _ in shapes)])
     if samples is not None and samples < most:
         raise PlanError(
             f"train.batch={most} must not exceed the {samples} training samples ({source}); "

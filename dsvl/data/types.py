@@ -175,5 +175,8 @@ class Batch:
 
     def to(self, device: "torch.device") -> "Batch":
         """The same batch on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "labels", "pixels")}
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("ids", "labels", "pixels")
+        }
         return replace(self, layout=self.layout.to(device), **moved)

@@ -33,7 +33,7 @@ from orchestration.evaluating.scores import Row, differences, figures, grouped
 from orchestration.planning.memory import GIB, model_bytes
 from orchestration.planning.planned import shown
 from orchestration.prepare import prepare
-from orchestration.problems import did_you_mean
+from orchestration.problems import Problem, did_you_mean
 from orchestration.records.journal import NOTES, Journal, read, sole, write_json, write_whole
 from orchestration.records.record import read_if_there
 from orchestration.records.results import require_same_data
@@ -184,7 +184,7 @@ def read_suite(path: Path) -> tuple[SuiteConfig, Path]:
         suite = TypeAdapter(SuiteConfig).validate_python(settings)
     except ValidationError as error:
         told += [
-            ": ".join([*map(str, each["loc"]), each["msg"].removeprefix("Value error, ")])
+            str(Problem(each["loc"], each["msg"].removeprefix("Value error, ")))
             for each in error.errors()
         ]
     if told or suite is None:

@@ -238,7 +238,7 @@ def test_a_script_ends_as_its_work_does_and_is_queued_again_before_its_limit(tmp
         (tmp_path / name).chmod(0o755)
     settings = [*SETTINGS, f"storage.path={tmp_path}/runs", f"storage.data={tmp_path}"]
     (script := tmp_path / "script.sh").write_text(
-        slurm.script(load(EXPERIMENT, settings), "train", "work")
+        slurm.script(load(EXPERIMENT, settings), "train", "sent")
     )
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -253,7 +253,7 @@ def test_a_script_ends_as_its_work_does_and_is_queued_again_before_its_limit(tmp
     assert (tmp_path / "asked").read_text().splitlines()[-1] == "requeue 7"
     second = subprocess.run(["bash", str(script)], env=environment, check=False, timeout=60)
     assert second.returncode == status
-    assert not list(tmp_path.glob("runs/*/jobs/work/token-*"))
+    assert not list(tmp_path.glob("runs/*/jobs/sent/token-*"))
 
 
 def test_the_image_is_pinned_not_root_and_of_the_same_ray():
