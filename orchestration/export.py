@@ -16,32 +16,26 @@ from orchestration.planning.parameters import parameters
 from orchestration.records.journal import NOTES, Journal, curve
 from orchestration.records.record import read
 from orchestration.records.shipping import shipped
-from orchestration.trained import CHAT, Trained, choose, manner
+from orchestration.trained import CHAT, Trained, manner
 
 log = logging.getLogger(__name__)
 
 
-def export(
-    source: Experiment | Path, *, form: library.Form, target: Path | None, step: int | None
-) -> dict[str, Any]:
+def export(chosen: Trained, *, form: library.Form, target: Path | None) -> dict[str, Any]:
     """Write a trained model as a folder; `exports/` of its run has it where no target is named.
 
     Args:
-        source: an experiment, or the folder of a run or a trial.
+        chosen: the model.
         form: see `dsvl.export`.
         target: the folder to write.
-        step: of which checkpoint; the newest that is whole when empty.
 
     Returns:
         The `folder`, its `form`, the `step`, how many `parameters` it holds, its `bytes`, and those of each
         of its `files`.
 
     Raises:
-        ValueError: if the target exists, the checkpoint is not there or of another experiment, or there is no
-            such form of the model.
-        FileNotFoundError: if nothing has been trained yet.
+        ValueError: if the target exists, or there is no such form of the model.
     """
-    chosen = choose(source, step=step)
     target = target or chosen.folder / f"exports/{chosen.checkpoint.folder.name}-{form}"
     log.info("exporting %s as %s to %s", chosen.checkpoint.folder, form, target)
     count = library.export(

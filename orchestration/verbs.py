@@ -114,10 +114,10 @@ def _evaluate(
     """Measure the best model on held-out samples and question suites."""
     from orchestration.trained import choose
 
-    choose(experiment, step=step)  # refuses before more is loaded, which takes seconds
+    chosen = choose(experiment, step=step)  # refuses before more is loaded, which takes seconds
     from orchestration.evaluating.evaluation import evaluate, render
 
-    result = evaluate(experiment, suites=suites, step=step, against=against)
+    result = evaluate(chosen, suites=suites, against=against)
     return result, harmless(render(result))
 
 
@@ -159,10 +159,10 @@ def _chat(experiment: Experiment | Path, *, out: TextIO) -> Result:
     """Talk to the best model that the experiment has."""
     from orchestration.trained import find
 
-    find(experiment)  # refuses before more is loaded, which takes seconds
+    subject = find(experiment)  # refuses before more is loaded, which takes seconds
     from orchestration.serving.terminal import talk
 
-    result = talk(experiment, out=out)
+    result = talk(subject, out=out)
     return result, f"answered: {result['answered']}"
 
 
@@ -170,14 +170,15 @@ def _serve(sources: Sequence[Experiment | Path], *, host: str, port: int) -> Res
     """Serve models to browsers and OpenAI's clients until Ctrl-C; of several, answers stand side by side."""
     from orchestration.trained import find
 
-    for source in sources:
-        find(source)
+    subjects = [find(source) for source in sources]
+    experiments = [source for source in sources if isinstance(source, Experiment)]
     try:
         from orchestration.serving.serve import run
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}; pip install 'dsvl[serve]'") from error
 
-    return described(run(sources, host=host, port=port))
+    experiment = experiments[0] if experiments else None
+    return described(run(subjects, experiment=experiment, host=host, port=port))
 
 
 def _export(
@@ -190,10 +191,10 @@ def _export(
     """Write the best model as a folder to hand on: whole, or what was trained alone."""
     from orchestration.trained import choose
 
-    choose(experiment, step=step)
+    chosen = choose(experiment, step=step)
     from orchestration.export import export, render
 
-    result = export(experiment, form=form, target=target, step=step)
+    result = export(chosen, form=form, target=target)
     return result, render(result)
 
 

@@ -38,7 +38,7 @@ from orchestration.records.journal import NOTES, Journal, read, sole, write_json
 from orchestration.records.record import read_if_there
 from orchestration.records.results import require_same_data
 from orchestration.records.shipping import shipped
-from orchestration.trained import Trained, choose
+from orchestration.trained import Trained
 from orchestration.worker import held_out_samples
 
 log = logging.getLogger(__name__)
@@ -48,19 +48,14 @@ HELD_OUT = "held out"
 
 
 def evaluate(
-    source: Experiment | Path,
-    *,
-    suites: Sequence[Path] = (),
-    step: int | None = None,
-    against: Path | None = None,
+    chosen: Trained, *, suites: Sequence[Path] = (), against: Path | None = None
 ) -> dict[str, Any]:
     """Measure a trained model; what it has answered before is not asked again.
 
     Args:
-        source: an experiment, or the folder of a run or a trial.
+        chosen: the model.
         suites: files of questions: YAML that describes a suite, or the questions themselves as `.jsonl` or as
             the original's `.json`.
-        step: of which checkpoint; the newest that is whole when empty.
         against: the folder of a run that has been evaluated, to compare with.
 
     Returns:
@@ -68,15 +63,13 @@ def evaluate(
         `figures`, held-out ones also `by` blend, round and images; `against`, their paired differences.
 
     Raises:
-        ValueError: if a suite is not of its format, or has the name of another; if there is no such
-            checkpoint; if what it is to be compared with has not been evaluated; if a GPU cannot hold the
-            model.
-        FileNotFoundError: if nothing has been trained yet, or a file is missing.
+        ValueError: if a suite is not of its format, or has the name of another; if what it is to be compared
+            with has not been evaluated; if a GPU cannot hold the model.
+        FileNotFoundError: if a file is missing.
     """
     described = {path.stem: read_suite(path) for path in suites}
     if len(described) < len(suites) or HELD_OUT in described:
         raise ValueError(f"--suite {' '.join(map(str, suites))}: need file names of their own")
-    chosen = choose(source, step=step)
     other = read_rounds(against) if against else None
     experiment, folder = chosen.experiment, answers_folder(chosen)
     _require_room(experiment)

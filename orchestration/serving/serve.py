@@ -37,7 +37,7 @@ from orchestration.cluster import connect
 from orchestration.config import Experiment
 from orchestration.serving.batching import Batches, BusyError
 from orchestration.serving.gate import Gate, Limits, LostError, Model
-from orchestration.trained import Subject, find
+from orchestration.trained import Subject
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +118,10 @@ async def _answer(talker: DeploymentHandle, question: Question) -> AsyncGenerato
         pieces.cancel()
 
 
-def run(sources: Sequence[Experiment | Path], *, host: str, port: int) -> dict[str, Any]:
-    """Serve the models of experiments and folders until Ctrl-C or SIGTERM.
+def run(
+    models: Sequence[Subject], *, experiment: Experiment | None, host: str, port: int
+) -> dict[str, Any]:
+    """Serve models until Ctrl-C or SIGTERM, on the cluster of an experiment if one is given.
 
     Returns:
         The `address` where they were, and the folder of each of the `models`.
@@ -129,10 +131,9 @@ def run(sources: Sequence[Experiment | Path], *, host: str, port: int) -> dict[s
     """
     token = _token(host)
     _check_free(host, port)
-    subjects = _named([find(source) for source in sources])
-    experiments = [source for source in sources if isinstance(source, Experiment)]
+    subjects = _named(models)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    with connect(experiments[0] if experiments else None):
+    with connect(experiment):
         try:
             signal.signal(signal.SIGTERM, _interrupt)
             _start(subjects, token=token, host=host, port=port)
@@ -142,8 +143,8 @@ def run(sources: Sequence[Experiment | Path], *, host: str, port: int) -> dict[s
             log.info("ending")
         finally:
             serve.shutdown()
-    models = {name: str(subject.folder) for name, subject in subjects.items()}
-    return {"address": address, "models": models}
+    folders = {name: str(subject.folder) for name, subject in subjects.items()}
+    return {"address": address, "models": folders}
 
 
 def _start(subjects: dict[str, Subject], *, token: str, host: str, port: int) -> None:

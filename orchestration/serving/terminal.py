@@ -22,10 +22,9 @@ from dsvl.chat import Chat
 from dsvl.data.encode import load_tokenizer
 from dsvl.data.images import ImageProcessor, load
 from dsvl.data.sources import BadImage, Images
-from orchestration.config import Experiment
 from orchestration.problems import harmless
 from orchestration.records.journal import write_json
-from orchestration.trained import Subject, find
+from orchestration.trained import Subject
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +52,17 @@ def open_chat(subject: Subject) -> Chat:
     )
 
 
-def talk(source: Experiment | Path, *, out: TextIO) -> dict:
+def talk(subject: Subject, *, out: TextIO) -> dict:
     """Answer the lines of standard input until it ends, on `out` piece by piece as answers are written.
 
     Args:
-        source: an experiment, or the folder of a run, a trial or an exported model.
+        subject: the model.
         out: where answers are told.
 
     Returns:
         `answered`, how many questions were; and `rounds`, of every question the `round` of its conversation,
         the `images` that it showed, the `question` and the `answer`, or the `error` in its place.
     """
-    subject = find(source)
     show_image = _image_shower(out)
     chat = open_chat(subject)
     processor = ImageProcessor.from_checkpoint(subject.processor)

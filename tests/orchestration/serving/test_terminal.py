@@ -17,6 +17,7 @@ from PIL import Image
 from orchestration import cli
 from orchestration.compose import load
 from orchestration.serving import terminal
+from orchestration.trained import Subject, find
 from tests.orchestration.hosting import model_folder, picture
 
 pytestmark = pytest.mark.ray
@@ -112,7 +113,7 @@ def test_an_answer_appears_piece_by_piece(trained_run, monkeypatch):
 
     monkeypatch.setattr(terminal, "open_chat", lambda subject: Parrot())
     monkeypatch.setattr("sys.stdin", io.StringIO("one two three\nfour five\n"))
-    assert terminal.talk(load(trained_run), out=out)["answered"] == 2
+    assert terminal.talk(find(load(trained_run)), out=out)["answered"] == 2
     assert out.getvalue() == "one two three \nfour five \n"
 
 
@@ -123,7 +124,7 @@ def chatting(tmp_path_factory, monkeypatch, capsys):
 
     def chatting(*lines: str) -> tuple[dict, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-        document = terminal.talk(folder, out=io.StringIO())
+        document = terminal.talk(find(folder), out=io.StringIO())
         return document, capsys.readouterr().err
 
     return chatting
@@ -226,11 +227,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(monkeypatch, capsys):
     monkeypatch.setattr(terminal, "open_chat", lambda subject: Endless())
     processor = SimpleNamespace(from_checkpoint=lambda _: None)
     monkeypatch.setattr(terminal, "ImageProcessor", processor)
-    monkeypatch.setattr(
-        terminal, "find", lambda source: SimpleNamespace(processor="", manner={}, folder="")
-    )
     monkeypatch.setattr("sys.stdin", io.StringIO("one\nnothing\n\ntwo\n"))
-    document = terminal.talk(Path(), out=io.StringIO())
+    document = terminal.talk(Subject("", Path(), "", "", {}), out=io.StringIO())
     assert [said["answer"] for said in document["rounds"]] == ["one " * 3, "", "two " * 3]
     assert left == ["one", "nothing", "two"]
     err = capsys.readouterr().err
@@ -241,7 +239,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(monkeypatch, capsys):
 def test_quit_ends_a_conversation_before_its_input_does(trained_run, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("/quit\nWhat digit is in image 1?\n"))
     out = io.StringIO()
-    assert terminal.talk(load(trained_run), out=out) == {"answered": 0, "rounds": []}
+    assert terminal.talk(find(load(trained_run)), out=out) == {"answered": 0, "rounds": []}
     assert out.getvalue() == ""
 
 
