@@ -112,7 +112,7 @@ class Answers:
             self.model,
             batch.to(self.device),
             end=self.encoder.end,
-            max_new_tokens=max(answer.most for answer in answers),
+            max_new_tokens=[answer.most for answer in answers],
             sampling=[answer.question.sampling for answer in answers],
             store=self.store,
         ):

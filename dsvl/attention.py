@@ -22,6 +22,10 @@ from transformers import AttentionInterface
 from dsvl.data.layout import Run, Span
 from dsvl.data.types import Kind
 
+# On Hopper and later torch asks cuDNN first, which plans anew for each shape that it has not met; here nearly
+# every sample brings some. Flash attention is next in line.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 SCHEMES = ("causal", "causal_cross", "mmca")
 

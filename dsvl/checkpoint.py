@@ -149,7 +149,7 @@ def require_room(engine: Engine, folder: Path, *, checkpoints: int = 1) -> None:
         raise OSError(
             errno.ENOSPC,
             f"{folder}: {checkpoints} more checkpoints take {needed / 2**30:.2f} GiB but {found / 2**30:.2f} "
-            "are free; make room or lower checkpoint.keep, and start again: what was saved is whole",
+            "are free; make room or lower checkpoint.keep, and start again: earlier checkpoints are intact",
         )
 
 

@@ -120,7 +120,7 @@ def write_manifest(path: Path, stated: Mapping[str, Any]) -> None:
 
 
 def publish(unfinished: Path, target: Path, stated: Mapping[str, Any]) -> None:
-    """Give a folder, whose files are on the disk, its manifest and its name, for a power cut to leave."""
+    """Write the manifest of a folder whose files are on the disk, and rename it: both survive a power cut."""
     write_manifest(unfinished, stated)
     sync(unfinished / MANIFEST)
     sync(unfinished)
@@ -131,7 +131,7 @@ def publish(unfinished: Path, target: Path, stated: Mapping[str, Any]) -> None:
 
 
 def written(path: Path) -> dict[str, Any]:
-    """What the manifest states of a file, once that is on the disk."""
+    """Bring a file to the disk; returns what the manifest states of it."""
     sync(path)
     return _entry(path)
 

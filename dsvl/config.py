@@ -53,6 +53,11 @@ class LanguageConfig:
             f"must divide num_attention_heads={self.num_attention_heads}",
         )
 
+    @property
+    def largest_weight(self) -> int:
+        """Values of its largest matrix."""
+        return self.hidden_size * max(self.vocab_size, self.intermediate_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
@@ -225,17 +230,18 @@ class FieldsConfig:
     image: str | None = None
     """For `qa`: the same; empty fields are no image, lists are several."""
     messages: str | None = None
-    """For `sharegpt` and `hf_messages`, as the next; those from here on are LLaMA-Factory's."""
+    """For `sharegpt` and `hf_messages`. This and all below are what LLaMA-Factory calls them."""
     images: str | None = None
-    """For `alpaca` too, as the next."""
+    """For `sharegpt`, `hf_messages` and `alpaca`."""
     system: str | None = None
+    """For `sharegpt` and `alpaca`."""
     prompt: str | None = None
-    """For `alpaca`, as the next three."""
+    """For `alpaca`; so are `query`, `response` and `history`."""
     query: str | None = None
     response: str | None = None
     history: str | None = None
     role_tag: str | None = None
-    """For `sharegpt`, as the next four."""
+    """For `sharegpt`; so are the other tags."""
     content_tag: str | None = None
     user_tag: str | None = None
     assistant_tag: str | None = None
@@ -562,9 +568,11 @@ class CheckpointConfig:
     keep_best: int = 0
     """How many with the lowest held-out loss stay beside them; the end of every epoch is saved then."""
     branch_epochs: tuple[int, ...] = ()
-    """Epochs of shorter trainings that are to branch off: where their decay begins is saved, and stays."""
+    """Lengths, in epochs, of shorter trainings that will branch off this one: a checkpoint is kept where the
+    decay of each begins."""
     trunk: str | None = None
-    """The folder of a run that this one branches off: what both train alike is taken from its checkpoints."""
+    """The folder of a run to branch off: the updates that both have in common are taken from its
+    checkpoints."""
 
     def __post_init__(self) -> None:
         require(self.every > 0, "every", self.every, "must be positive")

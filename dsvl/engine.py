@@ -24,9 +24,18 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 def deepspeed_config(
-    engine: EngineConfig, train: TrainConfig, optim: OptimConfig, *, workers: int, trainable: int
+    engine: EngineConfig,
+    train: TrainConfig,
+    optim: OptimConfig,
+    *,
+    workers: int,
+    trainable: int,
+    largest: int,
 ) -> dict:
-    """DeepSpeed's own configuration; `trainable` parameters bound its communication buffers.
+    """DeepSpeed's own configuration.
+
+    Its communication buffers are bounded by `trainable` parameters, and those for weights on a disk have room
+    for a worker's share of the `largest` one.
 
     Raises:
         ValueError: if the global batch is not a multiple of workers x micro batch.
@@ -46,8 +55,12 @@ def deepspeed_config(
             "stage": engine.zero_stage,
             "overlap_comm": torch.cuda.is_available(),
             "reduce_bucket_size": min(trainable, 500_000_000),
-            "offload_optimizer": _offload(engine.offload_optimizer, engine.nvme_path),
-            "offload_param": _offload(engine.offload_parameters, engine.nvme_path),
+            "offload_optimizer": _offload(engine.offload_optimizer),
+            "offload_param": _offload(
+                engine.offload_parameters,
+                nvme_path=engine.nvme_path,
+                buffer_size=max(100_000_000, -(-largest // workers)),
+            ),
         },
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16", "loss_scale_window": 100},
@@ -59,10 +72,10 @@ def deepspeed_config(
     return _laid_over(config, engine.deepspeed)
 
 
-def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
+def _offload(device: str, **on_disk: Any) -> dict[str, Any]:
     """The part of DeepSpeed's configuration that says where something lies while it is not used."""
     if device == "nvme":
-        return {"device": device, "nvme_path": nvme_path}
+        return {"device": device, **on_disk}
     return {"device": device, "pin_memory": torch.cuda.is_available()}
 
 
@@ -98,7 +111,12 @@ def divided(model: ModelConfig, *, engine: EngineConfig, train: TrainConfig) -> 
         yield
         return
     settings = deepspeed_config(
-        engine, train, OptimConfig(), workers=dist.get_world_size(), trainable=1
+        engine,
+        train,
+        OptimConfig(),
+        workers=dist.get_world_size(),
+        trainable=1,
+        largest=model.language.largest_weight,
     )
     active = HfDeepSpeedConfig(settings)  # transformers holds a weak reference
     yield
@@ -153,6 +171,7 @@ class Engine:
             optim_config,
             workers=self.workers,
             trainable=sum(map(math.prod, self.shapes.values())),
+            largest=model.config.language.largest_weight,
         )
         self.deepspeed, wrapped, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=config, dist_init_required=False

@@ -1,7 +1,7 @@
 """Loss and exact-answer accuracy over held-out samples: with their images, none, or others; by round."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,7 +63,8 @@ def evaluate(
     """
     model.eval()
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    tally, another = Tally(), exchanged(samples)
+    tally = Tally()
+    another = exchanged(key for i in range(len(samples)) for key in samples[i].images)
     for first in range(0, len(samples), batch * workers):
         mine = range(len(samples))[first : first + batch * workers][rank::workers]
         # A rank without a sample passes one uncounted, so that every rank takes part in every collective.
@@ -85,9 +86,9 @@ def evaluate(
     return Tally(loss, *(round(count) for count in counts))
 
 
-def exchanged(samples: Samples) -> dict[str, str]:
-    """Another image of the samples for each of their images, however they are batched."""
-    keys = sorted({key for i in range(len(samples)) for key in samples[i].images})
+def exchanged(images: Iterable[str]) -> dict[str, str]:
+    """Another of some images, known by their keys, for each of them, however they are batched."""
+    keys = sorted(set(images))
     half = len(keys) // 2
     return dict(zip(keys, keys[half:] + keys[:half], strict=True))
 

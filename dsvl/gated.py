@@ -106,7 +106,7 @@ class GatedCache:
 
 
 class Gated:
-    """A stock decoder over the text of a batch, with a block ahead of every so many-th layer."""
+    """A stock decoder over the text of a batch, with a block before every `cross_every`-th layer."""
 
     def __init__(
         self, decoder: nn.Module, blocks: nn.ModuleList, *, every: int, image_tokens: int

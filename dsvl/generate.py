@@ -70,7 +70,7 @@ def generate(
     batch: Batch,
     *,
     end: int,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling | Sequence[Sampling | None] | None = None,
     cache: Cache | None = None,
     store: ImageStore | None = None,
@@ -81,9 +81,10 @@ def generate(
         model: in evaluation mode. Where ZeRO 3 divides it, every rank must call this, with the same batch.
         batch: prompts; or what follows on those that the cache holds, a row a sample.
         end: the id that closes an answer.
-        max_new_tokens: most tokens a sample.
+        max_new_tokens: most tokens a sample; or of each sample.
         sampling: how to draw; greedy without it. Or that of each sample, whose seed then counts alone.
-        cache: `model.decoder.cache(1)`, for one sample that goes on; it comes to hold all but the last token.
+        cache: `model.decoder.cache(n)`, for n samples that go on; it comes to hold all but the last tokens,
+            and of samples that have ended what came after.
         store: images known to the decoder, which are then neither encoded nor passed through it again.
             Not where the decoder runs interleaved.
 
@@ -100,7 +101,7 @@ def generate(
         "runs this decoder interleaved, where what is known of an image depends on what stands before it; "
         "leave `store` out of generate()",
     )
-    samples = len(batch.layout.samples)
+    samples, passing = len(batch.layout.samples), cache is None
     cache = model.decoder.cache(samples) if cache is None else cache
     kinds, packing = batch.kinds.cpu().numpy(), batch.layout.packing
     last = _last(kinds, None if packing is None else packing.cpu().numpy())
@@ -128,30 +129,35 @@ def generate(
     text, images = model.embed(replace(batch, layout=layout), fresh=fresh)
     if sampling is None or isinstance(sampling, Sampling):
         sampling = [sampling and sampling.numbered(n) for n in range(samples)]
-    draws = [
-        (n, own, torch.Generator(text.device).manual_seed(own.seed))
-        for n, own in enumerate(sampling)
-        if own
-    ]
-    ended = [False] * samples
-    for count in range(max_new_tokens):
+    draws = [own and torch.Generator(text.device).manual_seed(own.seed) for own in sampling]
+    limits = [max_new_tokens] * samples if isinstance(max_new_tokens, int) else max_new_tokens
+    going, ended = list(range(samples)), [False] * samples
+    for count in range(max(limits)):
         states = model.decoder(text, images, layout, cache=cache, known=shown)
         logits_BV = model.logits(states[layout.wanted_positions.argsort()])
         next_B = logits_BV.argmax(-1)
-        for n, own, draw in draws:
-            next_B[n] = _draw(logits_BV[n], own, draw)
+        for row, n in enumerate(going):
+            if (own := sampling[n]) and (draw := draws[n]):
+                next_B[row] = _draw(logits_BV[row], own, draw)
         if hasattr(model.head.weight, "ds_tensor"):
             # Divided among the ranks (ZeRO 3), all of which take part in every pass. Those that disagreed
             # on an end, by a bit of rounding, would wait for each other: rank 0 writes for all.
             dist.broadcast(next_B, 0)
-        chosen = next_B.tolist()
-        ended = [done or token == end for done, token in zip(ended, chosen, strict=True)]
+        written: list[int | None] = [None] * samples
+        for n, token in zip(going, next_B.tolist(), strict=True):
+            ended[n] |= token == end
+            written[n] = None if ended[n] else token
         if all(ended):
             return
-        yield [None if done else token for done, token in zip(ended, chosen, strict=True)]
-        if count + 1 == max_new_tokens:
+        yield written
+        ended = [done or count + 1 == most for done, most in zip(ended, limits, strict=True)]
+        if all(ended):
             return
-        kinds = np.full((samples, 1), Kind.TEXT, np.int8)
+        staying = [row for row, n in enumerate(going) if not ended[n]]
+        if passing and len(staying) < len(going):
+            cache.select(staying)
+            going, next_B = [going[row] for row in staying], next_B[staying]
+        kinds = np.full((len(going), 1), Kind.TEXT, np.int8)
         layout = lay_out(kinds, kinds == Kind.TEXT, past=cache.past).to(text.device)
         text, images, shown = model.embedding(next_B), images[:0], None
 

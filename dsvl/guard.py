@@ -68,7 +68,7 @@ class Guard:
         return {"norms": list(self.norms), "skipped": sorted(self.skipped)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """What `state` gave; what was found to be skipped since stays so."""
+        """Go back to what `state` gave; updates that were found to be skipped since stay skipped."""
         self.norms = deque(state.get("norms", ()), maxlen=WINDOW)
         self.skipped |= set(state.get("skipped", ()))
 

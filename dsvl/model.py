@@ -58,7 +58,7 @@ class VisualChat(nn.Module):
             f"{section}.checkpoint",
             named,
             f"is a {type(self.language).__name__}, which has no `model` and `lm_head` as LLaMA has; name a "
-            "decoder built as it is: LLaMA, Mistral, Qwen2 or one of their kin",
+            "decoder in the style of LLaMA: LLaMA, Mistral or Qwen2",
         )
         keep_trainable(self.language)
         check_shape(config.language, self.language.config, section=section)

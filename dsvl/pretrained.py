@@ -10,6 +10,7 @@ parts lie in the folder itself, the description says so (`HERE`).
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -163,9 +164,11 @@ def digest(checkpoint: str) -> str:
     assert stated is not None, "a missing file raises"
     config = json.loads(Path(stated).read_text(encoding="utf-8"), object_hook=_telling)
     total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path in _weights(checkpoint):
-        total.update(path.name.encode())
-        total.update(sha256(path).encode())
+    paths = _weights(checkpoint)
+    with ThreadPoolExecutor() as pool:  # hashing holds no lock of Python's
+        for path, hashed in zip(paths, pool.map(sha256, paths), strict=True):
+            total.update(path.name.encode())
+            total.update(hashed.encode())
     return total.hexdigest()
 
 

@@ -5,8 +5,9 @@ A suite is files of one format and a folder of images. `FORMATS` has a parser fo
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -88,8 +89,12 @@ def dialogues(suite: SuiteConfig, folder: Path) -> list[Dialogue]:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file of the suite")
     found: list[Dialogue] = []
+    names: Counter[str] = Counter()
     try:
         for dialogue in FORMATS[suite.format](paths):
+            names[dialogue.id] += 1
+            if (number := names[dialogue.id]) > 1:  # what is asked and said is kept by name
+                dialogue = replace(dialogue, id=f"{dialogue.id}#{number}")
             found.append(_put(dialogue, suite))
             if len(found) == suite.samples:
                 break
@@ -123,11 +128,13 @@ def _put(dialogue: Dialogue, suite: SuiteConfig) -> Dialogue:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8-sig").split(
+        "\n"
+    ):  # a text may hold other ends of lines
         if line.strip():
             yield json.loads(line)
 
@@ -239,7 +246,7 @@ def _gqa(paths: Sequence[Path]) -> Iterator[Dialogue]:
 def _mmbench(paths: Sequence[Path]) -> Iterator[Dialogue]:
     """MMBench and its kin: a table of index, image in base64, question, hint, A to F and answer, a letter."""
     csv.field_size_limit(1 << 28)
-    with paths[0].open(encoding="utf-8", newline="") as file:
+    with paths[0].open(encoding="utf-8-sig", newline="") as file:
         for each in csv.DictReader(file, delimiter="\t"):
             options = {letter: each[letter] for letter in "ABCDEF" if each.get(letter)}
             listed = " ".join(f"{letter}. {text}" for letter, text in options.items())

@@ -1,9 +1,11 @@
 """The training loop, as a generator: the library yields a Step, the caller decides what to do with it."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from dsvl.engine import Engine
 from dsvl.norms import Norms
 from dsvl.optim import learning_rate
 from dsvl.stragglers import Stragglers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,36 +111,64 @@ def steps(
     """
     plan = Plan(len(blender), train)
     norms, stragglers = Norms(engine), Stragglers(engine.device)
-    for step in range(start, plan.steps):
-        began = time.perf_counter()
+
+    def share(step: int) -> _Share:
         samples, indices = blender.epoch(plan.epoch(step)), plan.indices(step)
-        lr = learning_rate(step, plan.steps, engine.optim_config)
-        loss = grad_norm = 0.0
-        targets = int(samples.targets[indices].sum())
-        skipped = step + 1 in skip
-        inspect = inspect_every is not None and (step + 1) % inspect_every == 0 and not skipped
-        if not skipped:
-            passes = deal(samples.lengths[indices], len(indices) // config.micro_batch)
-            micro_batches = [
-                batch_of(prepared, [samples[i] for i in indices[part]])
-                for part in passes[engine.rank :: engine.workers]
-            ]
-            with stragglers.update(), norms if inspect else nullcontext():
-                loss, grad_norm = engine.update(micro_batches, targets=targets, lr=lr)
-        yield Step(
-            number=step + 1,
-            epoch=plan.epoch(step),
-            ends_epoch=(step + 1) % plan.steps_per_epoch == 0,
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
+        passes = deal(samples.lengths[indices], len(indices) // config.micro_batch)
+        own = [] if step + 1 in skip else passes[engine.rank :: engine.workers]
+        return _Share(
+            [batch_of(prepared, [samples[i] for i in indices[part]]) for part in own],
             tokens=int(samples.lengths[indices].sum()),
-            targets=targets,
+            targets=int(samples.targets[indices].sum()),
             images=int(samples.images[indices].sum()),
-            seconds=time.perf_counter() - began,
-            skipped=skipped,
-            inspected=norms.metrics(grad_norm) | stragglers.metrics() if inspect else {},
         )
+
+    began = time.perf_counter()
+    with closing(ahead(share, range(start, plan.steps))) as shares:
+        for step, (micro_batches, tokens, targets, images) in enumerate(shares, start):
+            lr = learning_rate(step, plan.steps, engine.optim_config)
+            loss = grad_norm = 0.0
+            skipped = step + 1 in skip
+            inspect = inspect_every is not None and (step + 1) % inspect_every == 0 and not skipped
+            if not skipped:
+                with stragglers.update(), norms if inspect else nullcontext():
+                    loss, grad_norm = engine.update(micro_batches, targets=targets, lr=lr)
+            yield Step(
+                number=step + 1,
+                epoch=plan.epoch(step),
+                ends_epoch=(step + 1) % plan.steps_per_epoch == 0,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens=tokens,
+                targets=targets,
+                images=images,
+                seconds=time.perf_counter() - began,
+                skipped=skipped,
+                inspected=norms.metrics(grad_norm) | stragglers.metrics() if inspect else {},
+            )
+            began = time.perf_counter()
+
+
+class _Share(NamedTuple):
+    """What a rank passes through the model in an update, and what the global batch holds."""
+
+    micro_batches: list[Batch]
+    tokens: int
+    targets: int
+    images: int
+
+
+def ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Generator[T]:
+    """What is made of each number, in order: by a thread, each while the one before it is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        coming = None
+        for number in numbers:
+            before, coming = coming, pool.submit(make, number)
+            if before:
+                yield before.result()
+        if coming:
+            yield coming.result()
 
 
 def batch_of(prepared: Prepared, examples: Sequence[Example]) -> Batch:

@@ -79,7 +79,9 @@ def work(config: dict) -> None:
     watchdog.wind("hashing the frozen parts")
     frozen = from_rank_0(lambda: pretrained.digests(experiment.model))
     if experiment.engine.stored_features:
-        features = Features(prepared, features_folder(experiment, prepared.folder))
+        features = Features(
+            prepared, features_folder(experiment, prepared.folder, tower=frozen["vision"])
+        )
         prepared.vision_input, prepared.vision_shape = features, features.shape
     blender = Blender(prepared, "train", data=experiment.data, seed=train.seed)
     samples = held_out_samples(prepared, experiment)

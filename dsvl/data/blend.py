@@ -193,7 +193,7 @@ def deal(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
     """The samples of a batch in `parts` of equal number and of tokens as equal as can be, each ascending.
 
     The longest go first, each to the part with the fewest tokens that has room. Parts come with the most
-    tokens first, so that workers that take every so-many-th pass alike ones through at the same time.
+    tokens first, so that workers which take them in turn have passes of similar length at the same time.
     """
     room = len(lengths) // parts
     members: list[list[int]] = [[] for _ in range(parts)]

@@ -113,14 +113,15 @@ def load(images: Images, ref: str, *, processor: ImageProcessor, max_pixels: int
     """
     data = images.read(ref)
     image = _open(data, max_pixels=max_pixels)
+    decoded = _decode(image)
     return StoredImage(
         key=hashlib.sha256(data).hexdigest(),
         bytes=data,
         path=ref.partition(",")[0] if ref.startswith("data:") else ref,
-        width=image.width,
-        height=image.height,
-        mime=FORMATS[str(image.format)],
-        fitted=processor.fit(_decode(image)),
+        width=decoded.width,
+        height=decoded.height,
+        mime=FORMATS.get(str(image.format), "image/jpeg"),
+        fitted=processor.fit(decoded),
     )
 
 

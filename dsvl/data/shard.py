@@ -58,10 +58,10 @@ class Checker:
         self._images = cache(Images)  # archives stay open
 
     def check(self, task: Task) -> bool:
-        """Write the result of a shard and return true, unless it is there and its images are as they were."""
+        """Write the result of a shard and return true, unless it is there and whole, its images unchanged."""
         folder = Path(task.result)
         if folder.is_dir():
-            if Result(folder).is_current(task.images):
+            if (result := Result(folder)).is_whole() and result.is_current(task.images):
                 return False
             discard(folder)
         rows = pq.read_table(task.records).to_pylist()
@@ -101,6 +101,7 @@ class Checker:
                     places.append(place)
             np.savez(making / "encoded.npz", allow_pickle=False, **_laid_out(encoded, places))
             found["sha256"] = {path.name: sha256(path) for path in making.iterdir()}
+            found["written"] = {path.name: _size_and_time(path) for path in making.iterdir()}
             (making / "found.json").write_text(json.dumps(found), encoding="utf-8")
         return True
 
@@ -143,6 +144,17 @@ class Result:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def is_whole(self) -> bool:
+        """Whether the files are what was written; only those that have another size or time now are read."""
+        try:
+            return all(
+                _size_and_time(path := self.folder / name) == self._found["written"][name]
+                or sha256(path) == digest
+                for name, digest in self.sha256.items()
+            )
+        except (OSError, ValueError, KeyError):  # of a file that is gone, or half of found.json
+            return False
 
     def is_current(self, images: str) -> bool:
         """Whether the image files are still those that were opened."""
@@ -240,6 +252,11 @@ class ImageShard:
     def _flush(self) -> None:
         self._parquet.write_table(pa.Table.from_pylist(self._rows, IMAGES))
         self._rows, self._bytes = [], 0
+
+
+def _size_and_time(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def stamp(folder: str, path: str) -> list[int] | None:

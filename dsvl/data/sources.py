@@ -105,7 +105,9 @@ class Images:
                 self._archives[path] = _unreadable(path, error)
         found = self._archives[path]
         if isinstance(found, BadImage):
-            raise found
+            raise BadImage(
+                found.reason, found.detail
+            )  # raised as it is, it would keep every traceback
         return found
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from dsvl.config import SCHEMA_VERSION
 from dsvl.data.columns import Column
 from dsvl.data.encode import Phrases
-from dsvl.data.folders import link, sha256
+from dsvl.data.folders import discard, link, sha256
 from dsvl.data.images import ImageProcessor
 from dsvl.data.store import IMAGES, RAGGED, SAMPLES, SPLITS
 from dsvl.data.types import Encoded, Rejected
@@ -201,7 +201,7 @@ class Writer:
         text = json.dumps(manifest, indent=1) + "\n"
         (self._making / "manifest.json").write_text(text, encoding="utf-8")
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            discard(self.folder)
         self._making.rename(self.folder)
         return manifest
 

@@ -24,6 +24,7 @@ from dsvl.data.encode import Encoder
 from dsvl.data.sources import BadImage, Images
 from dsvl.data.store import Prepared, open_store
 from dsvl.data.types import Example, Kind, Part, Turn
+from dsvl.evaluate import exchanged
 from dsvl.metrics import Objects, images_named
 from dsvl.suites import Dialogue, SuiteConfig, dialogues, vocabulary
 from dsvl.template import ANSWER, QUESTION
@@ -69,7 +70,10 @@ def evaluate(
     """
     described = {path.stem: read_suite(path) for path in suites}
     if len(described) < len(suites) or HELD_OUT in described:
-        raise ValueError(f"--suite {' '.join(map(str, suites))}: need file names of their own")
+        raise ValueError(
+            f"--suite {' '.join(map(str, suites))}: two files have the same name, or one is called "
+            f"{HELD_OUT!r}; rename one"
+        )
     other = read_rounds(against) if against else None
     experiment, folder = chosen.experiment, answers_folder(chosen)
     _require_room(experiment)
@@ -193,18 +197,12 @@ def read_rounds(run: Path) -> list[Row]:
     return [json.loads(line) for line in found[-1].read_text(encoding="utf-8").splitlines()]
 
 
-def others(keys: Sequence[str]) -> dict[str, str]:
-    """For every image another one: each takes the place of the one before, in the order of their hashes."""
-    ring = sorted(set(keys))
-    return dict(zip(ring, [*ring[1:], *ring[:1]], strict=True))
-
-
 def _held_out(
     chosen: Trained, epoch: Epoch, prepared: Prepared, code: Encoder, folder: Path
 ) -> list[Row]:
     blends = list(chosen.experiment.data.all_blends())
     examples = [epoch[index] for index in range(len(epoch))]
-    another = others([key for example in examples for key in example.images])
+    another = exchanged(key for example in examples for key in example.images)
     samples = [
         held_out(example, _ways(example.images, another), image_tokens=prepared.image_tokens)
         for example in examples
@@ -273,7 +271,7 @@ def _suite(
             f"--suite {name}: no image of it can be used: {next(iter(faults.values()))}"
         )
     asked = [dialogue for dialogue in asked if dialogue.id not in faults]
-    another = others(list(names.values()))
+    another = exchanged(names.values())
     plain = {dialogue.id: _questions(dialogue, names, code) for dialogue in asked}
     files = {key: image for image, key in names.items()}
     ways: dict[str, dict[str, Sample]] = {}

@@ -1,15 +1,16 @@
 """What a worker has to hold while it trains: bytes by component at the moment when they are most.
 
-There are three such moments: the loss is known, and every layer has kept what its backward pass needs; that
-pass has come to the embedding, the last to get its gradient; the optimizer updates. DeepSpeed's part is that
-of its code (0.19). `tests.benchmarks.planning` holds the sum to what real trainings take.
+There are four such moments: the loss is known, and every layer has kept what its backward pass needs; that
+pass has come to the embedding, the last to get its gradient; the optimizer updates; held-out samples pass.
+DeepSpeed's part is that of its code (0.19). `tests.benchmarks.planning` holds the sum to what real trainings
+take.
 """
 
 from typing import Any
 
 from dsvl.config import ModelConfig, logit_rows
 from orchestration.config import Experiment
-from orchestration.planning.parameters import largest_weight, linear_parameters, parameters
+from orchestration.planning.parameters import linear_parameters, parameters
 
 GIB = 1024**3
 STATE_BYTES = 12
@@ -68,6 +69,7 @@ def _memory(experiment: Experiment, *, recompute: bool) -> dict[str, int]:
     passing = max(
         at_the_loss(experiment, recompute=recompute),
         *updating(experiment),
+        evaluating(experiment),
         key=lambda parts: sum(parts.values()),
     )
     allowance = 0
@@ -152,6 +154,22 @@ def updating(experiment: Experiment) -> list[dict[str, int]]:
     ]
 
 
+def evaluating(experiment: Experiment) -> dict[str, int]:
+    """What is there while held-out samples pass through a layer, which lets go of nothing before its end."""
+    language, width = experiment.model.language, weight_bytes(experiment)
+    most, batch = experiment.evaluation.samples, experiment.evaluation.batch
+    tokens = min(batch, most or batch) * experiment.data.max_tokens
+    hidden, wide = language.hidden_size, language.intermediate_size
+    grouped = hidden * language.num_key_value_heads // language.num_attention_heads
+    return {
+        "gradients": 0,
+        "buffers": 0,
+        "gathered weights": _gathered(experiment),
+        "activations": tokens * 2 * hidden * width,
+        "at work": tokens * (3 * wide + 7 * hidden + 2 * grouped) * width,
+    }
+
+
 def _weights(experiment: Experiment) -> tuple[int, int, int]:
     """Bytes of the frozen weights and of their scales, and how many weights are trained."""
     model, width = experiment.model, weight_bytes(experiment)
@@ -194,7 +212,9 @@ def _gathered(experiment: Experiment) -> int:
     total = sum(part.total for part in parameters(experiment.model).values())
     arriving = _deepspeed(experiment, "stage3_prefetch_bucket_size", PREFETCH)
     reused = _deepspeed(experiment, "stage3_max_reuse_distance", REUSE) // 2
-    live = min(total, reused + largest_weight(experiment.model) + arriving) + min(total, arriving)
+    live = min(total, reused + experiment.model.language.largest_weight + arriving) + min(
+        total, arriving
+    )
     return int((frozen + trained * weight_bytes(experiment)) / total * live)
 
 

@@ -48,12 +48,6 @@ def linear_parameters(language: LanguageConfig) -> int:
     return language.num_hidden_layers * sum(i * o for i, o in _linear(language, "all"))
 
 
-def largest_weight(model: ModelConfig) -> int:
-    """Parameters of the largest matrix of the decoder."""
-    language = model.language
-    return language.hidden_size * max(language.vocab_size, language.intermediate_size)
-
-
 def adapter_parameters(model: ModelConfig) -> dict[str, int]:
     """Parameters of the adapters of decoder and tower: rank x (in + out) for each linear layer."""
     language, vision, lora = model.language, model.vision, model.vision_lora

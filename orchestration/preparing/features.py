@@ -17,7 +17,7 @@ from orchestration.preparing.pool import Progress, each
 def store_features(experiment: Experiment, prepared: Path, progress: Progress) -> Path:
     """Compute what is not there yet and return the folder of the features."""
     prepared = prepared.absolute()
-    folder = features_folder(experiment, prepared)
+    folder = features_folder(experiment, prepared, tower=digest(experiment.model.vision.checkpoint))
     shards = open_store(prepared).shards
     missing = [shard for shard in range(shards) if not (folder / f"{shard:05}.npy").is_file()]
     if missing:
@@ -38,11 +38,10 @@ def store_features(experiment: Experiment, prepared: Path, progress: Progress) -
     return folder
 
 
-def features_folder(experiment: Experiment, prepared: Path) -> Path:
-    """Where the features of the experiment's tower are."""
-    vision = experiment.model.vision
+def features_folder(experiment: Experiment, prepared: Path, *, tower: str) -> Path:
+    """Where the features of the experiment's tower are, whose digest is `tower`."""
     return features.folder_of(
-        prepared, vision, tower=digest(vision.checkpoint), precision=experiment.train.precision
+        prepared, experiment.model.vision, tower=tower, precision=experiment.train.precision
     )
 
 

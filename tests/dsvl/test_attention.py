@@ -155,3 +155,8 @@ def test_two_streams_equal_the_golden_vectors(golden, case, scheme):
     for tensor, name in ((query, "query"), (key, "key"), (value, "value")):
         expected = golden[f"{case}/{scheme}/grad_{name}"]
         np.testing.assert_allclose(tensor.grad.numpy(), expected, rtol=0, atol=1e-9)
+
+
+def test_no_kernel_is_asked_that_plans_anew_for_every_shape():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()

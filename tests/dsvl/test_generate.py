@@ -69,6 +69,26 @@ def test_a_row_stops_at_its_end_and_the_others_go_on(model):
     assert stopped == [row[: row.index(end)] if end in row else row for row in free]
 
 
+def test_a_row_that_has_written_its_most_takes_no_room_of_the_others(model):
+    free = greedy(model, batch_of(*PROMPTS), end=-1, max_new_tokens=12)
+    limits = [2, 12, 1, 5]
+    written: list[list[int | None]] = [[], [], [], []]
+    for tokens in generate(model, batch_of(*PROMPTS), end=-1, max_new_tokens=limits):
+        for ids, token in zip(written, tokens, strict=True):
+            ids.append(token)
+    expected = zip(free, limits, strict=True)
+    assert written == [ids[:most] + [None] * (12 - most) for ids, most in expected]
+
+
+@pytest.mark.parametrize("model", ["mmca"], indirect=True)
+def test_a_window_counts_what_a_row_itself_writes(model):
+    model.decoder.window = len(PROMPTS[0].ids) + 4
+    limits = [4, 8]  # the second prompt is shorter than the first
+    list(generate(model, batch_of(*PROMPTS[:2]), end=-1, max_new_tokens=limits))
+    with pytest.raises(ValueError, match=f"sliding_window={model.decoder.window}"):
+        list(generate(model, batch_of(*PROMPTS[:2]), end=-1, max_new_tokens=8))
+
+
 def joined(first, second):
     """One prompt after the other."""
     columns = {

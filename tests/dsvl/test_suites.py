@@ -131,6 +131,24 @@ def test_what_else_a_line_holds_is_its_own_affair(tmp_path):
     assert len(dialogues(SuiteConfig(format="jsonl", files=("s.jsonl",)), tmp_path)) == 1
 
 
+def test_dialogues_of_one_name_are_asked_and_scored_apart(tmp_path):
+    lines = [
+        '{"id": 7, "question": "A?"}',
+        '{"id": 7, "question": "B?"}',
+        '{"id": 8, "question": "C?"}',
+    ]
+    (tmp_path / "s.jsonl").write_text("\n".join(lines))
+    found = dialogues(SuiteConfig(format="jsonl", files=("s.jsonl",)), tmp_path)
+    assert [dialogue.id for dialogue in found] == ["7", "7#2", "8"]
+
+
+def test_a_mark_at_the_beginning_and_other_ends_of_lines_are_text(tmp_path):
+    text = '\ufeff{"question": "a\u2028b\u0085c?"}\n{"question": "d?"}\n'
+    (tmp_path / "s.jsonl").write_text(text, encoding="utf-8")
+    found = dialogues(SuiteConfig(format="jsonl", files=("s.jsonl",)), tmp_path)
+    assert [dialogue.rounds[0].question for dialogue in found] == ["a\u2028b\u0085c?", "d?"]
+
+
 def test_a_file_of_another_format_is_named_with_the_record_and_the_remedy():
     with pytest.raises(
         ValueError, match=r"pope\.json: record 0 is not of format gqa.*name its own"

@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import socket
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,12 @@ import torch.multiprocessing as mp
 from dsvl import checkpoint
 from dsvl.checkpoint_folder import find_fault, newest
 from dsvl.config import CheckpointConfig, EngineConfig, OptimConfig, TrainConfig
-from dsvl.engine import Engine, divided, join
+from dsvl.engine import Engine, deepspeed_config, divided, join
 from dsvl.guard import WINDOW, Guard, guarded
 from dsvl.model import VisualChat
 from dsvl.optim import groups, learning_rate
 from dsvl.rehearse import rehearse
-from dsvl.train import Plan, Step
+from dsvl.train import Plan, Step, ahead
 from dsvl.vision import VisionTower
 from tests.dsvl.test_model import PIXELS, batch_of, example
 
@@ -549,6 +550,42 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(model_config, 
     (tmp_path / "step-000000/exp_avg_sq.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint is whole, of the first .* is missing"):
         newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"), [(1, 262_144_000), (2, 131_072_000), (8, 100_000_000)]
+)
+def test_buffers_for_weights_on_a_disk_hold_a_share_of_the_largest_one(workers, expected):
+    on_disk = EngineConfig(zero_stage=3, offload_parameters="nvme", nvme_path="disk")
+    train = TrainConfig(batch=8, epochs=1)
+    made = deepspeed_config(
+        on_disk, train, OptimConfig(lr=1e-3), workers=workers, trainable=1, largest=32_000 * 8192
+    )
+    offload = made["zero_optimization"]["offload_param"]
+    assert (offload["buffer_size"], offload["nvme_path"]) == (expected, "disk")
+
+
+def test_what_comes_next_is_made_while_the_one_before_is_in_use():
+    begun: dict[int, threading.Event] = {number: threading.Event() for number in range(4)}
+
+    def make(number: int) -> int:
+        begun[number].set()
+        return number
+
+    seen = []
+    for number in ahead(make, range(4)):
+        assert number == 3 or begun[number + 1].wait(60)
+        assert number > 1 or not begun[number + 2].is_set()
+        seen.append(number)
+    assert seen == [0, 1, 2, 3]
+    assert list(ahead(make, ())) == []
+
+
+def test_what_cannot_be_made_is_told_where_it_is_wanted():
+    made = ahead(lambda number: 1 // (2 - number), range(4))
+    assert [next(made), next(made)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(made)
 
 
 def test_samples_of_an_epoch_are_each_taken_once_in_an_order_of_their_own():

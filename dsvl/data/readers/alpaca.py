@@ -5,7 +5,7 @@ came before; all but the instruction and the output may be absent. `fields` of t
 LLaMA-Factory calls them.
 """
 
-from dsvl.data.readers.records import Chat, Fault, Record, valid
+from dsvl.data.readers.records import Chat, Fault, Record, instruction
 from dsvl.data.readers.rounds import asked
 from dsvl.data.types import Part, Turn
 
@@ -34,7 +34,7 @@ def parse(record: Record) -> Chat:
     questions, answers = ([pair[place] for pair in history] for place in (0, 1))
     images = record.images(held["images"], columns["images"])
     turns = asked([*questions, "\n".join(texts)], [*answers, held["response"]], images=len(images))
-    if system := valid(held["system"]):
+    if system := instruction(held["system"]):
         turns = (Turn("system", (Part("text", system),)), *turns)
     return Chat(images, turns)
 

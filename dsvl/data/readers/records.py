@@ -130,3 +130,12 @@ def conversations(
 def valid(text: object) -> str | None:
     """The text, unless it is none that could be stored or tokenised: JSON can spell a lone surrogate."""
     return text if isinstance(text, str) and not _SURROGATE.search(text) else None
+
+
+def instruction(held: object) -> str | None:
+    """The system message that a record holds, if any; raises Fault where it is no text."""
+    if held is None or held == "":
+        return None
+    if (text := valid(held)) is None:
+        raise Fault("bad_roles", "the system message is no text")
+    return text

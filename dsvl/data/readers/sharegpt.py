@@ -9,7 +9,7 @@ from typing import Any
 
 from dsvl.data.readers import llava_json
 from dsvl.data.readers.exact import restored
-from dsvl.data.readers.records import Chat, Record, valid
+from dsvl.data.readers.records import Chat, Record, instruction
 from dsvl.data.readers.rounds import alternating, marked
 from dsvl.data.types import ImageRef, Part, Turn
 
@@ -43,7 +43,7 @@ def parse(record: Record) -> Chat:
         },
     )
     turns = marked(said, images=len(images))
-    system = valid(record.value.get(fields["system"]))
+    system = instruction(record.value.get(fields["system"]))
     if system and turns[0].role != "system":
         turns = (Turn("system", (Part("text", system),)), *turns)
     return Chat(images, turns)

@@ -241,6 +241,23 @@ def test_orientation_of_a_camera_is_applied():
     assert upright[0, 0, 0] > upright[0, -1, 0]
 
 
+def test_a_file_of_several_pictures_is_its_first(tmp_path):
+    """As telephones write them, a JPEG with another one behind it (MPO)."""
+    first = noise(16, 16)
+    data = encoded(first, "MPO", save_all=True, append_images=[noise(8, 8)], quality=95)
+    (tmp_path / "phone.jpg").write_bytes(data)
+    stored = load(Images(tmp_path), "phone.jpg", processor=PROCESSOR, max_pixels=LIMIT)
+    assert (stored.mime, stored.width, stored.bytes) == ("image/jpeg", 16, data)
+
+
+def test_the_size_of_a_picture_is_that_of_it_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    (tmp_path / "a.jpg").write_bytes(encoded(noise(24, 16), "JPEG", exif=exif))
+    stored = load(Images(tmp_path), "a.jpg", processor=PROCESSOR, max_pixels=LIMIT)
+    assert (stored.width, stored.height) == (16, 24)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
 def test_every_mode_becomes_rgb(mode):
     assert pixels(encoded(noise(16, 16).convert(mode)), PROCESSOR).shape == (3, 8, 8)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tarfile
+import traceback
 import tracemalloc
 import zipfile
 from contextlib import suppress
@@ -79,6 +80,16 @@ def test_a_damaged_archive_makes_its_images_undecodable(tmp_path, ending):
     path.write_bytes(b"<html>404</html>")
     assert reason(Images(path), "a.jpg") == "undecodable_image"
     assert reason(Images(tmp_path), f"birds{ending}/a.jpg") == "undecodable_image"
+
+
+def test_what_a_damaged_archive_raises_holds_no_earlier_caller(tmp_path):
+    (tmp_path / "birds.tar").write_bytes(b"<html>404</html>")
+    images, depths = Images(tmp_path), []
+    for name in "abc":
+        with pytest.raises(BadImage) as caught:
+            images.read(f"birds.tar/{name}.jpg")
+        depths.append(len(traceback.extract_tb(caught.value.__traceback__)))
+    assert len(set(depths[1:])) == 1
 
 
 def zip_of(method):

@@ -1,5 +1,6 @@
 """What a worker holds follows ZeRO, the precision and what the decoder really keeps for the backward pass."""
 
+import weakref
 from pathlib import Path
 
 import bitsandbytes
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 from dsvl.config import LoraConfig
 from dsvl.data.layout import lay_out
@@ -24,6 +33,7 @@ from orchestration.planning.memory import (
     QUANTIZED_BYTES,
     RUNTIME_BYTES,
     at_the_loss,
+    evaluating,
     gradient_checkpointing,
     host_memory,
     memory,
@@ -271,3 +281,44 @@ def test_layers_are_recomputed_as_configured_or_only_where_no_more_fits(settings
     for limit, scarce in ((None, False), (1.01 * needed, False), (0.99 * needed, True)):
         settings["cluster"] = {"gpu_memory_gib": limit}
         assert gradient_checkpointing(validated(settings)) == (scarce if chosen is None else chosen)
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the tensors that operations make, at most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        entering = {id(arg.untyped_storage()) for arg in tree_leaves(args) if torch.is_tensor(arg)}
+        for made in tree_leaves(result):
+            if torch.is_tensor(made) and id(storage := made.untyped_storage()) not in entering:
+                self.now += (size := storage.nbytes())
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, size)
+        return result
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("size", ["7b", "13b", "70b"])
+def test_a_plan_has_room_for_what_held_out_samples_take_in_a_layer(size, monkeypatch):
+    path = Path(__file__).parents[3] / "configs/experiment/visualchat_7b.yaml"
+    experiment = load(path, [f"model.size={size}", "evaluation.batch=1"])
+    shape = {name: n for name, n in vars(experiment.model.language).items() if name != "checkpoint"}
+    config = LlamaConfig(**shape | {"num_hidden_layers": 2})
+    # What has no numbers has no fused kernel: the scores that none would hold are left out.
+    fused = "dsvl.attention.scaled_dot_product_attention"
+    monkeypatch.setattr(fused, lambda query, *_, **__: torch.empty_like(query))
+    with torch.device("meta"), torch.no_grad(), Peak() as peak:
+        streams = Streams(LlamaModel(config).bfloat16(), scheme="mmca")
+        before = peak.now
+        texts, images = (torch.empty(2048, config.hidden_size, dtype=torch.bfloat16) for _ in "ab")
+        kinds = np.array([[Kind.TEXT] * 1024 + [Kind.IMAGE] * 2048 + [Kind.TEXT] * 1024], np.int8)
+        peak.most = 0
+        streams(texts, images, lay_out(kinds, kinds == Kind.TEXT).to(torch.device("meta")))
+    needed = sum(evaluating(experiment).values())
+    assert 0.7 * needed < peak.most - before < needed
