@@ -17,6 +17,7 @@ umask 077
 place=/shared/runs/visualchat-13b-set1/jobs/train-visualchat-13b-set1-81d040e3
 mkdir -p "$place"
 export DSVL_JOB=train-visualchat-13b-set1-81d040e3
+export PYTORCH_ALLOC_CONF=expandable_segments:True
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/token-$SLURM_JOB_ID"
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
@@ -146,18 +147,23 @@ cluster:
   gpu_tflops: 312.0
   gpu_hour_price: 2.0
 deploy:
+  node_config:
+    ImageId: ami-0123456789abcdef0
   machines:
   - head
   - node-1
   - node-2
   secret: dsvl
+evaluation:
+  batch: 8
+  samples: 2000
 storage:
   path: /shared/runs
   data: /shared/data
 EXPERIMENT
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 ray symmetric-run --address "$head:6379" --min-nodes 2 --num-cpus=65 --num-gpus=8 \
-  -- python -m jobs.work train "$place/experiment.yaml" &
+srun --kill-on-bad-exit=1 --cpus-per-task=65 ray symmetric-run \
+  --address "$head:6379" --min-nodes 2 --num-cpus=65 --num-gpus=8 -- python -m jobs.work train "$place/experiment.yaml" &
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 wait "$!"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from orchestration.clusters.access import make_token
 from orchestration.config import Experiment
@@ -15,6 +16,8 @@ from orchestration.config import Experiment
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 # Tune's own tables and banners; the ledger of a sweep says what there is to say.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# Nor does Ctrl-C end it as if it had come to its end.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 # Paths of an experiment are relative to where the command was typed, on every process.
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 # That a cluster of its own is guarded by a token is Ray's default, and nobody has to act on it.
@@ -40,6 +43,9 @@ def connect(experiment: Experiment | None) -> Iterator[None]:
         # Nobody takes this machine away at a minute's notice: one process less a training.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # A sweep has more processes than a laptop has cores, which Ray would warn of.
+        os.environ.setdefault(
+            "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+        )  # as in jobs/Dockerfile
         startups = max(8, os.cpu_count() or 1)
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(startups))
     ray.init(
@@ -48,6 +54,11 @@ def connect(experiment: Experiment | None) -> Iterator[None]:
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     try:
         yield
+    except RayTaskError as error:  # whose text begins with places in Ray
+        cause: BaseException = error
+        while inner := cause.cause if isinstance(cause, RayTaskError) else cause.__cause__:
+            cause = inner
+        raise RuntimeError(f"{type(cause).__name__}: {cause}") from error
     finally:
         del os.environ["RAY_ADDRESS"]
         ray.shutdown()

@@ -18,14 +18,19 @@ class DeployConfig(Section):
     gpu_nodes: int | None = Field(default=None, gt=0)
     """Most of them; as many as the workers need when empty. Fewer are refused."""
     gpu_node_memory_gib: int = Field(default=512, gt=0)
-    gpu_machine: str = "p4d.24xlarge"
-    """What the cloud calls such a node."""
+    gpu_machine: str = "p4de.24xlarge"
+    """What the cloud calls such a node; its GPUs must have `cluster.gpu_memory_gib`."""
+    gpu_resources: dict[str, str] = Field(default_factory=dict)
+    """What Kubernetes gives such a node beside CPUs, memory and GPUs: `{vpc.amazonaws.com/efa: "4"}` for a
+    network without which several machines wait for weights."""
     cpus_per_node: int = Field(default=16, gt=0)
     """CPUs of a node that prepares data; those nodes come as there is work, and go."""
     cpu_node_memory_gib: int = Field(default=64, gt=0)
     cpu_machine: str = "m6i.4xlarge"
     region: str = "us-west-2"
     """Of the cloud."""
+    node_config: dict[str, Any] = Field(default_factory=dict)
+    """What else AWS is told of every node: its ImageId, and perhaps IamInstanceProfile, SubnetIds."""
     machines: tuple[str, ...] = ()
     """Names of machines of one's own, reached by ssh; the first becomes the head."""
     user: str = "ray"
@@ -95,7 +100,7 @@ def pools(experiment: Any) -> dict[str, Any]:
 
 
 def labelled(experiment: Any) -> Any:
-    """The experiment where nodes come by themselves, with a label for each kind: each has its own work.
+    """The experiment for a cluster with an autoscaler: each pool has a label, and gets its own work alone.
 
     Raises:
         ValueError: if a label is a rule, which no node can carry.

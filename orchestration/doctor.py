@@ -307,8 +307,11 @@ def _gpus() -> list[str]:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if shutil.which(command[0]) is None:
         return []
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except subprocess.SubprocessError:  # of a driver that hangs or is broken
+        return []
+    return done.stdout.split("\n")[:-1]
 
 
 def _reachable(number: int) -> bool:

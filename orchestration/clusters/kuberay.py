@@ -1,15 +1,14 @@
 """A RayJob of KubeRay for one work: a cluster that comes with it, grows, shrinks and goes with it."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
-from orchestration.clusters.package import described
+from orchestration.clusters.package import described, shared_folder
 from orchestration.config import Experiment
 from orchestration.deploy import labelled, pools
-from orchestration.problems import ConfigError, Problem
+from orchestration.problems import Problem
 from orchestration.records.results import JOB
 
 RAY = "2.60.0"
@@ -99,7 +98,7 @@ def _pod(experiment: Experiment, name: str, role: str, node: dict[str, Any]) -> 
     deploy = experiment.deploy
     amounts = {"cpu": str(node["cpus"]), "memory": f"{node['memory_gib']}Gi"}
     if node["gpus"]:
-        amounts["nvidia.com/gpu"] = str(node["gpus"])
+        amounts |= {"nvidia.com/gpu": str(node["gpus"]), **deploy.gpu_resources}
     container: dict[str, Any] = {
         "name": role,
         "image": deploy.image,
@@ -109,7 +108,7 @@ def _pod(experiment: Experiment, name: str, role: str, node: dict[str, Any]) -> 
             "capabilities": {"drop": ["ALL"]},
         },
         "volumeMounts": [
-            {"name": "storage", "mountPath": _mount(experiment)},
+            {"name": "storage", "mountPath": shared_folder(experiment)},
             {"name": "experiment", "mountPath": MOUNTED, "readOnly": True},
             {"name": "shared-memory", "mountPath": "/dev/shm"},
         ],
@@ -136,16 +135,6 @@ def _pod(experiment: Experiment, name: str, role: str, node: dict[str, Any]) -> 
             ],
         }
     }
-
-
-def _mount(experiment: Experiment) -> str:
-    """Where the claim is mounted: the folder that holds all that is stored."""
-    storage = experiment.storage
-    shared = os.path.commonpath([storage.path, storage.data])
-    if shared == "/":
-        text = f"{storage.data!r} must lie in one volume with storage.path={storage.path!r}"
-        raise ConfigError([Problem(("storage", "data"), f"{text}; put both below one folder")])
-    return shared
 
 
 def check(text: str) -> Iterator[Problem]:

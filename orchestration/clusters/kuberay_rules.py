@@ -24,14 +24,14 @@ class Part(BaseModel):
 
 
 class Metadata(Part):
-    """Of any object."""
+    """The metadata of an object."""
 
     name: Name
     labels: Labels = {}
 
 
 class ConfigMap(Part):
-    """Files."""
+    """A ConfigMap."""
 
     api_version: Literal["v1"]
     kind: Literal["ConfigMap"]
@@ -40,19 +40,19 @@ class ConfigMap(Part):
 
 
 class Named(Part):
-    """A reference."""
+    """A reference to an object by its name."""
 
     name: Name
 
 
 class FromSecret(Part):
-    """Variables of the environment."""
+    """A source of environment variables."""
 
     secret_ref: Named
 
 
 class Amounts(Part):
-    """What a container takes."""
+    """The resources of a container."""
 
     requests: dict[str, Quantity]
     limits: dict[str, Quantity]
@@ -66,20 +66,20 @@ class Amounts(Part):
 
 
 class Capabilities(Part):
-    """Of Linux."""
+    """The Linux capabilities of a container."""
 
     drop: list[Literal["ALL"]]
 
 
 class ContainerSecurity(Part):
-    """What a container may do."""
+    """The securityContext of a container."""
 
     allow_privilege_escalation: Literal[False]
     capabilities: Capabilities
 
 
 class Mount(Part):
-    """Where a volume is."""
+    """A volumeMount."""
 
     name: Name
     mount_path: Annotated[str, Field(pattern="^/")]
@@ -87,7 +87,7 @@ class Mount(Part):
 
 
 class Container(Part):
-    """One of a pod."""
+    """A container of a pod."""
 
     name: Name
     image: str
@@ -98,13 +98,13 @@ class Container(Part):
 
 
 class Seccomp(Part):
-    """Which calls of the kernel are allowed."""
+    """A seccompProfile."""
 
     type: Literal["RuntimeDefault"]
 
 
 class PodSecurity(Part):
-    """Who a pod is."""
+    """The securityContext of a pod."""
 
     run_as_non_root: Literal[True]
     run_as_user: Annotated[int, Field(gt=0)]
@@ -113,20 +113,20 @@ class PodSecurity(Part):
 
 
 class Claim(Part):
-    """A volume that outlives the pod."""
+    """A persistentVolumeClaim."""
 
     claim_name: Name
 
 
 class Memory(Part):
-    """A folder in memory."""
+    """An emptyDir in memory."""
 
     medium: Literal["Memory"]
     size_limit: Quantity
 
 
 class Volume(Part):
-    """Of any of three kinds."""
+    """A volume of a pod: a claim, a ConfigMap or memory."""
 
     name: Name
     persistent_volume_claim: Claim | None = None
@@ -135,7 +135,7 @@ class Volume(Part):
 
 
 class PodSpec(Part):
-    """A node."""
+    """The spec of a pod, which is a node of Ray."""
 
     restart_policy: Literal["Never"]
     """The second autoscaler wants it so."""
@@ -153,20 +153,20 @@ class PodSpec(Part):
 
 
 class Pod(Part):
-    """A template of them."""
+    """A pod template."""
 
     spec: PodSpec
 
 
 class Head(Part):
-    """The node that carries no work."""
+    """The headGroupSpec: a node that carries no work."""
 
     ray_start_params: dict[str, str]
     template: Pod
 
 
 class Group(Part):
-    """Nodes that are alike."""
+    """One of workerGroupSpecs: nodes that are alike."""
 
     group_name: Name
     replicas: Count
@@ -185,20 +185,20 @@ class Group(Part):
 
 
 class Authentication(Part):
-    """Who may use the cluster: who has the token."""
+    """The authOptions: who has the token may use the cluster."""
 
     mode: Literal["token"]
 
 
 class Autoscaler(Part):
-    """Who adds and removes nodes."""
+    """The autoscalerOptions."""
 
     version: Literal["v2"]
     idle_timeout_seconds: Count
 
 
 class Cluster(Part):
-    """All nodes."""
+    """The rayClusterSpec."""
 
     ray_version: Annotated[str, Field(pattern=r"^2\.\d+\.\d+$")]
     auth_options: Authentication
@@ -209,7 +209,7 @@ class Cluster(Part):
 
 
 class Condition(Part):
-    """When something is deleted."""
+    """The condition of a deletion rule."""
 
     job_status: Literal["SUCCEEDED", "FAILED"]
     ttl_seconds: Count
@@ -223,13 +223,13 @@ class Rule(Part):
 
 
 class Deletion(Part):
-    """All such rules."""
+    """The deletionStrategy."""
 
     deletion_rules: Annotated[list[Rule], Field(min_length=1)]
 
 
 class JobSpec(Part):
-    """What is run where."""
+    """The spec of a RayJob."""
 
     entrypoint: str
     runtime_env_yaml: str = Field(alias="runtimeEnvYAML")
@@ -246,7 +246,7 @@ class JobSpec(Part):
 
 
 class RayJob(Part):
-    """The whole."""
+    """A RayJob."""
 
     api_version: Literal["ray.io/v1"]
     kind: Literal["RayJob"]

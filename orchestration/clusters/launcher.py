@@ -1,11 +1,11 @@
 """A cluster for `ray up`, in a cloud or of machines of one's own, to which work is then submitted."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
+from orchestration.clusters.package import shared_folder
 from orchestration.clusters.slurm import shell_problems
 from orchestration.config import Experiment
 from orchestration.deploy import labelled, pools
@@ -20,11 +20,23 @@ HEAD = (
 
 
 def cloud(experiment: Experiment, verb: str, name: str) -> str:
-    """Machines of AWS that come as there is work, and go."""
+    """Machines of AWS that come as there is work, and go.
+
+    Raises:
+        ValueError: if none of AWS's images is named: Ray would take one of 2023, whose driver is too old.
+    """
+    if "ImageId" not in experiment.deploy.node_config:
+        raise ValueError(
+            "deploy.node_config must name an image of machines, with Docker and an NVIDIA driver as new as "
+            f"torch asks for; set deploy.node_config={{ImageId: ami-...}}, of {experiment.deploy.region}"
+        )
     nodes, deploy = pools(labelled(experiment)), experiment.deploy
     machines = {"cpu": deploy.cpu_machine, "gpu": deploy.gpu_machine}
     types: dict[str, Any] = {
-        "head": {"resources": {"CPU": 0, "GPU": 0}, "node_config": {"InstanceType": "m6i.xlarge"}}
+        "head": {
+            "resources": {"CPU": 0, "GPU": 0},
+            "node_config": {**deploy.node_config, "InstanceType": "m6i.xlarge"},
+        }
     }
     for pool, node in nodes.items():
         resources = {"CPU": node["cpus"], "GPU": node["gpus"]}
@@ -34,7 +46,7 @@ def cloud(experiment: Experiment, verb: str, name: str) -> str:
             "min_workers": 0,
             "max_workers": node["nodes"],
             "idle_timeout_s": 60 if pool == "cpu" else 600,
-            "node_config": {"InstanceType": machines[pool]},
+            "node_config": {**deploy.node_config, "InstanceType": machines[pool]},
         }
     most = sum(node["nodes"] for node in nodes.values())
     provider = {"type": "aws", "region": deploy.region, "cache_stopped_nodes": False}
@@ -60,8 +72,7 @@ def _cluster(
     experiment: Experiment, name: str, provider: dict[str, Any], user: str, most: int
 ) -> str:
     """What both have in common: the container, the token, and how Ray is started."""
-    storage = experiment.storage
-    mounts = sorted({os.path.commonpath([storage.path, storage.data]), storage.path, storage.data})
+    shared = shared_folder(experiment)
     settings = {
         "cluster_name": name.lower().replace(".", "-"),
         "max_workers": most,
@@ -70,7 +81,7 @@ def _cluster(
         "docker": {
             "image": experiment.deploy.image,
             "container_name": "dsvl",
-            "run_options": ["--shm-size=16g", *(f"--volume={path}:{path}" for path in mounts[:1])],
+            "run_options": ["--shm-size=16g", "--ulimit=memlock=-1", f"--volume={shared}:{shared}"],
         },
         "file_mounts": {TOKEN: TOKEN},
         "head_start_ray_commands": ["ray stop", f"{START} {HEAD}"],

@@ -34,7 +34,8 @@ def examine_nodes(experiment: Experiment) -> Iterator[Check]:
         with connect(experiment):
             yield from _between(experiment)
     except (OSError, RuntimeError, RayError) as error:
-        text = f"{address}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        first = next(iter(str(error).splitlines()), "no message")
+        text = f"{address}: {type(error).__name__}: {first}"
         yield Check("cluster", False, text, remedy)
 
 
@@ -53,7 +54,7 @@ def _between(experiment: Experiment) -> Iterator[Check]:
         wrote = _all([each.write.remote(str(place)) for each in members])
         saw = _all([each.count.remote(str(place)) for each in members])
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        _all([each.remove.remote(str(place)) for each in members])
     apart = [
         f"{name} ({text or f'sees {seen} of {len(nodes)} files'})"
         for name, text, seen in zip(nodes.values(), wrote, saw, strict=True)
@@ -89,6 +90,23 @@ def _between(experiment: Experiment) -> Iterator[Check]:
         ", ".join(full) or f"{FREE_DISK / GIB:g} GiB or more are free in /tmp of each",
         "make room: Ray spills objects there",
     )
+    if experiment.cluster.gpus_per_worker:
+        having = {n["NodeID"] for n in ray.nodes() if n["Resources"].get("GPU")}
+        asked_of = [
+            (name, each.compute.remote())
+            for (node, name), each in zip(nodes.items(), members, strict=True)
+            if node in having
+        ]
+        faults = _all([answer for _, answer in asked_of])
+        broken = [
+            f"{name} ({text})" for (name, _), text in zip(asked_of, faults, strict=True) if text
+        ]
+        yield Check(
+            "GPUs of nodes",
+            not broken,
+            ", ".join(broken) or f"torch computes on those of {len(asked_of)} nodes",
+            "install a build of torch with CUDA there, and a driver that is new enough for it",
+        )
     head = _all([members[0].meet.remote()])[0]
     sums = _all([each.reduce.remote(head, rank, len(nodes)) for rank, each in enumerate(members)])
     yield Check(
@@ -115,9 +133,23 @@ class _Member:
         """How many files there are."""
         return len(os.listdir(place)) if Path(place).is_dir() else 0
 
+    def remove(self, place: str) -> None:
+        """Leave nothing of it behind."""
+        shutil.rmtree(place, ignore_errors=True)
+
     def look(self) -> dict[str, Any]:
         """Its time, and bytes free."""
         return {"time": time.time(), "free": shutil.disk_usage("/tmp").free}
+
+    def compute(self) -> str:
+        """What is wrong with its GPUs, as torch sees them, or nothing."""
+        import torch
+
+        try:
+            torch.ones(1, device="cuda").item()
+        except (AssertionError, RuntimeError) as error:
+            return str(error).partition("\n")[0]
+        return ""
 
     def meet(self) -> str:
         """An address where all can meet: this node's."""

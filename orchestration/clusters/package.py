@@ -1,5 +1,6 @@
 """What a job brings along to a cluster: the code, its experiment, and small checkpoints."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -51,6 +52,20 @@ def portable(experiment: Experiment) -> Experiment:
     if problems:
         raise ConfigError(problems)
     return experiment.with_overrides({"cluster.address": "auto"})
+
+
+def shared_folder(experiment: Experiment) -> str:
+    """The folder that holds all that is stored, as nodes that come with the work mount it.
+
+    Raises:
+        ConfigError: if there is none but the root.
+    """
+    storage = experiment.storage
+    shared = os.path.commonpath([storage.path, storage.data])
+    if shared == "/":
+        text = f"{storage.data!r} must lie in one volume with storage.path={storage.path!r}"
+        raise ConfigError([Problem(("storage", "data"), f"{text}; put both below one folder")])
+    return shared
 
 
 def contents(experiment: Experiment) -> dict[str, Path]:

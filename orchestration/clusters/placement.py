@@ -65,7 +65,7 @@ def require_room(experiment: Experiment, *, workers: int, beside: float = 0.0) -
 
 @contextmanager
 def room_for_trials(experiment: Experiment) -> Iterator[None]:
-    """Be connected to the cluster, if there is one yet, and refuse a search of which it cannot hold a trial.
+    """Connect to the cluster, if it is running already; refuse a search of which not one trial fits there.
 
     Where Ray is to be started on this machine, by its cores; GPUs and labels are left to what starts it.
 

@@ -42,6 +42,7 @@ umask 077
 place={place}
 mkdir -p "$place"
 export {job}={name}
+export PYTORCH_ALLOC_CONF=expandable_segments:True
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/token-$SLURM_JOB_ID"
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
@@ -49,8 +50,8 @@ cat > "$place/experiment.yaml" <<'EXPERIMENT'
 {experiment}EXPERIMENT
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 ray symmetric-run --address "$head:6379" --min-nodes {nodes} {start} \\
-  -- python -m jobs.work {verb} "$place/experiment.yaml" &
+srun --kill-on-bad-exit=1 --cpus-per-task={cpus} ray symmetric-run \\
+  --address "$head:6379" --min-nodes {nodes} {start} -- python -m jobs.work {verb} "$place/experiment.yaml" &
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 wait "$!"
 """

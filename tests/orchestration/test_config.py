@@ -249,6 +249,7 @@ def test_every_section_at_every_depth_refuses_unknown_fields(settings, search):
     # Their keys are the user's.
     free = {("model", "languages"), ("data", "sets"), ("data", "blends"), ("search", "space")}
     free |= {("cluster", "cpu_labels"), ("cluster", "gpu_labels"), ("engine", "deepspeed")}
+    free |= {("deploy", "gpu_resources"), ("deploy", "node_config")}
     free |= {("search", "space", path, "when") for path in search["space"]}
     for path in set(section_paths(whole)) - free:
         broken = json.loads(json.dumps(whole))

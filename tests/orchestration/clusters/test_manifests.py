@@ -26,6 +26,7 @@ EXPERIMENT = CONFIGS / "experiment/visualchat_13b_set1.yaml"
 SETTINGS = (
     "cluster.workers=16", "model.vision.checkpoint=/shared/qwen_vision", "storage.path=/shared/runs",
     "storage.data=/shared/data", "deploy.secret=dsvl", "deploy.machines=[head, node-1, node-2]",
+    "deploy.node_config={ImageId: ami-0123456789abcdef0}",
 )  # fmt: skip
 EXAMPLES = {
     "kuberay": "kuberay.yaml", "slurm": "slurm.sh", "aws": "aws.yaml", "machines": "machines.yaml",
@@ -178,6 +179,38 @@ def test_a_wrong_request_is_refused_before_there_is_a_manifest(capsys, monkeypat
     status, out, said = submit(capsys, "--to", "kuberay", "--check", *options)
     assert (status, out) == (2, "")
     assert told in said
+
+
+@pytest.mark.parametrize("to", ["aws", "machines"])
+def test_no_machine_gives_its_whole_disk_to_a_container(capsys, to):
+    options = ("storage.path=/runs", "storage.data=/data")
+    status, out, said = submit(capsys, "--to", to, "--dry-run", *options)
+    assert (status, out) == (2, "")
+    assert "must lie in one volume" in said
+
+
+def test_machines_of_aws_have_an_image_of_their_own(capsys):
+    others = [setting for setting in SETTINGS if "ImageId" not in setting]
+    assert cli.main(["submit", "train", str(EXPERIMENT), *others, "--to", "aws", "--dry-run"]) == 2
+    out, said = capsys.readouterr()
+    assert out == ""
+    assert "deploy.node_config={ImageId: ami-...}, of us-west-2" in said
+
+
+def test_nodes_that_train_get_what_their_network_needs(capsys, monkeypatch):
+    monkeypatch.chdir(JOBS.parent)
+    asked = 'deploy.gpu_resources={vpc.amazonaws.com/efa: "4"}'
+    status, out, said = submit(capsys, "--to", "kuberay", "--dry-run", asked)
+    assert status == 0, said
+    cluster = list(yaml.safe_load_all(out))[1]["spec"]["rayClusterSpec"]
+    given = [
+        group["template"]["spec"]["containers"][0]["resources"]["limits"].get(
+            "vpc.amazonaws.com/efa"
+        )
+        for group in cluster["workerGroupSpecs"]
+    ]
+    assert given == [None, "4"]
+    assert not list(MANIFESTS["kuberay"].check(out))
 
 
 def test_what_is_sent_is_what_a_dry_run_prints(capsys, monkeypatch, tmp_path):

@@ -4,12 +4,18 @@ import json
 import subprocess
 
 import pytest
+import torch
 
+from orchestration.clusters.nodes import _Member
 from tests.orchestration.conftest import digits
 
-pytestmark = pytest.mark.ray
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_node_whose_gpus_torch_cannot_use_says_why():
+    assert "CUDA" in _Member().compute() or "NVIDIA" in _Member().compute()
 
 
+@pytest.mark.ray
 def test_nodes_that_work_together_are_found_fit_and_nothing_is_left(
     cluster_of_jobs, dsvl, storage, monkeypatch
 ):
