@@ -65,10 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(str(error), as_json=as_json, status=2)
         cause = f"{verb} failed: {type(error).__name__}: {_first_line(error)}"
         return _fail(cause + _log(verb, experiment, cause), as_json=as_json, status=1)
-    try:
-        print(_json(result) if as_json else text, flush=True)
-    except BrokenPipeError:  # who reads, as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not _say(_json(result) if as_json else text):
+        return 1
     return 0 if result.get("ok", True) else result.get("exit_status") or FAULTS_FOUND[verb]
 
 
@@ -141,9 +139,23 @@ def _source(verb: str, path: str | Path, overrides: Sequence[str]) -> Experiment
 
 def _fail(message: str, *, as_json: bool, status: int) -> int:
     if as_json:
-        print(_json({"error": message.splitlines()}))
+        _say(_json({"error": message.splitlines()}))
     print(harmless(message), file=sys.stderr)
     return status
+
+
+def _say(text: str) -> bool:
+    """Print a result; false where it cannot be told, which then is."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # who reads, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"the result could not be written: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _json(document: dict[str, Any]) -> str:

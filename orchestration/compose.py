@@ -157,6 +157,10 @@ class _Composition:
         return _Tree()
 
 
+OLD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""What YAML 1.1 takes for octal or for hours and minutes, and hardly anybody means so."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without aliases, with numbers such as 1e-4 (to YAML 1.1 that is text)."""
 
@@ -211,8 +215,15 @@ class _Parser:
                 for position, item in enumerate(node.value)
             ]
         try:
-            return loader.construct_object(node)
-        except ValueError as error:  # such as 2024-13-45, which looks like a date
+            value = loader.construct_object(node)
+            if node.tag.endswith((":int", ":float")) and OLD_NUMBER.fullmatch(node.value):
+                raise ValueError(f"YAML 1.1 takes it for {value}, so write that if it is meant")
+            return value
+        except (
+            ValueError,
+            LookupError,
+            AttributeError,
+        ) as error:  # of 2024-13-45, or `!!bool maybe`
             text = f"{node.value!r} cannot be read: {error}; put it in quotes if it is text"
             self.problems.append(Problem(keys, text, self._at(node.start_mark.line)))
             return node.value

@@ -185,7 +185,7 @@ class Experiment(Section):
                 f"{name!r} must be a plain folder name: letters, digits, '.', '_' and '-', "
                 "at most 100 of them, the first a letter or digit"
             )
-        if name in ("prepared", "mlflow.db"):
+        if name in ("prepared", "mlflow.db", "mlartifacts"):
             raise ValueError(f"{name!r} is taken by the storage itself; choose another name")
         return name
 
@@ -314,8 +314,8 @@ class Experiment(Section):
     def worker_counts(self, workers: int) -> list[int]:
         """The numbers of workers that a training meant for `workers` may have, fewest first."""
         fewest = self.cluster.min_workers or workers
-        legal = legal_workers(self.train.batch, self.engine.micro_batch)
-        return [count for count in legal if fewest <= count <= workers]
+        legal = legal_workers(self.train.batch, self.engine.micro_batch, most=workers)
+        return [count for count in legal if fewest <= count]
 
     def identity(self) -> str:
         """Names what is trained: equal wherever and however it runs."""
@@ -402,10 +402,10 @@ def validated(settings: Mapping[str, Any]) -> Experiment:
         raise ConfigError(explain(error, Experiment)) from None
 
 
-def legal_workers(batch: int, micro_batch: int) -> list[int]:
-    """The numbers of workers, up to 1024, among which a batch can be divided."""
+def legal_workers(batch: int, micro_batch: int, *, most: int = 1024) -> list[int]:
+    """The numbers of workers, up to `most`, among which a batch can be divided."""
     shares = batch // micro_batch if batch % micro_batch == 0 else 0
-    return [workers for workers in range(1, min(shares, 1024) + 1) if shares % workers == 0]
+    return [workers for workers in range(1, min(shares, most) + 1) if shares % workers == 0]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:

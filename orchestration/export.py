@@ -48,7 +48,10 @@ def export(chosen: Trained, *, form: library.Form, target: Path | None) -> dict[
             CHAT: json.dumps(manner(chosen.experiment), indent=1),
         },
     )
-    note(chosen, target)
+    try:
+        note(chosen, target)
+    except OSError as error:  # the run's storage may be read alone
+        log.warning("%s: MLflow will not know of this model", error)
     files = {
         str(path.relative_to(target)): path.stat().st_size
         for path in sorted(target.rglob("*"))

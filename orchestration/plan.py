@@ -1,6 +1,7 @@
 """What an experiment needs and costs, from its settings alone: no torch, no Ray, no weights."""
 
 import json
+import logging
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -20,6 +21,8 @@ from orchestration.planning.flops import fullest
 from orchestration.planning.memory import STATE_BYTES, gradient_checkpointing, host_memory, memory
 from orchestration.planning.parameters import parameters
 from orchestration.planning.planned import Plan, SizePlan, shown
+
+log = logging.getLogger(__name__)
 
 
 class PlanError(ValueError):
@@ -83,11 +86,20 @@ def prepared_folder(experiment: Experiment) -> Path | None:
     """The newest prepared data that belong to these settings, if there are any."""
     # The tokenizer and the content of the annotations count too, but reading them takes seconds.
     seen = experiment.preparation()
-    manifests = Path(experiment.storage.path, "prepared").glob("*/manifest.json")
+    manifests = Path(experiment.storage.path, "prepared").glob("[!.]*/manifest.json")
     for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
-        if seen.items() <= json.loads(path.read_text(encoding="utf-8"))["identity"].items():
+        if seen.items() <= _identity(path).items():
             return path.parent
     return None
+
+
+def _identity(manifest: Path) -> dict[str, object]:
+    """What decided the samples of prepared data."""
+    try:
+        return dict(json.loads(manifest.read_text(encoding="utf-8"))["identity"])
+    except (ValueError, KeyError, TypeError):
+        log.warning("%s is damaged; what it describes is not looked at", manifest)
+        return {}
 
 
 def _size_plan(experiment: Experiment, purpose: Literal["run", "trial"]) -> SizePlan:

@@ -31,6 +31,8 @@ from orchestration.preparing.survey import (
     survey,
 )
 from orchestration.problems import harmless
+from orchestration.records.journal import write_json
+from orchestration.records.record import read_if_there
 from orchestration.storing.mirroring import mirror_of, require_access
 
 log = logging.getLogger(__name__)
@@ -220,6 +222,6 @@ def _blends(experiment: Experiment, folder: Path) -> dict[str, dict[str, int]]:
             f"data.blends.{empty[0]}: no sample can be made of its sets; join takes conversations "
             "over several images, after some over one of these alone: leave the blend out, or add such sets"
         )
-    kept = blends_file(folder, experiment)
-    kept.write_text(json.dumps(blends, indent=1) + "\n", encoding="utf-8")
+    if read_if_there(kept := blends_file(folder, experiment)) != blends:
+        write_json(kept, blends)
     return blends

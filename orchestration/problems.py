@@ -1,11 +1,11 @@
 """What is wrong with a configuration: where it stands, the rule and the remedy, a line each."""
 
 import re
-import traceback
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
+from opcode import opmap
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -60,10 +60,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def raised_by_us(error: ValueError) -> bool:
-    """Whether the project refused a request; a library's ValueError tells of failed work."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    package = frame.f_globals.get("__package__") or ""  # code out of a string has none
-    return package.partition(".")[0] in ("dsvl", "orchestration")
+    """Whether the project refused a request: raised this itself.
+
+    A library's ValueError tells of failed work, and one of Python's own, as `zip` raises, of our mistake.
+    """
+    last = error.__traceback__
+    assert last is not None, "it was raised"
+    while last.tb_next:
+        last = last.tb_next
+    code, package = last.tb_frame.f_code.co_code, last.tb_frame.f_globals.get("__package__")
+    ours = (package or "").partition(".")[0] in (
+        "dsvl",
+        "orchestration",
+    )  # a string's code has none
+    return ours and code[last.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 def harmless(text: str) -> str:

@@ -16,7 +16,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from orchestration.clusters.placement import TRIAL_CPUS
-from orchestration.config import Experiment
+from orchestration.config import Experiment, digest
 from orchestration.records.journal import Journal, write_json
 from orchestration.records.results import (
     begin,
@@ -37,6 +37,8 @@ from orchestration.space import searched
 from orchestration.storing.mirroring import mirror_of
 from orchestration.trainer import fit
 
+LONGEST = 200
+"""Characters of the name of a folder, which may get an ending."""
 ProposalOf = Callable[[Mapping[str, Any]], Proposal]
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def search(experiment: Experiment, prepared: Path) -> None:
     try:
         tuner.fit()
         ledger.settle(wait=True)
-    except BaseException as error:
+    except Exception as error:
         Journal(root).end("failed", reason=f"{type(error).__name__}: {error}")
         raise
     if summarize(experiment)["trials"]:
@@ -94,11 +96,15 @@ def search(experiment: Experiment, prepared: Path) -> None:
 
 
 def trial_name(values: Mapping[str, object]) -> str:
-    """A trial's name and folder, from its values alone: `size=small,lr=0.01,epochs=2`."""
-    return ",".join(
+    """A trial's name and folder, from its values alone: `size=small,lr=0.01,epochs=2`.
+
+    What would be too long for a folder ends in a digest.
+    """
+    name = ",".join(
         f"{path.rpartition('.')[2]}={quote(str(value), safe=' +')}"
         for path, value in values.items()
     )
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 17]}-{digest(name)}"
 
 
 def _searcher(experiment: Experiment) -> tuple[Searcher, ProposalOf]:
@@ -188,9 +194,10 @@ class Ledger(tune.Callback):
                 journal = Journal(folder, wait=wait)
             except BlockingIOError:
                 continue
-            if finished(chosen, folder) is None:  # else it was faster than its end
-                journal.end("stopped", reason="scheduler", since=self.began)
-                write_result(chosen, folder, state="stopped")
+            with journal:
+                if finished(chosen, folder) is None:  # else it was faster than its end
+                    journal.end("stopped", reason="scheduler", since=self.began)
+                    write_result(chosen, folder, state="stopped")
             self.stopped.remove(values)
             self._tell(folder)
 

@@ -25,7 +25,8 @@ class Standing:
     folder: str
     state: str
     """starting, running, silent (no line for long), restarting, finished, stopped (by a scheduler), failed,
-    killed (it has not ended, and no process is at work), or not begun (what was asked for was refused)."""
+    killed (it has not ended, and no process is at work), damaged (its journal cannot be read), or not begun
+    (what was asked for was refused)."""
     reason: str
     """Why it failed or was stopped."""
     step: int
@@ -60,10 +61,14 @@ class Followed:
 
     def look(self, *, at_work: bool, now: float) -> Standing:
         """How far it is; `at_work` says whether the command that trains it is."""
-        entries, self.offset = read(self.folder, self.offset)
+        course, damage = self.course, ""
+        try:
+            entries, self.offset = read(self.folder, self.offset)
+        except ValueError as error:
+            entries, damage = [], str(error)
         for entry in entries:
-            self.course.add(entry)
-        course, end = self.course, self.course.end
+            course.add(entry)
+        end = {"state": "damaged", "reason": damage} if damage else course.end
         state = end["state"] if end else self._state(at_work=at_work, now=now)
         to_go = None if course.steps is None else course.steps - course.step
         running = state in ("running", "silent")

@@ -129,8 +129,9 @@ class Store:
                 tags=resolve_tags(tags),
                 run_name=name,
             )
-        if not (folder / RECORD).exists():
-            journal.write_json(folder / RECORD, {"run_id": found.info.run_id})
+        if read_if_there(folder / RECORD).get("run_id") != found.info.run_id:
+            where = {"run_id": found.info.run_id, "folder": str(folder.absolute())}
+            journal.write_json(folder / RECORD, where)
         return Run(
             folder,
             found.info.run_id,
@@ -144,8 +145,15 @@ class Store:
 
     def _find(self, folder: Path, key: str) -> MlflowRun | None:
         """The run that is written down, or was made by a process that did not come to writing it down."""
-        if run_id := read_if_there(folder / RECORD).get("run_id"):
-            return self.client.get_run(run_id)
+        record = read_if_there(folder / RECORD)
+        written = Path(record.get("folder", folder))
+        copied = written.is_dir() and not written.samefile(folder)
+        if record and not copied:
+            try:
+                return self.client.get_run(record["run_id"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise  # else it is another store than before
         found = self.client.search_runs(
             [self.experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1
         )

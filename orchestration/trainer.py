@@ -2,7 +2,9 @@
 
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -72,9 +74,11 @@ def fit(
             callbacks=callbacks or [],
         ),
     )
-    began = time.time()
+    began, heard = time.time(), signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+    except SystemExit:  # what Ray makes of Ctrl-C, with a status of 0
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         cause = first_cause(error)
         reason = told(error, folder)
@@ -82,6 +86,9 @@ def fit(
         if isinstance(cause, ValueError) and isinstance(error, ray.train.WorkerGroupError):
             raise ValueError(str(cause)) from error
         raise RuntimeError(reason) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, heard)  # Ray leaves its own, which asks for what has ended
 
 
 def work(config: dict) -> None:

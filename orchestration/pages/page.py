@@ -12,7 +12,7 @@ from math import isfinite
 from string import Template
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 Attributes = Mapping[str, object]
 
@@ -148,7 +148,7 @@ def table(head: Sequence[str], rows: Iterable[tuple[Attributes, Sequence[str]]])
     """Rows of cells, each row with its attributes; from the third column on they are numbers."""
     numbers = [{"class": "number"} if i > 1 else {} for i in range(len(head))]
     top = "".join(
-        f"<th{attributes({'scope': 'col', **number})}>{name}</th>"
+        f"<th{attributes({'scope': 'col', **number})}>{escape(name)}</th>"
         for name, number in zip(head, numbers, strict=True)
     )
     lines = []
@@ -243,7 +243,7 @@ def _fit(image: Mapping[str, Any]) -> tuple[str, bytes]:
     """Kind and bytes of an image, made smaller where it is larger than a page shows it."""
     if max(image["width"], image["height"]) <= LARGEST:
         return image["mime"], image["bytes"]
-    smaller = Image.open(BytesIO(image["bytes"])).convert("RGB")
+    smaller = ImageOps.exif_transpose(Image.open(BytesIO(image["bytes"]))).convert("RGB")
     smaller.thumbnail((LARGEST, LARGEST))
     smaller.save(file := BytesIO(), "JPEG", quality=85)
     return "image/jpeg", file.getvalue()

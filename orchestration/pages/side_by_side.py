@@ -81,7 +81,9 @@ def write(sources: Sequence[Experiment | Path], page: Path) -> dict[str, Any]:
     found = {one.run.folder.resolve(): one for source in opened for one in _entrants(source)}
     entrants = list(found.values())
     if len(entrants) < 2:
-        raise ValueError(f"{entrants[0].run.folder}: a comparison needs another run beside it")
+        first = entrants[0].run.folder if entrants else opened[0].run_folder
+        held = "" if entrants else "holds no trial with a result; "
+        raise ValueError(f"{first}: {held}a comparison needs another run beside it")
     differing = _differing(entrants)
     groups = _groups(entrants, [field for field in differing if field != SEED])
     sections = [

@@ -54,6 +54,10 @@ def convert(
         )
     if target.exists() and not force:
         raise ValueError(f"{target}: exists already; give another name, or --force")
+    if target.exists() and target.samefile(origin):
+        raise ValueError(
+            f"{target}: is what is read; records that are lost would be gone; name another"
+        )
     info = target.with_name(INFO)
     entries = _entries(info) if format == "sharegpt" else {}
     if target.stem in entries and not force:
@@ -134,9 +138,11 @@ def _fields(given: Sequence[str]) -> FieldsConfig:
     pairs = [pair.partition("=") for pair in given]
     known = FieldsConfig.__dataclass_fields__
     for name, equals, _ in pairs:
-        if not equals or name not in known:
+        if not equals:
+            raise ValueError(f"{name!r}: must be FIELD=NAME; the fields are {', '.join(known)}")
+        if name not in known:
             near = did_you_mean(name, known) or f"; the fields are {', '.join(known)}"
-            raise ValueError(f"{name!r}: must be FIELD=NAME{near}")
+            raise ValueError(f"{name!r}: no such field{near}")
     return FieldsConfig(**{name: value for name, _, value in pairs})
 
 

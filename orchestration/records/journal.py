@@ -30,7 +30,7 @@ LOCK = ".lock"
 """Locked in a folder where a command is at work."""
 PATIENCE_SECONDS = 60
 GLANCE_SECONDS = 0.3
-"""For longer nobody holds a lock who only looks whether there is one."""
+"""A process that only looks whether a lock is held holds it for less than this."""
 
 
 @contextmanager
@@ -95,7 +95,7 @@ class Journal:
                 raise
             text = f"{folder}: another process is training here; wait for its end, or stop it"
             raise RuntimeError(text) from None
-        self._file.truncate(read(folder)[1])
+        self._file.truncate(lines(folder)[1])
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +146,7 @@ class Journal:
         self._append({"kind": "export", **about})
 
     def end(self, state: str, reason: str = "", *, since: float = 0.0) -> None:
-        """The run is over; who did not start it here says since when it was at work on it."""
+        """The run is over. A caller that did not write its start passes `since`, when it began its work."""
         self._append({"kind": "end", "state": state, "reason": reason, "since": since})
         os.fsync(self._file.fileno())
         self._file.close()
@@ -182,9 +182,21 @@ def _writing(path: Path, *, patience: float) -> IO[bytes]:
 
 
 def read(folder: Path, offset: int = 0) -> tuple[list[dict], int]:
-    """What whole lines from a byte offset on say, and the offset after them; a torn one is left for later."""
+    """What whole lines from a byte offset on say, and the offset after them; a torn one is left for later.
+
+    Raises:
+        ValueError: if one is damaged, as the disk of a machine that lost its power may leave it.
+    """
     found, after = lines(folder, offset)
-    return [json.loads(line) for line in found], after
+    entries = []
+    for line in found:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            place = (folder / NAME).read_bytes()[:offset].count(b"\n") + len(entries) + 1
+            text = f"{folder / NAME}: line {place} is damaged; restore the file, or remove the line"
+            raise ValueError(text) from None
+    return entries, after
 
 
 def lines(folder: Path, offset: int = 0) -> tuple[list[bytes], int]:
@@ -236,8 +248,11 @@ def write_json(path: Path, document: object) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
+    path = path.resolve()  # of a link, what it leads to is written
     if not path.parent.is_dir():  # told of this file, not of the unfinished one
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: must be a file, if it is there; name another")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)

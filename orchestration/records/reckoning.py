@@ -10,6 +10,7 @@ from orchestration.config import Experiment
 from orchestration.planning.cost import run_cost
 from orchestration.planning.memory import GIB, memory
 from orchestration.records import journal
+from orchestration.records.course import Course
 
 COSTS = ("hours", "gpu_hours", "money")
 
@@ -23,10 +24,12 @@ def foretold(experiment: Experiment, samples: int) -> dict[str, float]:
 
 def came_to(experiment: Experiment, folder: Path, *, memory_before: float) -> dict[str, float]:
     """Measured: the peak of this worker, and the time of all starts, with evaluations and saves."""
-    hours = journal.seconds(journal.read(folder)[0]) / 3600
-    costs = {"hours": hours, "memory_gib": peak_memory_gib() - memory_before}
+    course = Course()
+    for entry in journal.read(folder)[0]:
+        course.add(entry)
+    costs = {"hours": course.seconds / 3600, "memory_gib": peak_memory_gib() - memory_before}
     if experiment.cluster.gpus_per_worker:
-        costs["gpu_hours"] = hours * experiment.cluster.workers
+        costs["gpu_hours"] = course.worker_seconds / 3600
         if (price := experiment.cluster.gpu_hour_price) is not None:
             costs["money"] = costs["gpu_hours"] * price
     return _named("actual", costs)

@@ -22,7 +22,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_MODEL_IS_EXTERNAL
-from PIL import Image
+from PIL import Image, ImageOps
 
 from orchestration.config import digest
 from orchestration.records import journal
@@ -178,7 +178,12 @@ class Registry:
         if keys - images.keys():
             return []
         return [
-            abreast([Image.open(io.BytesIO(images[key]["bytes"])) for key in some])
+            abreast(
+                [
+                    ImageOps.exif_transpose(Image.open(io.BytesIO(images[key]["bytes"])))
+                    for key in some
+                ]
+            )
             for some in shown
         ]
 

@@ -35,7 +35,7 @@ def place_of(folder: Path, rank: int) -> str:
     log = logs(folder) / f"rank-{rank}.log"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     begun = [line.partition(BEGINS)[2] for line in lines if BEGINS in line]
-    return begun[-1] if begun else "a node that it never began on"
+    return begun[-1] if begun else "an unknown node"
 
 
 def experiment_of(folder: Path) -> Experiment:

@@ -20,6 +20,8 @@ from orchestration.status import Standing, Watch
 PERIOD_SECONDS = 2.0
 WIDTH = 200
 """Of a table that goes to a file."""
+LEAST = 20
+"""Characters of a name that a narrow terminal leaves in a line."""
 BAR = 10
 """Characters of a bar of progress."""
 COLOURS = {
@@ -31,6 +33,7 @@ COLOURS = {
     "restarting": "yellow",
     "silent": "yellow",
     "failed": "red",
+    "damaged": "red",
     "killed": "red",
 }
 HEAD = (
@@ -85,15 +88,26 @@ def watch(source: Watch) -> list[Standing]:
 
 def _view(standings: Sequence[Standing]) -> Group:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, name in enumerate(HEAD):
-        number = place > 2
-        table.add_column(name, justify="right" if number else "left", no_wrap=place > 0)
-    reasons = []
+    rows, reasons = [], []
     for standing in standings:
         for indent, one in (("", standing), *(("  ", trial) for trial in standing.trials)):
-            table.add_row(*_cells(one, indent))
-            if one.state == "failed":
-                reasons.append(Text(harmless(f"{one.name} failed: {one.reason}"), style="red"))
+            rows.append(list(_cells(one, indent)))
+            if one.state in ("failed", "damaged"):
+                reasons.append(
+                    Text(
+                        harmless(f"{one.name} {one.state}: {one.reason}"), style=COLOURS[one.state]
+                    )
+                )
+    for name, cells in zip(HEAD, zip(*rows, strict=True), strict=True):
+        if name == "run":
+            widest = max(cell.cell_len for cell in cells)
+            table.add_column(name, overflow="fold", min_width=min(widest, LEAST))
+        elif any(cells):  # what nothing has to tell of takes no room
+            left = name in ("state", "progress")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    told = [place for place, cells in enumerate(zip(*rows, strict=True)) if not place or any(cells)]
+    for row in rows:
+        table.add_row(*(row[place] for place in told))
     return Group(table, *reasons)
 
 

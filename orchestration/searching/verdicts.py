@@ -175,14 +175,19 @@ def _wildness(gradient_norms: Sequence[float]) -> tuple[float, str]:
     """The 99th percentile of norms over their median, as a share of what it may be, and in words."""
     norms = [norm for norm in gradient_norms if isfinite(norm)]
     middle, high = np.quantile(norms, [0.5, 0.99]) if norms else (1.0, 1.0)
-    told = f"gradient norms {high / middle:.3g} times the usual at the 99th percentile (at most {NORMS:g})"
-    return float(high / middle / NORMS), told
+    times = high / middle if middle else 1.0  # a model without gradients is dead, not wild
+    told = f"gradient norms {times:.3g} times the usual at the 99th percentile (at most {NORMS:g})"
+    return float(times / NORMS), told
 
 
 def diverged(losses: Sequence[float], best: float) -> Verdict:
-    """Whether a loss is none, or the last is twice the best that other runs of its size have at that time."""
+    """Whether a loss is none, or the last is twice the best that other runs of its size have at that time.
+
+    Not while it falls: such a run is behind the others, and perhaps its rate is too low.
+    """
     last = losses[-1]
-    failed = not isfinite(last) or last > 2 * best
+    falls = len(losses) > 1 and last <= min(losses[:-1])
+    failed = not isfinite(last) or (last > 2 * best and not falls)
     return Verdict(
         "diverged",
         failed,

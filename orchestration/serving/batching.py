@@ -89,7 +89,7 @@ class Batches:
                 each.tell(error)
         if not answers:
             return
-        told = False
+        told = failed = False
         try:
             for pieces in self._answers.write(list(answers.values())):
                 for each, piece in zip(answers, pieces, strict=True):
@@ -103,6 +103,10 @@ class Batches:
             if told or len(answers) == 1:
                 for each in answers:
                     each.tell(error)
-            else:  # perhaps for one of them alone, or for want of memory
-                for each in answers:
-                    self._answer([each])
+            else:
+                failed = True
+        if (
+            failed
+        ):  # perhaps for one of them alone, or for want of memory, which the error no longer holds
+            for each in answers:
+                self._answer([each])

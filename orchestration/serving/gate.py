@@ -165,7 +165,7 @@ class Gate:
         # Another site's name may lead here: its page would be one with ours to a browser.
         name = incoming.url.hostname
         if self._hosts and name not in self._hosts:
-            told = f"Host: this server is {' or '.join(self._hosts)}, not {(name or '')[:60]!r}"
+            told = f"Host {(name or '')[:60]!r} is not this server; use {' or '.join(self._hosts)}"
             raise RefusedError(421, told, code="unknown_host")
 
     def _admit(self, incoming: Incoming) -> None:
@@ -244,7 +244,9 @@ class Gate:
         """(3, P, P) float32 pixels of an image, decoded once."""
         model = self.models[name]
         if not url.startswith("data:"):
-            told = f"image {number}: {url[:60]!r} is fetched by nobody here; send it as a data: URL"
+            told = (
+                f"image {number}: {url[:60]!r}: URLs are not fetched; send the image as a data: URL"
+            )
             raise RefusedError(400, told, code="forbidden_url", param="messages")
         key = name, await asyncio.to_thread(_digest, url)
         if (fitted := self._known.get(key)) is None:

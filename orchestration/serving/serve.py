@@ -18,7 +18,7 @@ from typing import Any
 import ray
 import torch
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -110,6 +110,8 @@ async def _answer(talker: DeploymentHandle, question: Question) -> AsyncGenerato
     try:
         async for piece in pieces:
             yield piece
+    except RayTaskError as error:
+        raise error.cause from error
     except BackPressureError as error:
         raise BusyError("too many questions wait already; ask again later") from error
     except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:

@@ -226,6 +226,7 @@ def _read_line(chat: Chat, waiting: int) -> str | None:
     """The next line, or None at the end; the prompt tells how many images there are, and of the room."""
     room = f"{chat.tokens}/{chat.encoder.max_tokens} tokens" if sys.stdin.isatty() else ""
     try:
-        return input(f"[{chat.images}+{waiting} images, {room}] > " if room else "").strip()
+        line = input(f"[{chat.images}+{waiting} images, {room}] > " if room else "").strip()
+        return line.encode(errors="replace").decode()  # of bytes that are no UTF-8, question marks
     except (EOFError, KeyboardInterrupt):
         return None

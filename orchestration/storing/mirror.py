@@ -214,10 +214,13 @@ class Mirror:
         self._put[path] = path.stat().st_mtime_ns
 
     def _push_document(self, path: Path) -> None:
-        changed = path.stat().st_mtime_ns
-        if self._put.get(path) != changed:
-            self.remote.put(path, self.key(path))
-            self._put[path] = changed
+        try:
+            changed = path.stat().st_mtime_ns
+            if self._put.get(path) != changed:
+                self.remote.put(path, self.key(path))
+                self._put[path] = changed
+        except FileNotFoundError:
+            log.debug("%s was removed meanwhile", path)
 
     def _fetch_journal(self, run: Path, keys: list[str], *, writer: bool) -> None:
         contents = each(self._segment, keys)

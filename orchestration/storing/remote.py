@@ -4,6 +4,7 @@ S3 and what speaks its language, Google's storage, or a folder (`file://`), by P
 is made again: first by the store's own client, then, after pauses that grow and are partly drawn, by us.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -29,6 +30,8 @@ LONGEST_PAUSE_SECONDS = 10.0
 AT_ONCE = 8
 """Files on their way at the same time."""
 CHUNK = 8 * 2**20
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk that has no room."""
 REFUSALS = (
     "ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH",
     "INVALID_CLIENT_TOKEN_ID", "UNRECOGNIZED_CLIENT", "MISSING_AUTHENTICATION_TOKEN", "EXPIRED_TOKEN",
@@ -171,6 +174,8 @@ class Remote:
             except FileNotFoundError:
                 raise
             except (OSError, NotImplementedError) as error:
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
                 told = f"storage.remote: cannot {what} in {self.name}: {error}"
                 if isinstance(error, PermissionError) or any(
                     code in str(error) for code in REFUSALS

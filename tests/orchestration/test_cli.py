@@ -231,6 +231,15 @@ def test_what_a_library_refuses_is_failed_work(capsys, monkeypatch):
     assert "train failed: ValueError: cannot reshape" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mistake", ["max([])", "list(zip('a', 'bc', strict=True))", "int('x')"])
+def test_a_mistake_of_ours_is_failed_work_and_no_wrong_request(capsys, monkeypatch, mistake):
+    ours = {"__package__": "orchestration"}
+    exec(f"def work(experiment): {mistake}", ours)
+    monkeypatch.setitem(cli.VERBS, "train", ours["work"])
+    assert cli.main(["train", "tiny.yaml"]) == 1
+    assert "train failed: ValueError" in capsys.readouterr().err
+
+
 def test_quickstart_needs_no_experiment(monkeypatch, capsys):
     seen = []
     monkeypatch.setitem(

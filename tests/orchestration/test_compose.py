@@ -129,6 +129,9 @@ def test_an_override_reaches_into_a_searched_field():
          "'tag:yaml.org,2002:python/name:os.system'"),
         ("name: 2024-13-45", "2: name: '2024-13-45' cannot be read: month must be in 1..12; "
                              "put it in quotes if it is text"),
+        ("name: !!bool maybe", "2: name: 'maybe' cannot be read: 'maybe'; put it in quotes if it is text"),
+        ("name: 010", "2: name: '010' cannot be read: YAML 1.1 takes it for 8, so write that if it is meant; "
+                      "put it in quotes if it is text"),
         ("1: 2", "2: the key 1 must be text; put it in quotes"),
         ("[1, 2]: 2", "2: the key a list or mapping must be text; put it in quotes"),
     ],

@@ -94,6 +94,11 @@ def test_prepared_data_is_believed_before_anything_else(settings, tmp_path):
         {"data.max_rounds": 3},
     ):
         assert plan(experiment.with_overrides(change)).samples == 450
+    for damaged in ('{"half": ', "{}", '{"identity": 7}'):
+        other = tmp_path / "prepared/other/manifest.json"
+        other.parent.mkdir(exist_ok=True)
+        other.write_text(damaged)
+        assert plan(experiment).samples == 240
     for same in (
         {"model.size": "large", "optim.lr": 1},
         {"model.projection": "mlp"},

@@ -19,7 +19,8 @@ def unbroken(machines, sharded, tmp_path_factory):
     return manifest(result)
 
 
-@pytest.mark.parametrize("preparers", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("preparers", [2, 4])
 def test_however_many_prepare_the_bytes_are_the_same(
     machines, sharded, unbroken, tmp_path, preparers
 ):

@@ -297,6 +297,22 @@ def test_the_shard_of_an_image_that_has_changed_is_made_again_and_no_other(
 
 
 @pytest.mark.usefixtures("cluster")
+def test_prepared_pixels_that_are_damaged_in_place_are_read_anew(experiment):
+    asked = experiment({"good": {"annotations": ["good.json"]}})
+    folder = Path(prepare(asked)["folder"])
+    files = sorted((folder / "encoded/pixels").iterdir())
+    before = [path.read_bytes() for path in files]
+    for path in files:
+        with path.open("r+b") as file:  # the very file that the shard has too
+            file.seek(128)
+            file.write(bytes(path.stat().st_size - 128))
+    assert [path.read_bytes() for path in files] != before
+    assert not prepare(asked)["reused"]
+    assert [path.read_bytes() for path in files] == before
+    assert prepare(asked)["reused"]
+
+
+@pytest.mark.usefixtures("cluster")
 def test_what_nobody_has_used_for_a_day_is_removed(experiment, tmp_path):
     work, yesterday = tmp_path / "runs/prepared/.work", time.time() - 25 * 3600
     for kind in (".shard-killed", "records-old"):

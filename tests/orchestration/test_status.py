@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -119,6 +120,39 @@ def test_a_worker_that_writes_nothing_for_long_is_silent(experiment, monkeypatch
         assert one(experiment).state == "silent"
         journal.metrics(1, {})  # an update of an hour, and the next may take as long
         assert one(experiment).state == "running"
+
+
+def test_a_damaged_journal_is_told_and_keeps_no_other_run_from_view(experiment):
+    """A line of zeros, as a power cut may leave it."""
+    other = experiment.with_overrides({"name": "other"})
+    for own in (experiment, other):
+        begin(own, own.run_folder)
+        with Journal(own.run_folder) as journal:
+            journal.start(identity="i", params={}, step=0, steps=9)
+            journal.metrics(3, {"eval/loss": 0.5})
+    with (experiment.run_folder / NAME).open("ab") as file:
+        file.write(bytes(20) + b"\n")
+    found = {standing.name: standing for standing in Watch(Path(experiment.storage.path)).look()}
+    assert found["other"].step == 3
+    assert found[experiment.name].state == "damaged"
+    assert f"{NAME}: line 3 is damaged" in found[experiment.name].reason
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_names_are_told_whole_however_narrow_the_terminal(experiment, monkeypatch, width):
+    name = "a" + "-long" * 7
+    long = experiment.with_overrides({"name": name})
+    with Journal(long.run_folder) as journal:
+        journal.start(identity="i", params={}, step=0, steps=2300)
+        journal.metrics(2300, {"eval/loss": 0.07, "throughput/tokens_per_s": 9.0})
+        journal.end("finished")
+    whole = one(long)
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", render([whole], terminal=True))
+    column = text.splitlines()[0].index("state")
+    assert "".join(line[:column].strip() for line in text.splitlines()[1:]) == name
+    assert "finished" in text
+    assert "tokens/s" not in text
 
 
 @pytest.mark.parametrize("state", ["finished", "stopped", "failed"])

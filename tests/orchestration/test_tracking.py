@@ -1,6 +1,7 @@
 """A journal reaches MLflow whole and once, whatever happens to either of them on the way."""
 
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -109,6 +110,45 @@ def test_a_new_command_goes_on_in_the_same_mlflow_run(experiment, client):
     assert histories(client, before) == expected(range(1, 20))
     names = client.search_runs(["1"], f"attributes.run_name = '{experiment.name}'")
     assert len(names) == 1
+
+
+def test_another_store_gets_all_of_a_run_that_an_earlier_one_had(experiment, client, tmp_path):
+    folder = experiment.run_folder
+    journal = Journal(folder)
+    start(journal, experiment)
+    write(journal, range(1, 10))
+    ship(experiment)
+    there = f"sqlite:///{tmp_path}/mlflow.db"
+    moved = experiment.with_overrides({"tracking.uri": there})
+    write(journal, range(10, 20))
+    journal.end("finished")
+    for _ in range(2):
+        ship(moved)
+    assert histories(MlflowClient(there), run_id(folder)) == expected(range(1, 20))
+
+
+def test_a_copied_run_gets_a_place_of_its_own(experiment, client, tmp_path):
+    folder = experiment.run_folder
+    with Journal(folder) as journal:
+        start(journal, experiment)
+        write(journal, range(1, 10))
+        journal.end("finished")
+    ship(experiment)
+    copy = experiment.with_overrides({"name": "a-copy"})
+    shutil.copytree(folder, copy.run_folder)
+    with Journal(copy.run_folder) as journal:
+        write(journal, range(10, 12))
+        journal.end("failed", reason="lost")
+    ship(copy)
+    assert run_id(copy.run_folder) != run_id(folder)
+    assert client.get_run(run_id(folder)).info.status == "FINISHED"
+    assert histories(client, run_id(folder)) == expected(range(1, 10))
+    assert histories(client, run_id(copy.run_folder)) == expected(range(1, 12))
+    moved = experiment.with_overrides({"name": "moved"})
+    folder.rename(moved.run_folder)
+    before = run_id(moved.run_folder)
+    ship(moved)
+    assert run_id(moved.run_folder) == before
 
 
 @pytest.mark.parametrize("shipped_before", [True, False])

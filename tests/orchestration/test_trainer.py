@@ -109,6 +109,7 @@ def test_a_training_on_two_workers_leaves_all_that_a_run_has(trained_run):
     assert any(key.endswith("cpu_utilization_percentage") for key in loads)
 
 
+@pytest.mark.slow
 def test_a_training_whose_weights_are_all_divided_ends_with_chats(storage, cluster):
     """As those of 70B are: DeepSpeed keeps weights as small as these whole unless it is told not to.
 
@@ -129,6 +130,7 @@ def test_a_training_whose_weights_are_all_divided_ends_with_chats(storage, clust
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_features_from_the_store_train_to_the_same_bits_as_those_computed_in_the_step(
     storage, trained_run
 ):
@@ -192,6 +194,7 @@ def test_a_training_that_loses_a_worker_goes_on_by_itself_and_ends_with_the_same
     assert logged(experiment) == logged(load(trained_run))
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_leaves_its_stacks_and_the_training_ends_with_the_same_bits(
     storage, trained_run, monkeypatch
 ):
@@ -210,7 +213,7 @@ def test_a_worker_that_hangs_leaves_its_stacks_and_the_training_ends_with_the_sa
 
 
 def test_updates_that_are_undone_are_on_record(storage, trained_run, monkeypatch):
-    path = digits(storage, "corrupted")
+    path = digits(storage, "corrupted", train={"batch": 8, "epochs": 2, "precision": "fp32"})
     experiment = load(path)
     fault = {"action": "corrupt", "rank": 0, "step": MOMENT}
     monkeypatch.setenv(faults.VARIABLE, json.dumps([fault]))

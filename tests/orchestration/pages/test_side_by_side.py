@@ -9,6 +9,10 @@ import pytest
 from orchestration.cli import main
 from orchestration.config import Experiment, validated
 from orchestration.pages.side_by_side import write
+from orchestration.records.journal import Journal, write_json
+from orchestration.records.results import begin, trials_folder
+from orchestration.search import trial_name
+from tests.orchestration.conftest import SEARCH
 from tests.orchestration.test_report import STEPS, Tree, run, tables
 
 
@@ -109,3 +113,18 @@ def test_curves_are_drawn_over_the_updates_that_all_seeds_have(runs, tmp_path):
         text for a, text in page.all("svg", "aria-label") if "held-out" in a["aria-label"]
     )
     assert f"{2 * STEPS}" in losses
+
+
+def test_sweeps_without_a_result_are_nothing_to_compare(tmp_path, settings):
+    settings |= {"search": SEARCH, "storage": {"path": str(tmp_path)}}
+    sweeps = [validated(settings | {"name": name}) for name in ("one", "two")]
+    values = {"model.size": "small", "optim.lr": 1e-3}
+    for sweep in sweeps:
+        root = trials_folder(sweep)
+        begin(sweep, root)
+        begin(sweep.trial(values), root / trial_name(values))
+        write_json(root / trial_name(values) / "values.json", values)
+        with Journal(root / trial_name(values)) as journal:
+            journal.end("failed", reason="lost")
+    with pytest.raises(ValueError, match="one: holds no trial with a result; a comparison needs"):
+        write(sweeps, tmp_path / "page.html")

@@ -190,6 +190,13 @@ def test_a_request_that_cannot_be_met_is_refused_and_nothing_is_written(command,
     assert json.loads(Path("llava.json").read_text()) == LLAVA
 
 
+def test_what_is_read_is_never_overwritten(capsys):
+    before = Path("llava.json").read_bytes()
+    convert("llava.json llava.json --from llava_json --to llava_json --force", status=2)
+    assert "is what is read" in capsys.readouterr().err
+    assert Path("llava.json").read_bytes() == before
+
+
 def test_an_entry_of_another_dataset_is_not_overwritten(capsys):
     Path("dataset_info.json").write_text(json.dumps({"out": {"file_name": "else.json"}}))
     convert("llava.json out.json --from llava_json --to sharegpt", status=2)

@@ -32,7 +32,6 @@ def test_a_run_is_trained_again_elsewhere_to_the_same_bits(
     assert data["digest"] == json.loads((original.run_folder / "data.json").read_text())["digest"]
 
 
-def test_a_run_that_the_store_does_not_know_is_told(trained_run, capsys):
-    storage = f"storage.path={load(trained_run).storage.path}"
-    assert cli.main(["train", "0" * 32, storage]) == 2
+def test_a_run_that_the_store_does_not_know_is_told(tmp_path, capsys):
+    assert cli.main(["train", "0" * 32, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]) == 2
     assert "has no such run; set tracking.uri" in capsys.readouterr().err

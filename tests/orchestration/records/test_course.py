@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestration.config import validated
 from orchestration.records.course import Course
-from orchestration.records.journal import seconds
+from orchestration.records.journal import Journal, seconds
+from orchestration.records.reckoning import came_to
 
 
 def start(time: float, step: int = 0, workers: int = 2) -> dict:
@@ -60,3 +62,19 @@ def test_work_is_counted_as_the_journal_counts_it(kinds):
     entries = [start(0)]
     entries += [{"kind": kind, "time": i**2, **blank} for i, kind in enumerate(kinds, start=1)]
     assert course(*entries).seconds == pytest.approx(seconds(entries))
+
+
+def test_gpu_hours_that_mlflow_is_told_are_those_of_the_workers_that_each_start_had(
+    settings, tmp_path, monkeypatch
+):
+    settings |= {"storage": {"path": str(tmp_path)}}
+    settings["cluster"] = {"workers": 4, "gpus_per_worker": 1, "gpu_hour_price": 2.0}
+    experiment, now = validated(settings), [1000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    with Journal(experiment.run_folder) as journal:
+        for workers in (1, 4):
+            journal.start(identity="i", params={}, step=0, steps=9, workers=workers)
+            now[0] += 3600
+            journal.metrics(1, {})
+    came = came_to(experiment, experiment.run_folder, memory_before=0.0)
+    assert (came["actual/hours"], came["actual/gpu_hours"], came["actual/money"]) == (2, 5, 10)

@@ -79,6 +79,7 @@ def test_no_outage_of_a_server_costs_a_point_or_doubles_one(server, tmp_path, mo
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_training_ends_well_while_its_store_refuses_the_token_and_then_is_down(
     server, storage, cluster, monkeypatch, capfd
 ):
@@ -95,7 +96,7 @@ def test_a_training_ends_well_while_its_store_refuses_the_token_and_then_is_down
             time.sleep(0.1)
         door.close()
 
-    breaking = threading.Thread(target=go_down)
+    breaking = threading.Thread(target=go_down, daemon=True)
     breaking.start()
     assert cli.main(["train", str(path)]) == 0
     breaking.join()

@@ -114,9 +114,12 @@ def test_a_model_is_blind_that_does_without_its_images_zeroed_or_exchanged(zeroe
 
 @pytest.mark.parametrize(
     ("losses", "holds"),
-    [([3.0, float("nan")], True), ([3.0, 2.5], True), ([9.0, 1.5], False)],
-)
-def test_divergence_is_no_loss_or_twice_the_best(losses, holds):
+    [
+        ([3.0, float("nan")], True), ([2.0, 2.5], True), ([2.5], True), ([9.0, 1.5], False),
+        ([3.0, 2.5], False),
+    ],
+)  # fmt: skip
+def test_divergence_is_no_loss_or_twice_the_best_unless_it_falls(losses, holds):
     assert verdicts.diverged(losses, best=1.2).holds == holds
 
 

@@ -1,6 +1,8 @@
 """A storage and its store, which here is a folder: what is kept, and what another machine has of it."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -136,6 +138,33 @@ def test_the_later_document_counts(tmp_path, store):
     mine.write_text("newest")
     machine(tmp_path / "first", store).fetch(mine.parent)
     assert mine.read_text() == "newest"
+
+
+def test_a_file_that_goes_while_others_go_up_is_no_failure(tmp_path, store, monkeypatch):
+    here = machine(tmp_path / "here", store)
+    run = tmp_path / "here/run"
+    (run / "logs").mkdir(parents=True)
+    for name in ("logs/rank-1.stacks", "result.json"):
+        (run / name).write_text("{}")
+    put = here.remote.put
+
+    def after_its_end(path: Path, key: str) -> None:
+        if path.suffix == ".stacks":
+            path.unlink()
+        put(path, key)
+
+    monkeypatch.setattr(here.remote, "put", after_its_end)
+    here.push(run)
+    assert (store / "run/result.json").is_file()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_at_once_and_not_as_a_store_that_is_away(tmp_path, store, code):
+    def work() -> None:
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(OSError, match=os.strerror(code)):
+        machine(tmp_path, store).remote._patiently("fetch a file", work)
 
 
 @pytest.mark.parametrize("fault", ["no manifest", "another file", "no file"])

@@ -54,6 +54,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return journal.curve(run, "train/loss")
 
 
+@pytest.mark.slow
 def test_a_training_whose_machine_is_lost_ends_on_another_one_with_the_same_bits(
     trained_run, bucket, dsvl, tmp_path, monkeypatch
 ):

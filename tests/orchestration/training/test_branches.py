@@ -47,6 +47,7 @@ def test_a_branch_ends_with_the_bits_of_a_training_of_its_own(storage, whole, tr
     assert curve(run_folder(path), "train/loss") == expected[18:]
 
 
+@pytest.mark.slow
 def test_a_finished_training_goes_on_as_if_it_had_been_meant_to_be_longer(storage, whole, trunk):
     path = digits(storage, "longer", optim=WSD)
     commands.train(load(path, [f"checkpoint.trunk={run_folder(whole)}"]))
