@@ -204,10 +204,9 @@ class Ledger(tune.Callback):
     def _tell(self, folder: Path) -> None:
         self.done += 1
         best = summarize(self.experiment)["best"]
+        shown = ("eval/loss", "eval/accuracy") if best else ()
         with Journal(self.root) as journal:
-            journal.metrics(
-                self.done, {f"best/{name}": best[name] for name in ("eval/loss", "eval/accuracy")}
-            )
+            journal.metrics(self.done, {f"best/{name}": best[name] for name in shown})
         of_all = f" of {self.total}" if self.total else ""
         log.info("trial %d%s: %s: %s", self.done, of_all, folder.name, describe(folder))
 

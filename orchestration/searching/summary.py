@@ -49,7 +49,7 @@ def summarize(experiment: Experiment) -> dict:
     ends = [[s * trial.get(name, math.nan) for name, s in signs.items()] for trial in trials]
     names = [trials[at]["trial"] for at in front(ends)]
     return {
-        "best": trials[0] if trials else None,
+        "best": trials[0] if trials and math.isfinite(trials[0][search.metric]) else None,
         "front": {"objectives": list(signs), "trials": names},
         "trials": trials,
         "failed": failures,

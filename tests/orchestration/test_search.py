@@ -110,6 +110,11 @@ def test_a_trial_that_diverged_is_never_the_best(swept, metric):
     assert len(summary["trials"]) == 4
 
 
+def test_where_every_trial_diverged_there_is_no_best_one(swept):
+    summary = summarize(swept({1e-4: ("finished", {"eval/loss": math.nan})}))
+    assert (summary["best"], len(summary["trials"])) == (None, 1)
+
+
 def test_trials_of_an_earlier_space_under_the_same_name_do_not_count(swept):
     trials = {lr: ("finished", {"eval/loss": lr}) for lr in (1e-5, 1e-4, 1e-3)}
     summary = summarize(swept(trials))
