@@ -43,9 +43,8 @@ def connect(experiment: Experiment | None) -> Iterator[None]:
         # Nobody takes this machine away at a minute's notice: one process less a training.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # A sweep has more processes than a laptop has cores, which Ray would warn of.
-        os.environ.setdefault(
-            "PYTORCH_ALLOC_CONF", "expandable_segments:True"
-        )  # as in jobs/Dockerfile
+        # As in jobs/Dockerfile.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         startups = max(8, os.cpu_count() or 1)
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(startups))
     ray.init(

@@ -93,21 +93,20 @@ def _view(standings: Sequence[Standing]) -> Group:
         for indent, one in (("", standing), *(("  ", trial) for trial in standing.trials)):
             rows.append(list(_cells(one, indent)))
             if one.state in ("failed", "damaged"):
-                reasons.append(
-                    Text(
-                        harmless(f"{one.name} {one.state}: {one.reason}"), style=COLOURS[one.state]
-                    )
-                )
-    for name, cells in zip(HEAD, zip(*rows, strict=True), strict=True):
+                told = harmless(f"{one.name} {one.state}: {one.reason}")
+                reasons.append(Text(told, style=COLOURS[one.state]))
+    # A column in which nothing has anything to tell takes no room; names are told whole, others are cut.
+    columns = {name: [row[place] for row in rows] for place, name in enumerate(HEAD)}
+    shown = {name: cells for name, cells in columns.items() if name == "run" or any(cells)}
+    for name, cells in shown.items():
         if name == "run":
-            widest = max(cell.cell_len for cell in cells)
+            widest = max((cell.cell_len for cell in cells), default=0)
             table.add_column(name, overflow="fold", min_width=min(widest, LEAST))
-        elif any(cells):  # what nothing has to tell of takes no room
+        else:
             left = name in ("state", "progress")
             table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    told = [place for place, cells in enumerate(zip(*rows, strict=True)) if not place or any(cells)]
-    for row in rows:
-        table.add_row(*(row[place] for place in told))
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*row)
     return Group(table, *reasons)
 
 

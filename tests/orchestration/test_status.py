@@ -138,6 +138,10 @@ def test_a_damaged_journal_is_told_and_keeps_no_other_run_from_view(experiment):
     assert f"{NAME}: line 3 is damaged" in found[experiment.name].reason
 
 
+def test_who_watches_a_folder_without_runs_sees_an_empty_table():
+    assert render([], terminal=False) == "run"
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_names_are_told_whole_however_narrow_the_terminal(experiment, monkeypatch, width):
     name = "a" + "-long" * 7
