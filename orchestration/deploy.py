@@ -1,11 +1,14 @@
 """The nodes of a cluster that is made for one work: by KubeRay, the cluster launcher or Slurm."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
 from orchestration.settings import Section
+
+if TYPE_CHECKING:
+    from orchestration.config import Experiment  # which has these settings as a section
 
 
 class DeployConfig(Section):
@@ -58,7 +61,7 @@ class DeployConfig(Section):
         return image
 
 
-def pools(experiment: Any) -> dict[str, Any]:
+def pools(experiment: "Experiment") -> dict[str, Any]:
     """What an experiment needs of each kind of node: the count, and CPUs, GPUs, memory and labels of each.
 
     Raises:
@@ -99,7 +102,7 @@ def pools(experiment: Any) -> dict[str, Any]:
     return {"cpu": preparing, "gpu": training}
 
 
-def labelled(experiment: Any) -> Any:
+def labelled(experiment: "Experiment") -> "Experiment":
     """The experiment for a cluster with an autoscaler: each pool has a label, and gets its own work alone.
 
     Raises:

@@ -4,13 +4,16 @@ from collections.abc import Callable, Collection, Mapping
 from graphlib import TopologicalSorter
 from itertools import product
 from random import Random
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dsvl.config import require
 from orchestration.domains import Domain, Grid
 from orchestration.settings import Section
+
+if TYPE_CHECKING:
+    from orchestration.config import Experiment  # which has these settings as a section
 
 EPOCHS, SCHEDULE, SEED = "train.epochs", "optim.schedule", "train.seed"
 ACROSS = {"model.size": "grid", "optim.lr": "loguniform", EPOCHS: "grid"}
@@ -262,7 +265,7 @@ class SearchConfig(Section):
         return self.samples if self.sampler == "tpe" else len(self.points())
 
 
-def searched(experiment: Any) -> SearchConfig:
+def searched(experiment: "Experiment") -> SearchConfig:
     """The search section of an experiment, without which there is nothing to search.
 
     Raises:
