@@ -222,7 +222,7 @@ def test_a_decoder_of_another_build_is_refused_with_those_that_are_not(model_con
         tmp_path
     )
     with pytest.raises(
-        ValueError, match=r"is a GPT2LMHeadModel, .*; name .* LLaMA, Mistral, Qwen2"
+        ValueError, match=r"is a GPT2LMHeadModel, .*; name .* LLaMA, Mistral or Qwen2"
     ):
         named(model_config, tmp_path)
 
