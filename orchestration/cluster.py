@@ -54,10 +54,14 @@ def connect(experiment: Experiment | None) -> Iterator[None]:
     try:
         yield
     except RayTaskError as error:  # whose text begins with places in Ray
-        cause: BaseException = error
-        while inner := cause.cause if isinstance(cause, RayTaskError) else cause.__cause__:
-            cause = inner
+        cause = first_cause(error)
         raise RuntimeError(f"{type(cause).__name__}: {cause}") from error
     finally:
         del os.environ["RAY_ADDRESS"]
         ray.shutdown()
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What an error of a task comes down to, on whichever process it was raised."""
+    cause = error.cause if isinstance(error, RayTaskError) else error.__cause__
+    return error if cause is None else first_cause(cause)

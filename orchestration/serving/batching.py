@@ -105,8 +105,6 @@ class Batches:
                     each.tell(error)
             else:
                 failed = True
-        if (
-            failed
-        ):  # perhaps for one of them alone, or for want of memory, which the error no longer holds
+        if failed:  # for one of them alone, perhaps, or for want of memory, which the error held
             for each in answers:
                 self._answer([each])

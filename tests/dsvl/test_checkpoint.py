@@ -16,7 +16,9 @@ def test_a_checkpoint_that_has_no_room_is_refused_before_it_is_begun(tmp_path, m
     engine = SimpleNamespace(shapes={"weight": (2**20, 2**8)})
     monkeypatch.setattr(checkpoint, "from_rank_0", lambda find: find())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**31))
-    with pytest.raises(OSError, match=r"1 more .* 3\.00 GiB but 2\.00 are free; .*checkpoints are intact"):
+    with pytest.raises(
+        OSError, match=r"1 more .* 3\.00 GiB but 2\.00 are free; .*checkpoints are intact"
+    ):
         checkpoint.require_room(engine, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**33))
     checkpoint.require_room(engine, tmp_path, checkpoints=2)
