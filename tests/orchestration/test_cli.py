@@ -51,6 +51,20 @@ def test_a_reader_that_has_seen_enough_is_no_failure():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("file", ["tiny.yaml", "nowhere.yaml"])
+def test_a_result_that_cannot_be_written_is_told_and_no_success(file):
+    command = [sys.executable, "-m", "orchestration.cli", "plan", file, "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
+    assert done.returncode == (1 if file == "tiny.yaml" else 2)
+    assert "the result could not be written: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 BROKEN = {
     "unknown key": "zzz: 1",
     "near-miss key": "optim: {lrr: 1}",

@@ -107,6 +107,13 @@ def test_prepared_data_is_believed_before_anything_else(settings, tmp_path):
         assert plan(experiment.with_overrides(same)).samples == 240
 
 
+def test_thousands_of_workers_are_planned_for(settings):
+    settings["cluster"] = {"workers": 4096}
+    settings["train"] |= {"batch": 8192}
+    settings["engine"] = {"micro_batch": 2}
+    assert plan(validated(settings)).sizes[0].workers == 4096
+
+
 def test_a_batch_larger_than_the_data_is_refused(settings):
     settings["data"]["sets"]["chats"] |= {"records": 5, "split": "train"}
     with pytest.raises(PlanError, match=r"train\.batch=12 must not exceed the 5 training samples"):

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from orchestration.records import journal
-from orchestration.records.journal import NAME, Journal, curve, points, read, read_json, sole
+from orchestration.records.journal import (
+    NAME,
+    Journal,
+    curve,
+    points,
+    read,
+    read_json,
+    sole,
+    write_whole,
+)
 
 WRITER = """
 import sys
@@ -173,3 +182,13 @@ def test_only_one_is_at_work_in_a_folder(tmp_path):
         pass
     with sole(tmp_path):  # its end gives the folder free
         pass
+
+
+def test_what_is_no_file_is_not_replaced_by_one_and_a_link_leads_to_it(tmp_path):
+    (tmp_path / "page").mkdir()
+    with pytest.raises(ValueError, match="must be a file, if it is there"):
+        write_whole(tmp_path / "page", "text")
+    (tmp_path / "link").symlink_to(tmp_path / "page/there.html")
+    write_whole(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "page/there.html").read_text() == "text"
