@@ -101,7 +101,6 @@ class Checker:
                     places.append(place)
             np.savez(making / "encoded.npz", allow_pickle=False, **_laid_out(encoded, places))
             found["sha256"] = {path.name: sha256(path) for path in making.iterdir()}
-            found["written"] = {path.name: _size_and_time(path) for path in making.iterdir()}
             (making / "found.json").write_text(json.dumps(found), encoding="utf-8")
         return True
 
@@ -146,13 +145,9 @@ class Result:
         self.folder = folder
 
     def is_whole(self) -> bool:
-        """Whether the files are what was written; only those that have another size or time now are read."""
+        """Whether the files are what was written."""
         try:
-            return all(
-                _size_and_time(path := self.folder / name) == self._found["written"][name]
-                or sha256(path) == digest
-                for name, digest in self.sha256.items()
-            )
+            return all(sha256(self.folder / name) == was for name, was in self.sha256.items())
         except (OSError, ValueError, KeyError):  # of a file that is gone, or half of found.json
             return False
 
@@ -252,11 +247,6 @@ class ImageShard:
     def _flush(self) -> None:
         self._parquet.write_table(pa.Table.from_pylist(self._rows, IMAGES))
         self._rows, self._bytes = [], 0
-
-
-def _size_and_time(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
 
 
 def stamp(folder: str, path: str) -> list[int] | None:
